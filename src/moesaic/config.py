@@ -1,0 +1,88 @@
+"""The options of an engine: one frozen tree, checked when made. The only module that may read the environment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moesaic.errors import OptionError
+
+DTYPES = ("auto", "bfloat16", "float32")
+DEVICES = ("auto", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is run. Sizes in tokens unless said; memory in bytes.
+
+    dtype: what is computed in; `auto` is the checkpoint's own where the hardware multiplies it, else float32.
+    max_model_len: most tokens of one request, prompt included; None is the model's own limit, less where the KV pool
+        cannot hold it.  block_size: tokens per KV block.
+    kv_memory: bytes of KV pool; None sizes it from the free memory with `gpu_memory_utilization` (the part of the
+        device that weights and pool together may take).
+    max_num_seqs: requests running at once.  max_num_batched_tokens: tokens per step, hence the prefill chunk.
+    prefix_cache: reuse the KV of shared prompt beginnings.
+    deterministic: a request's tokens do not depend on what runs beside it, on chunking, preemption or prefix hits.
+    seed: of requests that bring none.  experts: backend of the expert product, or `auto`.
+    revision: of a hub model.  progress: show progress bars.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    prefix_cache: bool = True
+    deterministic: bool = False
+    seed: int = 0
+    experts: str = "auto"
+    revision: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("device", self.device, DEVICES)
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            positive(name, getattr(self, name))
+        for name in ("max_model_len", "kv_memory"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise OptionError("must be in (0, 1]", where=flag("gpu_memory_utilization"), remedy="0.9 is usual.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """From keyword options. Raises OptionError for one that does not exist, with the nearest that does."""
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise OptionError("unknown option", where=name, remedy=f"Known: {', '.join(sorted(known))}.")
+        return cls(**options)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{value!r} is not one of {', '.join(allowed)}", where=flag(name), remedy="Choose one.")
+
+
+def positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"must be a positive integer, not {value!r}", where=flag(name), remedy="Correct the value.")
+
+
+def parse_bytes(text: str) -> int:
+    """`4GiB`, `512M`, `1e9`, `123456` -> bytes (binary units: K is 1,024). Raises OptionError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise OptionError(f"{text!r} is not a size in bytes", remedy="Write for example 4GiB, 512M or 1000000.")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

@@ -1,0 +1,135 @@
+"""The engine's loop: schedule -> run -> commit -> say what is new. Synchronous; one thread at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moesaic.engine.output import Delta, OutputState
+from moesaic.engine.params import SamplingParams
+from moesaic.engine.request import FinishReason, Request
+from moesaic.engine.runner import Runner, StepResult
+from moesaic.engine.sampler import TokenLogprobs, validate
+from moesaic.engine.scheduler import Chunk, Scheduler, Step
+from moesaic.errors import RequestError
+from moesaic.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Stats:
+    """Counts since the engine was made. near_ties: choices that a rounding of the logits could have turned."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    near_ties: int = 0
+
+
+class Engine:
+    """Requests in, deltas out. `tokenizer` None means token ids only: no text, no stop strings."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None,
+                 eos_token_ids: frozenset[int], seed: int = 0) -> None:  # fmt: skip
+        self.scheduler, self.runner, self.tokenizer, self.eos_token_ids = scheduler, runner, tokenizer, eos_token_ids
+        self.vocab = runner.model.spec.vocab
+        self.stats = Stats()
+        self.states: dict[str, OutputState] = {}
+        self.seeds = random.Random(seed)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, index: int = 0) -> Request:
+        """Queues one completion. index: which of `n` completions, so that one seed gives n different ones.
+
+        Raises RequestError for what this model or cache can never serve; then nothing was queued.
+        """
+        validate(params, self.vocab)
+        wrong = next((token for token in prompt if not 0 <= token < self.vocab), None)
+        if wrong is not None:
+            raise RequestError(f"token id {wrong} is not in [0, {self.vocab})", where="prompt", remedy="Check the ids.")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer", where="stop", remedy="Use stop_token_ids.")
+        seed = self.seeds.getrandbits(62) if params.seed is None else params.seed
+        request = Request(request_id, prompt, params, self.eos_token_ids, mix(seed, index))
+        self.scheduler.add(request)
+        self.states[request_id] = OutputState(request, self.tokenizer)
+        return request
+
+    def abort(self, request_id: str) -> None:
+        """Frees the request at once; it yields nothing more. Unknown or ended ids are ignored."""
+        self.scheduler.abort(request_id)
+        self.states.pop(request_id, None)
+
+    def step(self) -> list[Delta]:
+        """One forward pass. Returns what is new, empty where there was nothing to do."""
+        step = self.scheduler.schedule()
+        if step is None:
+            return []
+        try:
+            result = self.runner.run(step)
+        except BaseException:
+            self.scheduler.discard(step)
+            raise
+        return self.commit(step, result)
+
+    def commit(self, step: Step, result: StepResult) -> list[Delta]:
+        """Records a step that ran and turns it into deltas."""
+        sampling = [chunk for chunk in step.chunks if chunk.sample]
+        deltas = [self.fail(sampling[i].request) for i in result.sampled.failed]
+        for request_id, found in result.prompt.items():
+            state = self.states.get(request_id)
+            if state is not None and state.prompt_logprobs is not None:
+                state.prompt_logprobs += found
+        self.scheduler.commit(step, result.sampled.tokens)
+        for i, chunk in enumerate(sampling):
+            if chunk.request.id in self.states:
+                deltas.append(self.delta(chunk.request, result.sampled.tokens[i], result.sampled.logprobs[i]))
+        self.count(step, sampling, result)
+        return deltas
+
+    def delta(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Delta:
+        """The request's new token as text; ends the request at a stop string."""
+        state = self.states[request.id]
+        text, hit = state.push(token)
+        if hit is not None and request.finish_reason is None:
+            self.scheduler.finish(request, FinishReason.STOP, hit)
+        if request.finish_reason is not None and hit is None:
+            rest, hit = state.finish()
+            text += rest
+        if request.finish_reason is not None:
+            del self.states[request.id]
+        return Delta(
+            request.id, text, (token,), () if logprobs is None else (logprobs,), state.take_prompt_logprobs(),
+            FinishReason.STOP if hit else request.finish_reason, hit or request.stop_reason,
+            request.cached_prompt_tokens,
+        )  # fmt: skip
+
+    def fail(self, request: Request) -> Delta:
+        """Ends one request whose logits are not numbers; the others go on."""
+        self.scheduler.finish(request, FinishReason.ERROR)
+        self.states.pop(request.id, None)
+        return Delta(request.id, "", (), finish_reason=FinishReason.ERROR, error="the model produced no valid logits")
+
+    def count(self, step: Step, sampling: list[Chunk], result: StepResult) -> None:
+        stats = self.stats
+        stats.steps += 1
+        stats.generated_tokens += len(sampling)
+        if not step.decode:
+            stats.prompt_tokens += sum(min(c.count, max(0, c.request.num_prompt - c.start)) for c in step.chunks)
+        stats.preemptions += len(step.preempted)
+        if self.runner.count_near_ties:
+            stats.near_ties += sum(result.sampled.near_tie)
+
+    def check(self) -> None:
+        """Every invariant of scheduler and cache; AssertionError where one is broken."""
+        self.scheduler.check()
+
+
+def mix(seed: int, index: int) -> int:
+    """Distinct streams for the completions of one request."""
+    return (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)

@@ -1,0 +1,114 @@
+"""From options to a running engine: what memory allows, what the checkpoint says, what is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.config import EngineConfig
+from moesaic.contracts.contract import Need
+from moesaic.contracts.spec import ModelSpec
+from moesaic.engine.blocks import BlockManager
+from moesaic.engine.engine import Engine
+from moesaic.engine.runner import Runner
+from moesaic.engine.scheduler import Scheduler, SchedulerConfig
+from moesaic.errors import CapacityError, OptionError
+from moesaic.hardware import Hardware, local_cpu
+from moesaic.layers.kv_pool import KVPool, block_bytes
+from moesaic.models.build import Built, build, choose_dtype, describe
+from moesaic.models.checkpoint import Checkpoint
+from moesaic.text.tokenizer import Tokenizer
+
+CHUNK = 256
+"""Fixed prefill chunk of the deterministic mode, in tokens."""
+DEFAULT_CPU_POOL = 1 << 30
+"""On a CPU the pool shares memory with everything else: it takes this many bytes at most unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """An engine and what was decided for it, to be shown to whoever asks."""
+
+    engine: Engine
+    built: Built
+    hardware: Hardware
+    blocks: int
+    max_model_len: int
+
+    def summary(self) -> str:
+        spec, report = self.built.model.spec, self.built.report
+        dtype = str(self.built.dtype).removeprefix("torch.")
+        pool = self.engine.runner.pool
+        return (
+            f"{spec.architecture}, {len(spec.layers)} layers + {len(spec.drafts)} draft, "
+            f"{report.bytes / 2**20:.1f} MiB read in {report.seconds:.2f} s; "
+            f"{dtype} on {self.hardware.name}; KV pool {pool.nbytes / 2**20:.0f} MiB = {self.blocks * pool.block_size} "
+            f"tokens; longest request {self.max_model_len}"
+        )
+
+
+def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | None) -> Launched:
+    """Builds the engine of an open checkpoint. Raises the typed errors of every stage."""
+    spec, hardware = describe(checkpoint.config), local_cpu()
+    dtype = choose_dtype(config.dtype, spec, hardware)
+    need = Need(hardware.device, dtype, config.deterministic, hardware.features)
+    length = min(config.max_model_len or spec.max_length, spec.max_length)
+    if config.max_model_len and config.max_model_len > spec.max_length:
+        raise OptionError(
+            f"{config.max_model_len} tokens exceed the model's {spec.max_length}",
+            where="--max-model-len", remedy=f"Use {spec.max_length} or less.",
+        )  # fmt: skip
+    wishes = {} if config.experts == "auto" else {"experts": config.experts}
+    built = build(checkpoint, spec, need, length, wishes=wishes, progress=config.progress)
+    blocks = count_blocks(config, built, length)
+    if config.max_model_len is None:
+        length = min(length, (blocks - 1) * config.block_size)
+    like = torch.empty(0, dtype=built.dtype, device=need.device)
+    pool = KVPool(built.model.kv_widths(), blocks, config.block_size, like)
+    runner = Runner(built.model, pool, like.device, count_near_ties=not config.deterministic)
+    scheduler = Scheduler(limits(config, length), BlockManager(blocks, config.block_size, config.prefix_cache))
+    engine = Engine(scheduler, runner, tokenizer, end_tokens(checkpoint, spec, tokenizer), config.seed)
+    return Launched(engine, built, hardware, blocks, length)
+
+
+def limits(config: EngineConfig, length: int) -> SchedulerConfig:
+    chunk = min(CHUNK, config.max_num_batched_tokens) if config.deterministic else None
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=length, chunk_size=chunk,
+    )  # fmt: skip
+
+
+def count_blocks(config: EngineConfig, built: Built, length: int) -> int:
+    """How many blocks the pool gets; one is reserved as the target of padding.
+
+    Never more than all running requests at full length need. Raises CapacityError where a demanded length does not fit.
+    """
+    bytes_each = block_bytes(built.model.kv_widths(), config.block_size, built.dtype.itemsize)
+    per_request = -(-length // config.block_size)
+    if config.kv_memory is not None:
+        budget = config.kv_memory
+    else:
+        free = int(local_cpu().memory * config.gpu_memory_utilization)
+        budget = min(free, max(DEFAULT_CPU_POOL, (per_request + 1) * bytes_each if config.max_model_len else 0))
+    blocks = min(budget // bytes_each, per_request * config.max_num_seqs + 1)
+    needed = per_request + 1 if config.max_model_len else 2
+    if blocks < needed:
+        raise CapacityError(
+            f"the KV pool of {budget / 2**20:.1f} MiB holds {blocks} blocks of {config.block_size} tokens "
+            f"({bytes_each} bytes each), but {needed} are needed",
+            where="--kv-memory", remedy="Give it more memory, or lower --max-model-len.",
+        )  # fmt: skip
+    return blocks
+
+
+def end_tokens(checkpoint: Checkpoint, spec: ModelSpec, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The ids that end an answer: generation_config.json's, else config.json's, else the tokenizer's."""
+    stated = checkpoint.generation_config.get("eos_token_id")
+    if stated is not None:
+        ids = stated if isinstance(stated, list) else [stated]
+        return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < spec.vocab)
+    if spec.eos_token_ids:
+        return frozenset(spec.eos_token_ids)
+    return frozenset() if tokenizer is None or tokenizer.eos_id is None else frozenset({tokenizer.eos_id})

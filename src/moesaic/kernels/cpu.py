@@ -1,0 +1,144 @@
+"""The CPU backend: torch's own fused and threaded kernels, arranged so that few of them run.
+
+Experts: rows sorted by expert, one GEMM pair per touched expert. Decode attention: one gather of pool rows, two batched
+products. Matrix products go to oneDNN / MKL, which use AVX-512 BF16 (or AMX) for BF16 where the chip has it.
+Shape letters as in `ops.py`; R is T x A routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesaic.contracts.contract import Contract
+from moesaic.contracts.spec import RouterSpec
+from moesaic.kernels.ops import AttentionBatch, KVView
+from moesaic.kernels.reference import keep_best_groups, visible
+
+ROW_WISE = ("rms_norm", "add_rms_norm", "rotate", "silu_mul", "route")
+BATCHED = ("linear", "experts", "attend_paged", "attend_dense")
+CONTRACTS = tuple(
+    Contract(op, "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=op in ROW_WISE, rank=10)
+    for op in ROW_WISE + BATCHED
+)
+
+
+def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    return F.linear(x_TD, w_ND, bias_N)
+
+
+def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x_TD, (x_TD.shape[-1],), w_D, eps)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total_TD = x_TD + residual_TD
+    return F.rms_norm(total_TD, (total_TD.shape[-1],), w_D, eps), total_TD
+
+
+def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool) -> Tensor:
+    cos, sin = cos_TD[:, None], sin_TD[:, None]
+    first, second = (x_THD[..., 0::2], x_THD[..., 1::2]) if interleaved else x_THD.chunk(2, -1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned if turned.dtype == x_THD.dtype else turned.to(x_THD.dtype)
+
+
+def silu_mul(gate_up_TI: Tensor) -> Tensor:
+    half = gate_up_TI.shape[-1] // 2
+    return F.silu(gate_up_TI[..., :half]).mul_(gate_up_TI[..., half:])
+
+
+def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    logits = logits_TE.float()
+    scores_TE = torch.softmax(logits, -1) if spec.scoring == "softmax" else torch.sigmoid(logits)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if spec.groups > 1:
+        choice_TE = keep_best_groups(choice_TE, spec)
+    ids_TA = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
+    weights_TA = scores_TE.gather(1, ids_TA)
+    if spec.renormalize:
+        weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True).add_(1e-20)
+    if spec.scale != 1.0:
+        weights_TA = weights_TA * spec.scale
+    return ids_TA.to(torch.int32), weights_TA
+
+
+def experts(x_TD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    order_R, x_RD, counts = sort_rows(x_TD, ids_TA, len(w13_EID))
+    y_RD = torch.empty_like(x_RD)
+    at = counts[0]
+    y_RD[:at] = 0
+    for e, count in enumerate(counts[1:]):
+        if count:
+            rows = slice(at, at + count)
+            torch.mm(silu_mul(F.linear(x_RD[rows], w13_EID[e])), w2_EDI[e].t(), out=y_RD[rows])
+            at += count
+    return weigh_and_sum(y_RD, order_R, weights_TA)
+
+
+def sort_rows(x_TD: Tensor, ids_TA: Tensor, experts_: int) -> tuple[Tensor, Tensor, list[int]]:
+    """(order [R], x gathered in that order [R, D], row counts per expert after a leading count of padding rows)."""
+    flat_R = ids_TA.reshape(-1)
+    order_R = flat_R.argsort(stable=True)
+    counts = torch.bincount(flat_R + 1, minlength=experts_ + 1).tolist()
+    return order_R, x_TD.index_select(0, order_R // ids_TA.shape[1]), counts
+
+
+def weigh_and_sum(y_RD: Tensor, order_R: Tensor, weights_TA: Tensor) -> Tensor:
+    """Rows in expert order -> token order, weighted and reduced over A in FP32, in the rows' dtype."""
+    tokens, top_k = weights_TA.shape
+    back_TAD = torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(tokens, top_k, -1)
+    if y_RD.dtype == torch.float32:
+        return torch.bmm(weights_TA[:, None], back_TAD)[:, 0]
+    return (back_TAD.float() * weights_TA[..., None]).sum(1).to(y_RD.dtype)
+
+
+def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
+                 window: int | None = None) -> Tensor:  # fmt: skip
+    if batch.decodes == len(q_THK):
+        return decode(q_THK, pool_PW, batch, view, scale, window)
+    out_THV = q_THK.new_empty(*q_THK.shape[:2], view.value_dim)
+    if batch.decodes:
+        out_THV[: batch.decodes] = decode(q_THK[: batch.decodes], pool_PW, batch, view, scale, window)
+    for s in range(batch.decodes, len(batch.spans)):
+        span = batch.spans[s]
+        k_LGK, v_LGV = context(pool_PW.index_select(0, batch.slots_SL[s, : span.length]), view)
+        rows = slice(span.start, span.start + span.count)
+        out_THV[rows] = attend_dense(q_THK[rows], k_LGK, v_LGV, scale, window)
+    return out_THV
+
+
+def context(rows_LW: Tensor, view: KVView) -> tuple[Tensor, Tensor]:
+    """Pool rows [..., W] -> (keys [..., G, K], values [..., G, V]); views, nothing is copied."""
+    values = slice(view.value_at, view.value_at + view.kv_heads * view.value_dim)
+    k = rows_LW[..., : view.kv_heads * view.key_dim].unflatten(-1, (view.kv_heads, view.key_dim))
+    return k, rows_LW[..., values].unflatten(-1, (view.kv_heads, view.value_dim))
+
+
+def decode(q_SHK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
+           window: int | None) -> Tensor:  # fmt: skip
+    """One query per sequence: gather every context, padded to the longest, and mask."""
+    sequences, heads, _ = q_SHK.shape
+    longest = max(span.length for span in batch.spans[:sequences])
+    rows_SLW = pool_PW.index_select(0, batch.slots_SL[:sequences, :longest].reshape(-1)).view(sequences, longest, -1)
+    k_SLGK, v_SLGV = context(rows_SLW, view)
+    q_SGRK = q_SHK.view(sequences, view.kv_heads, heads // view.kv_heads, -1)
+    scores = torch.matmul(q_SGRK, k_SLGK.permute(0, 2, 3, 1)).float().mul_(scale)
+    at_L, length_S1 = torch.arange(longest), batch.lengths_S[:sequences, None]
+    hidden_SL = at_L >= length_S1
+    if window is not None:
+        hidden_SL |= at_L < length_S1 - window
+    scores.masked_fill_(hidden_SL[:, None, None], float("-inf"))
+    probabilities = torch.softmax(scores, -1).to(q_SHK.dtype)
+    return torch.matmul(probabilities, v_SLGV.permute(0, 2, 1, 3)).view(sequences, heads, -1)
+
+
+def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float, window: int | None = None) -> Tensor:
+    queries, length = len(q_THK), len(k_LHK)
+    causal = queries == length and window is None
+    mask = None if causal else visible(queries, length, window, q_THK.device)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_LHK, v_LHV))
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return y[0].transpose(0, 1)

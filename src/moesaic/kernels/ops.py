@@ -1,0 +1,118 @@
+"""The ops: every computation that a backend may implement, as one typed vocabulary.
+
+`reference.py` holds a plain torch twin of each, under the same name. A backend implements any subset. A model gets one
+`Ops` object, filled at build time by `registry.select`, and calls nothing else for heavy work.
+
+Shape letters: T tokens, D hidden (or any feature) size, N outputs, E experts, I expert width, A experts per token,
+H query heads, G kv heads, K key size, V value size, L context length, S sequences, P slots of the KV pool, W pool row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from moesaic.contracts.spec import RouterSpec
+
+OP_NAMES = ("linear", "rms_norm", "add_rms_norm", "rotate", "silu_mul", "route", "experts", "attend_paged",
+            "attend_dense")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one sequence in a step: queries are its last `count` of `length` positions."""
+
+    start: int
+    count: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where each sequence's context lies in the KV pool. Made once per step, read by every layer, never mutated.
+
+    spans: one per sequence, in row order; the first `decodes` of them have count == 1.
+    slots_SL: INT64 pool slot of position l of sequence s, padded with 0 on the right.
+    lengths_S: INT64 context lengths (equal to the spans' lengths).
+    """
+
+    spans: tuple[Span, ...]
+    decodes: int
+    slots_SL: Tensor
+    lengths_S: Tensor
+
+    def decoding(self) -> AttentionBatch:
+        """The sequences at the front that decode, alone."""
+        return replace(self, spans=self.spans[: self.decodes])
+
+
+@dataclass(frozen=True, slots=True)
+class KVView:
+    """How attention reads one pool row: `kv_heads` keys of `key_dim` from 0, values of `value_dim` from `value_at`.
+
+    In the absorbed form of MLA the value *is* the first part of the key: value_at == 0 with one kv head.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_at: int
+    value_dim: int
+
+
+class Ops(Protocol):
+    """The callable vocabulary. All inputs are read-only unless said; outputs are fresh tensors."""
+
+    def linear(self, x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """x w^T + bias in x's dtype, accumulated in FP32. -> [T, N]."""
+        ...
+
+    def rms_norm(self, x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * w over the last axis, in FP32, rounded once to x's dtype."""
+        ...
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype first."""
+        ...
+
+    def rotate(self, x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool) -> Tensor:
+        """Rotary embedding of the last axis (cos and sin hold D/2 FP32 columns).
+
+        Pairs are (i, i + D/2), or (2i, 2i+1) where interleaved; either way the output holds all first elements, then
+        all second ones (a fixed permutation common to queries and keys, which their products do not see).
+        """
+        ...
+
+    def silu_mul(self, gate_up_TI: Tensor) -> Tensor:
+        """[T, 2I] holding gate then up -> silu(gate) * up, [T, I]."""
+        ...
+
+    def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+        """Router logits (FP32 or BF16) -> ids INT32 [T, A] and weights FP32 [T, A], the factor included.
+
+        Ties go to the lower expert id. Order of a row's experts: by selection score, descending.
+        """
+        ...
+
+    def experts(self, x_TD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+        """sum over a of weights[t,a] * expert[ids[t,a]](x[t]), an expert being w2 (silu(gate x) * (up x)).
+
+        w13 [E, 2I, D] holds gate rows then up rows; w2 [E, D, I]. Ids are local; -1 contributes nothing.
+        Layout `tokens` in, `tokens` out; applies top-k weights to the output and reduces over A in FP32.
+        """
+        ...
+
+    def attend_paged(self, q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
+                     window: int | None = None) -> Tensor:  # fmt: skip
+        """Causal attention of every row over its sequence's rows of the pool (already written). -> [T, H, V].
+
+        A query at position p sees positions max(0, p - window + 1) .. p. Softmax in FP32.
+        """
+        ...
+
+    def attend_dense(self, q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float,
+                     window: int | None = None) -> Tensor:  # fmt: skip
+        """Causal attention of one sequence given explicit keys and values per query head: queries are the last T of
+        L positions. -> [T, H, V]."""
+        ...

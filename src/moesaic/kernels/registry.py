@@ -1,0 +1,68 @@
+"""Choosing a backend for every op, once, when a model is built; and being able to say why.
+
+The choice is a function of contracts (data) and a need. A user's explicit wish that cannot be honoured is an error that
+names the reason and what works; it is never overridden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import cast
+
+from moesaic.contracts.contract import Choice, Contract, Need, Rejection
+from moesaic.errors import OptionError
+from moesaic.kernels.ops import OP_NAMES, Ops
+
+BACKENDS = ("cpu", "cpu_invariant", "reference")
+"""Every backend file of this folder. Order does not matter: contracts carry their rank."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen ops and the reason for each choice."""
+
+    ops: Ops
+    choices: tuple[Choice, ...]
+
+    def explain(self) -> str:
+        return "\n".join(choice.explain() for choice in self.choices)
+
+
+def select(need: Need, wishes: Mapping[str, str] | None = None) -> Selection:
+    """The best backend of each op for this need. `wishes` maps an op to the backend that the user demands.
+
+    Raises OptionError for a wish that names no backend or one that cannot serve the need.
+    """
+    modules = {name: import_module(f"moesaic.kernels.{name}") for name in BACKENDS}
+    wishes = wishes or {}
+    choices = [choose(op, candidates(op, modules), need, wishes.get(op)) for op in OP_NAMES]
+    chosen = {choice.op: getattr(modules[choice.chosen], choice.op) for choice in choices}
+    return Selection(cast(Ops, SimpleNamespace(**chosen)), tuple(choices))
+
+
+def candidates(op: str, modules: Mapping[str, ModuleType]) -> list[Contract]:
+    """The contracts of an op, best rank first."""
+    every = (contract for module in modules.values() for contract in module.CONTRACTS if contract.op == op)
+    return sorted(every, key=lambda contract: contract.rank)
+
+
+def choose(op: str, contracts: list[Contract], need: Need, wish: str | None) -> Choice:
+    """The first contract without a miss, or the wished-for one; every other with its reason."""
+    misses = {contract.backend: contract.misses(need) for contract in contracts}
+    able = [name for name, miss in misses.items() if miss is None]
+    if wish is not None and wish not in able:
+        reason = misses.get(wish) or f"there is no such backend for {op!r}"
+        remedy = f"Works here: {', '.join(able)}."
+        raise OptionError(f"{wish!r} cannot be used: {reason}", where=f"--{op}", remedy=remedy)
+    if not able:
+        raise OptionError(f"no kernel for {op!r}: {misses}", where=f"{need.device}/{need.dtype}")
+    chosen = wish or able[0]
+    rejected = tuple(
+        Rejection(name, miss or ("another was asked for" if wish else f"{chosen} is preferred"))
+        for name, miss in misses.items()
+        if name != chosen
+    )
+    return Choice(op, chosen, rejected)

@@ -1,0 +1,97 @@
+"""Multi-head latent attention: the plain path (prefill) and the absorbed path (decode over the latent cache).
+
+The pool holds, per token, the normalised latent c (R elements) and the rotated shared key (P elements). With
+kv_b = [W_k; W_v] per head:
+    plain:     k = W_k c, v = W_v c per head, then ordinary attention: fewer operations for many queries;
+    absorbed:  q' = W_k^T q, scores = q' . c + q_rope . k_rope, y = W_v (sum of weights times c): reads the latent only.
+Both are the same number up to rounding (DeepSeek-V2, arXiv 2405.04434 section 2.1.2).
+Letters: T tokens, L context, H heads, N nope size, P rope size, R latent rank, V value size, W = R + P pool row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesaic.contracts.spec import MLASpec
+from moesaic.kernels.ops import AttentionBatch, KVView, Ops
+from moesaic.layers.linear import Linear, Norm, Sources
+from moesaic.layers.step import LayerInput
+
+
+class MLA:
+    """`one_path` uses the absorbed path for every row, so that a token's result does not depend on its phase."""
+
+    def __init__(self, spec: MLASpec, layer: int, ops: Ops, like: Tensor, one_path: bool = False) -> None:
+        self.spec, self.layer, self.ops, self.one_path = spec, layer, ops, one_path
+        latent = (spec.q_a, spec.kv_a) if spec.q_a else (spec.kv_a,)
+        self.down = Linear(latent, ops, like)
+        self.q_rank = spec.q_a.outputs if spec.q_a else 0
+        eps = spec.latent_norm_eps
+        self.q_norm = Norm(spec.q_a_norm, self.q_rank, eps, ops, like) if spec.q_a_norm else None
+        self.kv_norm = Norm(spec.kv_a_norm, spec.kv_rank, eps, ops, like)
+        self.q_b, self.kv_b, self.o = (Linear((part,), ops, like) for part in (spec.q_b, spec.kv_b, spec.o))
+        self.view = KVView(1, spec.kv_rank + spec.rope_dim, value_at=0, value_dim=spec.kv_rank)
+
+    def __call__(self, x_TD: Tensor, at: LayerInput) -> Tensor:
+        step, batch = at.step, at.step.attention
+        q_nope_THN, q_rope_THP, row_TW = self.project(x_TD, at)
+        pool_PW = step.pool.write(self.layer, step.slots_T, row_TW)
+        if self.one_path or batch.decodes == len(batch.spans):
+            return self.o(self.absorbed(q_nope_THN, q_rope_THP, pool_PW, batch).flatten(1))
+        y_THV = x_TD.new_empty(len(x_TD), self.spec.heads, self.spec.v_dim)
+        if count := batch.decodes:
+            y_THV[:count] = self.absorbed(q_nope_THN[:count], q_rope_THP[:count], pool_PW, batch.decoding())
+        for s in range(batch.decodes, len(batch.spans)):
+            span = batch.spans[s]
+            rows = slice(span.start, span.start + span.count)
+            context_LW = pool_PW.index_select(0, batch.slots_SL[s, : span.length])
+            y_THV[rows] = self.plain(q_nope_THN[rows], q_rope_THP[rows], context_LW)
+        return self.o(y_THV.flatten(1))
+
+    def project(self, x_TD: Tensor, at: LayerInput) -> tuple[Tensor, Tensor, Tensor]:
+        """x -> (q without position [T,H,N], rotated q [T,H,P], pool row [T,W])."""
+        spec, (cos, sin) = self.spec, at.angles[self.spec.rope]
+        down = self.down(x_TD)
+        q_in = self.q_norm(down[:, : self.q_rank]) if self.q_norm else x_TD
+        q_THK = self.q_b(q_in).view(len(x_TD), spec.heads, -1)
+        latent_TR, key_TP = down[:, self.q_rank :].split((spec.kv_rank, spec.rope_dim), 1)
+        interleaved = spec.rope.interleaved
+        q_rope_THP = self.ops.rotate(q_THK[..., spec.nope_dim :], cos, sin, interleaved)
+        key_T1P = self.ops.rotate(key_TP[:, None], cos, sin, interleaved)
+        row_TW = torch.cat([self.kv_norm(latent_TR), key_T1P[:, 0]], 1)
+        return q_THK[..., : spec.nope_dim], q_rope_THP, row_TW
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Views of kv_b: (W_k [H, N, R], W_v [H, V, R])."""
+        spec = self.spec
+        w_HXR = self.kv_b.weight_ND.view(spec.heads, spec.nope_dim + spec.v_dim, spec.kv_rank)
+        return w_HXR[:, : spec.nope_dim], w_HXR[:, spec.nope_dim :]
+
+    def absorbed(self, q_nope_THN: Tensor, q_rope_THP: Tensor, pool_PW: Tensor, batch: AttentionBatch) -> Tensor:
+        """[T, H, V] for the rows of a batch."""
+        w_k, w_v = self.halves()
+        q_THW = torch.cat([self.per_head(q_nope_THN, w_k.transpose(1, 2)), q_rope_THP], -1)
+        y_THR = self.ops.attend_paged(q_THW, pool_PW, batch, self.view, self.spec.scale)
+        return self.per_head(y_THR, w_v)
+
+    def per_head(self, x_THK: Tensor, w_HNK: Tensor) -> Tensor:
+        """Each head's own product: x [T, H, K], w [H, N, K] -> [T, H, N]."""
+        if self.one_path:
+            return torch.stack([self.ops.linear(x_THK[:, h], w_HNK[h]) for h in range(len(w_HNK))], 1)
+        return torch.bmm(x_THK.transpose(0, 1), w_HNK.transpose(1, 2)).transpose(0, 1)
+
+    def plain(self, q_nope_THN: Tensor, q_rope_THP: Tensor, context_LW: Tensor) -> Tensor:
+        """[T, H, V] for one sequence, whose last T of L context rows are the queries' own."""
+        spec = self.spec
+        latent_LR, key_LP = context_LW.split((spec.kv_rank, spec.rope_dim), 1)
+        kv_LHX = self.kv_b(latent_LR).view(len(latent_LR), spec.heads, -1)
+        k_nope, v_LHV = kv_LHX.split((spec.nope_dim, spec.v_dim), -1)
+        key_LHP = key_LP[:, None].expand(-1, spec.heads, -1)
+        k_LHK, q_THK = torch.cat([k_nope, key_LHP], -1), torch.cat([q_nope_THN, q_rope_THP], -1)
+        return self.ops.attend_dense(q_THK, k_LHK, v_LHV, spec.scale)
+
+    def sources(self) -> Sources:
+        for part in (self.down, self.q_norm, self.q_b, self.kv_norm, self.kv_b, self.o):
+            if part is not None:
+                yield from part.sources()

@@ -1,0 +1,136 @@
+"""Reading a config.json that nobody vouches for: typed access, and errors that name the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moesaic.contracts.spec import Activation, RopeSpec, Yarn
+from moesaic.errors import CheckpointError, UnsupportedError
+
+MISSING: Any = object()
+LARGEST = 1 << 40
+
+
+class Fields:
+    """A JSON object with typed getters. Every getter raises CheckpointError naming `file: field`."""
+
+    def __init__(self, values: Mapping[str, Any], file: str = "config.json") -> None:
+        self.values, self.file = values, file
+
+    def integer(self, name: str, default: Any = MISSING, least: int = 1) -> int:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < LARGEST:
+            raise self.bad(name, f"must be an integer >= {least}, not {value!r:.80}")
+        return value
+
+    def number(self, name: str, default: Any = MISSING) -> float:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.bad(name, f"must be a finite number, not {value!r:.80}")
+        return float(value)
+
+    def flag(self, name: str, default: Any = MISSING) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.bad(name, f"must be true or false, not {value!r:.80}")
+        return value
+
+    def text(self, name: str, default: Any = MISSING) -> str:
+        value = self.get(name, default)
+        if not isinstance(value, str):
+            raise self.bad(name, f"must be a string, not {value!r:.80}")
+        return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """An integer, a list of integers or null -> a tuple."""
+        value = self.get(name, None)
+        many = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in many):
+            raise self.bad(name, f"must be a non-negative integer or a list of them, not {value!r:.80}")
+        return tuple(many)
+
+    def has(self, name: str) -> bool:
+        """Present and not null."""
+        return self.values.get(name) is not None
+
+    def inner(self, name: str) -> Fields:
+        value = self.get(name)
+        if not isinstance(value, Mapping):
+            raise self.bad(name, f"must be an object, not {value!r:.80}")
+        return Fields(value, f"{self.file}: {name}")
+
+    def get(self, name: str, default: Any = MISSING) -> Any:
+        """The value; null counts as absent."""
+        value = self.values.get(name)
+        if value is not None:
+            return value
+        if default is MISSING:
+            raise self.bad(name, "is missing")
+        return default
+
+    def bad(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{name} {what}", where=self.file, remedy="Restore the file from the model's original repository."
+        )
+
+
+def rope_fields(fields: Fields) -> Fields:
+    """The rope settings in either spelling: `rope_parameters` (new), or `rope_theta` with `rope_scaling` (old)."""
+    if fields.has("rope_parameters"):
+        return fields.inner("rope_parameters")
+    scaling = dict(fields.inner("rope_scaling").values) if fields.has("rope_scaling") else {}
+    scaling.setdefault("rope_theta", fields.get("rope_theta", None))
+    return Fields(scaling, fields.file)
+
+
+def read_rope(fields: Fields, dim: int, *, interleaved: bool, default_theta: float = 10000.0) -> RopeSpec:
+    """The rotary embedding of a config. Raises UnsupportedError for a scaling that is not implemented."""
+    rope = rope_fields(fields)
+    theta = rope.number("rope_theta", default_theta)
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    dim = int(dim * rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)))
+    if kind == "default":
+        return RopeSpec(dim, theta, interleaved)
+    if kind == "linear":
+        return RopeSpec(dim, theta, interleaved, linear_factor=rope.number("factor"))
+    if kind == "yarn":
+        return RopeSpec(dim, theta, interleaved, yarn=read_yarn(rope, fields))
+    raise UnsupportedError(
+        f"rope scaling {kind!r} is not implemented", where=fields.file, remedy="Supported: default, linear, yarn."
+    )
+
+
+def read_yarn(rope: Fields, fields: Fields) -> Yarn:
+    """YaRN settings; attention factor from the config, the ratio of its two mscales, or the paper's 0.1 ln s + 1."""
+    original = rope.integer("original_max_position_embeddings", fields.get("max_position_embeddings"))
+    factor = rope.number("factor", fields.integer("max_position_embeddings") / original)
+    mscale, all_dims = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    if rope.has("attention_factor"):
+        attention = rope.number("attention_factor")
+    elif mscale and all_dims:
+        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dims)
+    else:
+        attention = yarn_mscale(factor)
+    return Yarn(
+        factor, original, rope.number("beta_fast", 32.0) or 32.0, rope.number("beta_slow", 1.0) or 1.0, attention,
+        rope.flag("truncate", True),
+    )  # fmt: skip
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """0.1 m ln(s) + 1 (arXiv 2309.00071 eq. 22, with DeepSeek's multiplier m)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def read_activation(fields: Fields) -> Activation:
+    name = fields.text("hidden_act", "silu")
+    if name not in ("silu", "swish"):
+        raise UnsupportedError(f"activation {name!r} is not implemented", where=fields.file, remedy="Supported: silu.")
+    return "silu"
+
+
+def read_dtype(fields: Fields) -> str:
+    """The name of the dtype in which the checkpoint says it was saved."""
+    return fields.text("dtype", fields.text("torch_dtype", "bfloat16")).removeprefix("torch.")

@@ -1,0 +1,17 @@
+"""All experts are here: nothing moves, global ids are local ids."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moesaic.moe.values import Dispatched, Routing
+
+
+class LocalDispatcher:
+    """Layout `tokens` on both sides. The experts already weighted and reduced, so combining is the identity."""
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+        return Dispatched(x_TD, routing.ids_TA, routing.weights_TA)
+
+    def combine(self, y_TD: Tensor, sent: Dispatched) -> Tensor:
+        return y_TD

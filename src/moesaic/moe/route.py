@@ -1,0 +1,33 @@
+"""Which experts a token goes to. Letters: T tokens, D hidden size, E experts, A experts per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesaic.contracts.spec import RouterSpec
+from moesaic.kernels.ops import Ops
+from moesaic.layers.linear import Sources
+from moesaic.moe.values import Routing
+
+
+class Router:
+    """Gate product and expert choice.
+
+    The gate runs in FP32 whatever the model computes in: expert choice is discontinuous, and DeepSeek's own code and
+    `transformers` do the same. The stored weight is widened once, when it is loaded (exact).
+    """
+
+    def __init__(self, spec: RouterSpec, hidden: int, ops: Ops, like: Tensor) -> None:
+        self.spec, self.ops = spec, ops
+        self.weight_ED = like.new_empty(spec.experts, hidden, dtype=torch.float32)
+        self.bias_E = like.new_empty(spec.experts, dtype=torch.float32) if spec.bias else None
+
+    def __call__(self, x_TD: Tensor) -> Routing:
+        logits_TE = self.ops.linear(x_TD.float(), self.weight_ED)
+        return Routing(*self.ops.route(logits_TE, self.bias_E, self.spec))
+
+    def sources(self) -> Sources:
+        yield self.spec.weight, self.weight_ED
+        if self.spec.bias and self.bias_E is not None:
+            yield self.spec.bias, self.bias_E
