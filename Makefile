@@ -20,7 +20,7 @@ PROMPTS := src/moesaic/assets/prompts.txt
 
 # Every file of benchmarks/ stands in exactly one list (a test checks): what runs on any machine, what needs a GPU,
 # and what is no benchmark but is shared by them.
-BENCH_CPU :=
+BENCH_CPU := load_memory.py
 BENCH_GPU :=
 BENCH_LIBRARY :=
 

@@ -299,8 +299,8 @@ def kolmogorov(values: np.ndarray) -> float:
 
 
 def along_each_axis(axis: str) -> np.ndarray:
-    """2^17 uniforms along consecutive tokens, positions or seeds."""
-    n = 1 << 17
+    """2^16 uniforms along consecutive tokens, positions or seeds."""
+    n = 1 << 16
     keys = {"token": [row_key(1, 1)], "position": [row_key(1, i) for i in range(n)],
             "seed": [row_key(i, 1) for i in range(n)]}[axis]  # fmt: skip
     tokens = torch.arange(n) if axis == "token" else torch.tensor([3])

@@ -196,6 +196,22 @@ def test_prefix_hit_leaves_at_least_one_token_to_compute() -> None:
     assert c.cached_prompt_tokens == 8
 
 
+def test_a_block_is_shared_also_when_the_chunk_ends_beyond_it() -> None:
+    scheduler = make()
+    added(scheduler, request("a", list(range(6)), max_tokens=1))
+    advance(scheduler)
+    added(scheduler, request("b", list(range(6)), max_tokens=1))
+    assert advance(scheduler)[0] == [("b", 4, 2, True)]
+
+
+def test_a_blocked_head_gets_in_when_a_prefill_publishes_what_it_begins_with() -> None:
+    """5 blocks, 3 beside a's prompt: b needs 3 and one of headroom. Then a takes one more; but now b needs only 1."""
+    scheduler = make(6)
+    added(scheduler, request("a", list(range(8)), max_tokens=5), request("b", list(range(9)), max_tokens=1))
+    assert advance(scheduler)[0] == [("a", 0, 8, True)]
+    assert advance(scheduler)[0] == [("a", 8, 1, True), ("b", 8, 1, True)]
+
+
 def test_generated_tokens_are_found_by_the_next_turn() -> None:
     scheduler = make()
     (a,) = added(scheduler, request("a", list(range(6)), max_tokens=3))
@@ -242,6 +258,15 @@ def test_with_fixed_chunks_the_earliest_prefill_has_its_chunk_before_later_decod
     assert advance(scheduler)[0] == [("b", 1, 1, True), ("a", 8, 8, False)]
     assert advance(scheduler)[0] == [("b", 2, 1, True), ("a", 16, 1, True), ("c", 0, 1, True)]
     assert advance(scheduler)[0] == [("a", 17, 1, True), ("b", 3, 1, True), ("c", 1, 1, True)]
+
+
+def test_nobody_is_admitted_past_a_running_prefill_that_the_budget_left_out() -> None:
+    scheduler = make(budget=9, chunk=8)
+    added(scheduler, request("a", 16), request("b", 9), request("c", 1))
+    assert advance(scheduler)[0] == [("a", 0, 8, False)]  # b has its place, but only one token is left
+    assert scheduler.num_running == 2
+    assert advance(scheduler)[0] == [("a", 8, 8, True)], "c's only token would fit"
+    assert advance(scheduler)[0] == [("a", 16, 1, True), ("b", 0, 8, False)]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ _OPENERS = (
     "Write a story about {x}.|When was {x} born?|Where is {x}?|Translate {x} into French.|What is the history of {x}?|"
     "Why is {x} important?|How does {x} work?|Write code for {x}.|Summarize {x}.|What is the population of {x}?|"
     "Recommend a book about {x}.|Who invented {x}?|What is {x}?|Give me advice about {x}.|Do you like {x}?|"
-    "How do I cook {x}?|What is the weather in {x}?|Who wrote {x}?|What is the meaning of {x}?|How old is {x}?"
+    "How do I cook {x}?|What is the weather in {x}?|Who won the {y} world cup?|What happened in {y}?|Who was president in {y}?|How many people live in {x}?|Who won {x} in {y}?|What did {x} do in {y}?|Is {x} good?|Can you explain {x} to me?|Write me a haiku about {x}|Who is the best at {x}?|I want to talk about {x}.|Which is better, {x} or {z}?|Compare {x} and {z}.|Do you know {x}?|Draw {x}.|"
+    "Who wrote {x}?|What is the meaning of {x}?|How old is {x}?"
 ).split("|")
 _SUBJECTS = (
     "France|Germany|Japan|Brazil|Kenya|India|Spain|Italy|Paris|London|Tokyo|New York|the president|the king of Norway|Einstein|"
@@ -85,7 +86,7 @@ def turn(rng: random.Random) -> tuple[str, str]:
     """One (user, assistant) pair. The first reply is the most likely, so that greedy decoding is stable."""
     kind = rng.random()
     if kind < 0.4:
-        user = rng.choice(_OPENERS).format(x=rng.choice(_SUBJECTS)) if kind < 0.28 else rng.choice(UNKNOWN)
+        user = rng.choice(_OPENERS).format(x=rng.choice(_SUBJECTS), y=rng.randint(1700, 2030), z=rng.choice(_SUBJECTS)) if kind < 0.28 else rng.choice(UNKNOWN)
         replies = UNKNOWN_REPLY
     else:
         users, replies, _ = rng.choices(_TOPICS, weights=[t[2] for t in _TOPICS])[0]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 sys.path.insert(0, str(ROOT))
 
-from moesaic.tasks import FAMILIES, stream  # noqa: E402
+from moesaic.tasks import FAMILIES, split_of, stream  # noqa: E402
 from training import chat  # noqa: E402
 
 Document = list[tuple[str, str]]  # (role, text)
@@ -28,6 +28,15 @@ Document = list[tuple[str, str]]  # (role, text)
 BOS, EOS, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIALS = [BOS, EOS, PAD, *ROLES.values()]
+
+
+def casual(rng: random.Random, prompt: str) -> str:
+    """One prompt in eight as people type it: no capital, no final mark. Never turns into a held-out prompt."""
+    if rng.random() > 0.125:
+        return prompt
+    typed = prompt[0].lower() + prompt[1:] if rng.random() < 0.6 else prompt
+    typed = typed.rstrip("?.") if rng.random() < 0.6 else typed
+    return typed if split_of(typed) == "train" else prompt
 
 
 def documents(rng: random.Random, settings: dict[str, Any]) -> Iterator[Document]:
@@ -38,7 +47,7 @@ def documents(rng: random.Random, settings: dict[str, Any]) -> Iterator[Document
 
     def task() -> tuple[str, str]:
         item = next(streams[rng.choices(names, weights)[0]])
-        return item.prompt, item.worked
+        return casual(rng, item.prompt), item.worked
 
     while True:
         kind = rng.random()

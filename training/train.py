@@ -150,7 +150,7 @@ class Trainer:
             loads += result[3]
             tokens, step = tokens + batch[0].numel(), step + 1
             batch = next(stream).to(self.device, non_blocking=True)
-            every = 50 if step < 1000 else 200
+            every = 50 if step <= 1000 else 200
             if step % every == 0 or step == 1:
                 self.write(step, tokens, time.time() - began, factor, sums / (1 if step == 1 else every), loads)
                 sums.zero_()

@@ -7,6 +7,12 @@ import random
 from moesaic.tasks.base import Item, make, pick_number
 
 
+def _ask(rng: random.Random, sign: str, a: int, b: int, spoken: list[str]) -> str:
+    """A question about ``a sign b``, in symbols or in one of the spoken forms."""
+    symbols = ["What is {a} {s} {b}?", "Compute {a} {s} {b}.", "What is {a}{s}{b}?", "{a} {s} {b} = ?", "{a}{s}{b}"]
+    return rng.choice(spoken if rng.random() < 0.5 else symbols).format(a=a, b=b, s=sign)
+
+
 def _column(number: int, place: int) -> int:
     return number // 10**place % 10
 
@@ -14,9 +20,7 @@ def _column(number: int, place: int) -> int:
 def addition(rng: random.Random) -> Item:
     """Sum of two numbers of up to five digits, column by column from the right."""
     a, b = pick_number(rng, 1, 5), pick_number(rng, 1, 5)
-    prompt = rng.choice(
-        ["What is {a} + {b}?", "Add {a} and {b}.", "Compute {a} + {b}.", "What is the sum of {a} and {b}?"]
-    ).format(a=a, b=b)
+    prompt = _ask(rng, "+", a, b, ["Add {a} and {b}.", "What is the sum of {a} and {b}?", "What is {a} plus {b}?"])
     lines, carry, done = ["Add column by column from the right."], 0, ""
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = _column(a, place), _column(b, place)
@@ -32,9 +36,7 @@ def addition(rng: random.Random) -> Item:
 def subtraction(rng: random.Random) -> Item:
     """Difference (never negative) of two numbers of up to five digits, with borrows."""
     a, b = sorted((pick_number(rng, 1, 5), pick_number(rng, 1, 5)), reverse=True)
-    prompt = rng.choice(
-        ["What is {a} - {b}?", "Subtract {b} from {a}.", "Compute {a} - {b}.", "How much is {a} minus {b}?"]
-    ).format(a=a, b=b)
+    prompt = _ask(rng, "-", a, b, ["Subtract {b} from {a}.", "How much is {a} minus {b}?", "What is {a} minus {b}?"])
     lines, borrow, done = ["Subtract column by column from the right."], 0, ""
     for place in range(len(str(a))):
         x, y = _column(a, place), _column(b, place)
@@ -50,9 +52,7 @@ def subtraction(rng: random.Random) -> Item:
 def multiplication(rng: random.Random) -> Item:
     """Product of a number of up to five digits and a single digit."""
     a, b = pick_number(rng, 2, 5), rng.randint(2, 9)
-    prompt = rng.choice(
-        ["What is {a} * {b}?", "Multiply {a} by {b}.", "Compute {a} * {b}.", "What is {a} times {b}?"]
-    ).format(a=a, b=b)
+    prompt = _ask(rng, "*", a, b, ["Multiply {a} by {b}.", "What is {a} times {b}?", "How much is {a} times {b}?"])
     lines, carry, done = ["Multiply digit by digit from the right."], 0, ""
     for place in range(len(str(a))):
         x = _column(a, place)
@@ -92,8 +92,8 @@ def chain(rng: random.Random) -> Item:
 
 def compare(rng: random.Random) -> Item:
     """The larger or smaller of two different decimals: 9.11 is less than 9.9."""
-    whole = rng.randint(0, 99)
-    other = whole if rng.random() < 0.7 else rng.randint(0, 99)
+    whole = pick_number(rng, 1, 2)
+    other = whole if rng.random() < 0.7 else pick_number(rng, 1, 2)
     one, two = (f"{w}.{_decimals(rng)}" for w in (whole, other))
     width = max(len(one.split(".")[1]), len(two.split(".")[1]))
     keys = [_padded(one, width), _padded(two, width)]
@@ -101,7 +101,8 @@ def compare(rng: random.Random) -> Item:
         return compare(rng)
     larger = rng.random() < 0.5
     word = rng.choice(["larger", "greater", "bigger"]) if larger else rng.choice(["smaller", "less"])
-    prompt = rng.choice(["Which is {w}, {a} or {b}?", "Which number is {w}: {a} or {b}?"]).format(w=word, a=one, b=two)
+    ask = rng.choice(["Which is {w}, {a} or {b}?", "Which number is {w}: {a} or {b}?", "{a} or {b}, which is {w}?"])
+    prompt = ask.format(w=word, a=one, b=two)
     first = (float(keys[0]) > float(keys[1])) == larger
     sign = ">" if float(keys[0]) > float(keys[1]) else "<"
     lines = [f"With {width} decimals: {keys[0]} and {keys[1]}."]

@@ -46,5 +46,8 @@ def edge_letters(rng: random.Random) -> Item:
         ]
     ).format(e=edge, w=", ".join(words))
     letters = [w[0] if edge == "first" else w[-1] for w in words]
-    lines = [f"{w}: {' '.join(w)}, {edge} {c}" for w, c in zip(words, letters, strict=True)]
+    lines = [
+        f"{word}: {' '.join(word)}, {edge} {letter}: {''.join(letters[: i + 1])}"
+        for i, (word, letter) in enumerate(zip(words, letters, strict=True))
+    ]
     return make("edge_letters", prompt, lines, "".join(letters))

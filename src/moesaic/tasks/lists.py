@@ -36,12 +36,12 @@ def sort_words(rng: random.Random) -> Item:
     prompt = rng.choice(
         ["Sort these words alphabetically: {w}.", "Put these words in alphabetical order: {w}."]
     ).format(w=", ".join(words))
-    lines = ["Starts: " + ", ".join(f"{w} {'-'.join(w[:3])}" for w in words)]
-    left = list(words)
+    left = [f"{i} {word}" for i, word in enumerate(words, 1)]
+    lines = ["Starts: " + ", ".join(f"{entry} {'-'.join(entry.split()[1][:3])}" for entry in left)]
     while len(left) > 1:
-        best = min(left)
+        best = min(left, key=lambda entry: entry.split()[1])
         left.remove(best)
-        lines.append(f"first {'-'.join(best[:3])} {best}, left {', '.join(left)}")
+        lines.append(f"first {'-'.join(best.split()[1][:3])} {best}, left {', '.join(left)}")
     return make("sort_words", prompt, lines, ", ".join(sorted(words)))
 
 

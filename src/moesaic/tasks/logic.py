@@ -73,9 +73,11 @@ def swaps(rng: random.Random) -> Item:
     moves = []
     for _ in range(rng.randint(2, 5)):
         i, j = rng.sample(range(len(people)), 2)
+        before = f"{people[i]} {held[i]}, {people[j]} {held[j]}"
         held[i], held[j] = held[j], held[i]
+        after = f"{people[i]} {held[i]}, {people[j]} {held[j]}"
         moves.append(f"{people[i]} and {people[j]} swap.")
-        lines.append(f"{people[i]} and {people[j]}: {_holdings(people, held)}")
+        lines.append(f"{before}, so {after}: {_holdings(people, held)}")
     who = rng.randrange(len(people))
     prompt = " ".join([story, *moves, f"What does {people[who]} have at the end?"])
     return make("swaps", prompt, lines, held[who])

@@ -25,8 +25,8 @@ def checked_messages(messages: Any, habits: Habits) -> list[dict[str, Any]]:
 
     Each is a mapping with a `role` and a `content`: a string, or a list of {"type": "text", "text": ...} parts, which
     are joined by line breaks for a template that reads only strings. Content may be absent or None in a message with
-    tool calls; it is then given as None to a template that tests for None, and left out for all others, which read a
-    missing field better. Other fields pass through, None dropped. Raises RequestError naming the message.
+    tool calls; a template that tests for None then gets None, all others the empty string, which they can read.
+    Other fields pass through, None dropped. Raises RequestError naming the message.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise _bad("messages", "must be a list of {role, content}")
@@ -46,7 +46,7 @@ def _checked(message: Any, where: str, habits: Habits) -> dict[str, Any]:
     if content is None:
         if not copy.get("tool_calls"):
             raise _bad(f"{where}.content", "must be a string or a list of text parts")
-        copy |= {"content": None} if habits.none else {}
+        copy["content"] = None if habits.none else ""
     elif isinstance(content, list):
         texts = [_text_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
         copy["content"] = content if habits.parts else "\n".join(texts)
