@@ -81,10 +81,9 @@ class Engine:
         """Records a step that ran and turns it into deltas."""
         sampling = [chunk for chunk in step.chunks if chunk.sample]
         deltas = [self.fail(sampling[i].request) for i in result.sampled.failed]
-        for request_id, found in result.prompt.items():
-            state = self.states.get(request_id)
-            if state is not None and state.prompt_logprobs is not None:
-                state.prompt_logprobs += found
+        for request_id, (start, found) in result.prompt.items():
+            if request_id in self.states:
+                self.states[request_id].add_prompt_logprobs(start, found)
         self.scheduler.commit(step, result.sampled.tokens)
         for i, chunk in enumerate(sampling):
             if chunk.request.id in self.states:

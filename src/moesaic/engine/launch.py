@@ -16,7 +16,7 @@ from moesaic.engine.scheduler import Scheduler, SchedulerConfig
 from moesaic.errors import CapacityError, OptionError
 from moesaic.hardware import Hardware, local_cpu
 from moesaic.layers.kv_pool import KVPool, block_bytes
-from moesaic.models.build import Built, build, choose_dtype, describe
+from moesaic.models.build import Built, build, choose_dtype, spec_of
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.text.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ class Launched:
 
 def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | None) -> Launched:
     """Builds the engine of an open checkpoint. Raises the typed errors of every stage."""
-    spec, hardware = describe(checkpoint.config), local_cpu()
+    spec, hardware = spec_of(checkpoint.config), local_cpu()
     dtype = choose_dtype(config.dtype, spec, hardware)
     need = Need(hardware.device, dtype, config.deterministic, hardware.features)
     length = min(config.max_model_len or spec.max_length, spec.max_length)

@@ -61,6 +61,11 @@ class OutputState:
             text += "" if hit else self.stops.flush()
         return text, hit
 
+    def add_prompt_logprobs(self, start: int, found: list[TokenLogprobs]) -> None:
+        """Entries from prompt position `start` on; positions already known (recomputed after preemption) are skipped."""
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs += found[len(self.prompt_logprobs) - start :]
+
     def take_prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
         """The prompt's log-probs, once."""
         found, self.prompt_logprobs = self.prompt_logprobs, None

@@ -18,11 +18,11 @@ from moesaic.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class StepResult:
-    """sampled: one entry per sampling chunk, in their order. prompt: per request id, log-probs of the prompt positions
-    this step went through (of the tokens *after* its rows, as far as they are prompt)."""
+    """sampled: one entry per sampling chunk, in their order. prompt: per request id, the position of the first entry
+    and log-probs of the prompt tokens from there on (a row predicts the token after it)."""
 
     sampled: Sampled
-    prompt: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt: dict[str, tuple[int, list[TokenLogprobs]]] = field(default_factory=dict)
 
 
 class Runner:
@@ -46,16 +46,19 @@ class Runner:
         rows = [sampler_row(chunk) for chunk, _ in sampling]
         return StepResult(sample(self.model.logits(hidden_TD), rows, count_near_ties=self.count_near_ties), prompt)
 
-    def prompt_logprobs(self, step: Step, inputs: StepInput, hidden_TD: Tensor) -> dict[str, list[TokenLogprobs]]:
+    def prompt_logprobs(
+        self, step: Step, inputs: StepInput, hidden_TD: Tensor
+    ) -> dict[str, tuple[int, list[TokenLogprobs]]]:
         """For the chunks whose request asked: row at position p predicts the prompt token p + 1."""
-        found: dict[str, list[TokenLogprobs]] = {}
+        found: dict[str, tuple[int, list[TokenLogprobs]]] = {}
         for chunk, span in zip(step.chunks, inputs.attention.spans, strict=True):
             request, top = chunk.request, chunk.request.params.prompt_logprobs
             targets = request.prompt[chunk.start + 1 : chunk.start + chunk.count + 1]
             if top is not None and targets:
                 rows_RD = hidden_TD[span.start : span.start + len(targets)]
                 targets_R = torch.tensor(targets, device=self.device)
-                found[request.id] = prompt_logprobs(self.model.logits(rows_RD), targets_R, top)
+                entries = prompt_logprobs(self.model.logits(rows_RD), targets_R, top)
+                found[request.id] = chunk.start + 1, entries
         return found
 
 

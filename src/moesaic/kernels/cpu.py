@@ -16,8 +16,8 @@ from moesaic.contracts.spec import RouterSpec
 from moesaic.kernels.ops import AttentionBatch, KVView
 from moesaic.kernels.reference import keep_best_groups, visible
 
-ROW_WISE = ("rms_norm", "add_rms_norm", "rotate", "silu_mul", "route")
-BATCHED = ("linear", "experts", "attend_paged", "attend_dense")
+ROW_WISE = ("rms_norm", "add_rms_norm", "rotate")
+BATCHED = ("linear", "silu_mul", "route", "experts", "attend_paged", "attend_dense")
 CONTRACTS = tuple(
     Contract(op, "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=op in ROW_WISE, rank=10)
     for op in ROW_WISE + BATCHED
@@ -46,12 +46,20 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool) -> 
 
 def silu_mul(gate_up_TI: Tensor) -> Tensor:
     half = gate_up_TI.shape[-1] // 2
-    return F.silu(gate_up_TI[..., :half]).mul_(gate_up_TI[..., half:])
+    if gate_up_TI.dtype == torch.float32:
+        return F.silu(gate_up_TI[..., :half]).mul_(gate_up_TI[..., half:])
+    wide = gate_up_TI.float()  # rounded once, not after each of three operations
+    return F.silu(wide[..., :half]).mul_(wide[..., half:]).to(gate_up_TI.dtype)
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     logits = logits_TE.float()
     scores_TE = torch.softmax(logits, -1) if spec.scoring == "softmax" else torch.sigmoid(logits)
+    return choose(scores_TE, bias_E, spec)
+
+
+def choose(scores_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Scores -> (ids INT32 [T, A], weights FP32 [T, A]); only comparisons and correctly rounded arithmetic."""
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if spec.groups > 1:
         choice_TE = keep_best_groups(choice_TE, spec)
@@ -88,7 +96,7 @@ def sort_rows(x_TD: Tensor, ids_TA: Tensor, experts_: int) -> tuple[Tensor, Tens
 def weigh_and_sum(y_RD: Tensor, order_R: Tensor, weights_TA: Tensor) -> Tensor:
     """Rows in expert order -> token order, weighted and reduced over A in FP32, in the rows' dtype."""
     tokens, top_k = weights_TA.shape
-    back_TAD = torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(tokens, top_k, -1)
+    back_TAD = torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(tokens, top_k, y_RD.shape[1])
     if y_RD.dtype == torch.float32:
         return torch.bmm(weights_TA[:, None], back_TAD)[:, 0]
     return (back_TAD.float() * weights_TA[..., None]).sum(1).to(y_RD.dtype)

@@ -37,7 +37,7 @@ def architectures() -> list[str]:
     return [f.stem for f in files if "\ndef describe(config" in f.read_text(encoding="utf-8")]
 
 
-def describe(config: Mapping[str, Any]) -> ModelSpec:
+def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a config.json. Raises UnsupportedError for a model type or a quantisation that is not known."""
     kind = config.get("model_type")
     known = architectures()
