@@ -20,9 +20,12 @@ PROMPTS := src/moesaic/assets/prompts.txt
 
 # Every file of benchmarks/ stands in exactly one list (a test checks): what runs on any machine, what needs a GPU,
 # and what is no benchmark but is shared by them.
-BENCH_CPU := load_memory.py
+BENCH_CPU := load_memory.py cpu_generate.py sensitivity.py
 BENCH_GPU :=
-BENCH_LIBRARY :=
+BENCH_LIBRARY := machine.py
+
+# Two test processes of one thread each: small tensors gain nothing from threads, and lose much on a busy machine.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: help setup run test test-long test-gpu check bench docs train-tiny dist clean distclean
 
@@ -43,7 +46,7 @@ run: $(STAMP) ## answer a fixed set of prompts with the embedded model
 	$(PY) -m moesaic generate --file $(PROMPTS)
 
 test: $(STAMP) ## the tests (at most 10 minutes on 2 cores)
-	$(PY) -m pytest --durations=10
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --durations=10
 
 test-long: $(STAMP) ## the tests that are too slow for `make test`
 	$(PY) -m pytest -m "long and not gpu" --timeout 7200 --durations=20
@@ -61,6 +64,7 @@ bench: $(STAMP) ## the benchmarks that run on a CPU
 
 docs: $(STAMP) ## regenerate what is drawn and tabulated from the code
 	$(PY) -m scripts.draw_structure
+	$(PY) -m scripts.readme_tables
 
 train-tiny: $(STAMP) ## train the embedded model again (needs a GPU)
 	$(PY) -m training.train --out src/moesaic/assets/tiny

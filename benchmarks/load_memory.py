@@ -45,7 +45,7 @@ def load_slots(checkpoint: Checkpoint, dtype: torch.dtype) -> list[torch.Tensor]
 
 
 def copy_mapped(checkpoint: Checkpoint, dtype: torch.dtype) -> list[torch.Tensor]:
-    """The peer: the safetensors package maps a shard, and its tensors are copied into the same parameters, unchecked."""
+    """The peer: the safetensors package maps a shard; its tensors are copied into the same parameters, unchecked."""
     parameters, slots = make_slots(checkpoint, dtype)
     dest = {slot.name: slot.dest for slot in slots}
     for file in checkpoint.files:

@@ -1,6 +1,7 @@
 """Tiny random checkpoints in the Hugging Face layout, and the `transformers` model that each of them is.
 
-Every weight is a BF16 number, whatever it is stored as: one model is then the oracle of FP32 and of BF16 runs.
+Every weight is a BF16 number, whatever it is stored as: one model is then the oracle of FP32 and of BF16 runs. Only
+the biases of expert selection are FP32 numbers, as in releases.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
 
 logging.disable_progress_bar()
-FP32_NAMES = ("e_score_correction_bias",)  # stored in FP32 also in BF16 releases
+FP32_NAMES = ("e_score_correction_bias",)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -46,37 +47,47 @@ def random_model(model_type: str, seed: int = 0, **config: Any) -> PreTrainedMod
     model = AutoModelForCausalLM.from_config(
         settings, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
-    randomise(model, seed)
+    randomise(model, settings, seed)
     return model.eval()
 
 
 def random_drafts(model: PreTrainedModel, count: int, seed: int = 1) -> MtpModel:
     """`count` random multi-token-prediction layers for a model, sharing its embedding and head."""
     drafts = MtpModel(model, count)
-    randomise(drafts.layers, seed)
+    randomise(drafts.layers, model.config, seed)
     return drafts.eval()
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int) -> None:
+def randomise(module: nn.Module, config: PreTrainedConfig, seed: int) -> None:
     """Weights at which every part matters: activations of order 1, attention and routing neither flat nor one-hot.
 
-    Norm weights differ from 1 and biases from 0, or an engine that ignores them would pass.
+    Norm weights differ from 1 and biases from 0, or an engine that ignores them would pass. Projections into the
+    residual are divided by the root of their number, as models are initialised for training (GPT-2's rule): together
+    they weigh as much as the embedding. Without that, layers magnify the rounding of the layers before. For the same
+    reason the experts' own are divided by the routed scaling factor, which training would compensate too. With tied
+    embeddings the final norm is negative, or each token would be answered with itself.
     """
     generator = torch.Generator().manual_seed(seed)
+    into_residual = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
+    depth = sum(name.endswith("o_proj.weight") for name, _ in module.named_parameters())
+    factor = getattr(config, "routed_scaling_factor", 1.0)
     for name, weight in [*module.named_parameters(), *module.named_buffers()]:
         if "rotary" in name or "inv_freq" in name:
             continue
         noise = torch.randn(weight.shape, generator=generator)
         if "embed_tokens" in name:
-            value = 0.3 * noise
+            value = noise
         elif weight.ndim > 1:
-            value = noise * weight.shape[-1] ** -0.5 * (2.0 if name.endswith("gate.weight") else 1.0)
+            gain = (2 * depth) ** -0.5 if name.endswith(into_residual) else 2.0 if name.endswith("gate.weight") else 1.0
+            gain = gain / factor if name.endswith("experts.down_proj") else gain
+            value = gain * noise * weight.shape[-1] ** -0.5
         elif name.endswith("bias"):
             value = 0.1 * noise
         else:
-            value = 1 + 0.2 * noise
-        weight.copy_(value.bfloat16())
+            sign = -1 if name == "model.norm.weight" and config.tie_word_embeddings else 1
+            value = sign * (1 + 0.2 * noise)
+        weight.copy_(value if name.endswith(FP32_NAMES) else value.bfloat16())
 
 
 def save(
@@ -118,8 +129,9 @@ def add_drafts(model: PreTrainedModel, drafts: MtpModel, path: Path, dtype: torc
                 tensors |= {f"{name}.mlp.experts.{e}.down_proj.weight": expert for e, expert in enumerate(value)}
             else:
                 tensors[f"{name}.{key}"] = value
-        tensors[f"{name}.embed_tokens.weight"] = model.get_input_embeddings().weight
-        tensors[f"{name}.shared_head.head.weight"] = model.lm_head.weight
+        main = model.state_dict()
+        tensors[f"{name}.embed_tokens.weight"] = main["model.embed_tokens.weight"]
+        tensors[f"{name}.shared_head.head.weight"] = main["lm_head.weight"]
     stored = {k: v if k.endswith(FP32_NAMES) else v.to(dtype) for k, v in tensors.items()}
     save_file({k: v.detach().clone() for k, v in stored.items()}, path / "drafts.safetensors", {"format": "pt"})
     write_index(path)

@@ -6,45 +6,110 @@ out of a BF16 comparison; how near they are is computed here, from the FP32 orac
 
 Let the gate's input x have error of relative size d in a random direction. Then the logit of expert e has an error of
 standard deviation d * rms(x) * |w_e|, and its selection score one of  n_e * d,  n_e = slope_e * rms(x) * |w_e|,  where
-slope_e is the derivative of the score. The **margin** of a row is the smallest d at which some chosen expert i and
-unchosen j meet:  min (c_i - c_j) / (n_i + n_j),  the same for groups, and the smallest over the layers. It is a relative
-error, so it can be held against BF16's: 2^-9 for each rounding.
+slope_e is the derivative of the score. The **margin** of a row in a layer is the smallest d at which a chosen expert i
+and an unchosen j meet,  min (c_i - c_j) / (n_i + n_j),  and the same for groups. It is a relative error, so it can be
+held against that which BF16 is granted.
 
 Letters: R rows, E experts, A experts per token, G groups, X experts per group, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moesaic.contracts.spec import RouterSpec
+from moesaic.moe.layer import MoELayer
+from moesaic.moe.values import Routing
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the mixture layers of the oracle chose for the rows of one text.
+
+    ids: per layer the experts [R, A], in any order.  margins_MR: per layer and row, as defined above.
+    """
+
+    ids: list[Tensor]
+    margins_MR: Tensor
+
 
 @contextmanager
-def margins(model: PreTrainedModel) -> Iterator[Callable[[int], list[Tensor]]]:
-    """Watches the gates of an oracle. The value, called with the number of forward passes, gives per pass [R]."""
-    seen: list[Tensor] = []
+def watched(model: PreTrainedModel) -> Iterator[Callable[[], list[Choices]]]:
+    """Watches the gates of an oracle. The value, when called, gives one `Choices` per forward pass since."""
     gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
-    handles = [gate.register_forward_hook(lambda g, i, _: seen.append(gate_margins(g, i[0], model.config))) for gate in gates]
+    ids: list[Tensor] = []
+    found: list[Tensor] = []
 
-    def found(passes: int) -> list[Tensor]:
-        assert len(seen) == passes * len(gates), "a gate was not seen"
-        return [torch.stack(seen[i * len(gates) : (i + 1) * len(gates)]).amin(0) for i in range(passes)]
+    def note(gate: torch.nn.Module, inputs: tuple[Tensor], outputs: tuple[Tensor, ...]) -> None:
+        found.append(gate_margins(gate, inputs[0], model.config))
+        ids.append(outputs[2])
 
+    handles = [gate.register_forward_hook(note) for gate in gates]
     try:
-        yield found
+        starts = lambda: range(0, len(found), len(gates))  # noqa: E731
+        yield lambda: [Choices(ids[i : i + len(gates)], torch.stack(found[i : i + len(gates)])) for i in starts()]
     finally:
         for handle in handles:
             handle.remove()
 
 
+class Gates:
+    """Stands before the gates of our mixture layers while it is entered, and notes where they choose otherwise.
+
+    at: set before each forward pass: for each row (text, position).  other: (text, layer, position) of every row whose
+    own choice was not the oracle's.  force: the experts then take the oracle's choice, with the weights that our state
+    gives it; where the choice is the same, the layer's own answer is passed on untouched.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer], choices: Sequence[Choices], force: bool) -> None:
+        self.layers, self.choices, self.force = layers, choices, force
+        self.at: list[tuple[int, int]] = []
+        self.other: list[tuple[int, int, int]] = []
+
+    def __enter__(self) -> Gates:
+        self.own = [layer.route for layer in self.layers]
+        for i, layer in enumerate(self.layers):
+            layer.route = partial(self.route, i)  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer, own in zip(self.layers, self.own, strict=True):
+            layer.route = own
+
+    def route(self, index: int, x_TD: Tensor) -> Routing:
+        router = self.own[index]
+        routing = router(x_TD)
+        wanted_TA = torch.stack([self.choices[text].ids[index][position] for text, position in self.at])
+        turned_T = (routing.ids_TA.long().sort(-1).values != wanted_TA.sort(-1).values).any(-1)
+        rows = turned_T.nonzero()[:, 0].tolist()
+        self.other += [(self.at[row][0], index, self.at[row][1]) for row in rows]
+        if not rows or not self.force:
+            return routing
+        ids_TA, weights_TA = routing.ids_TA.clone(), routing.weights_TA.clone()
+        ids_TA[rows] = wanted_TA[rows].to(ids_TA.dtype)
+        weights_TA[rows] = weights(x_TD[rows].float() @ router.weight_ED.T, wanted_TA[rows], router.spec)
+        return Routing(ids_TA, weights_TA)
+
+
+def weights(logits_RE: Tensor, ids_RA: Tensor, spec: RouterSpec) -> Tensor:
+    """The weights that given experts would have had."""
+    scores_RE = logits_RE.softmax(-1) if spec.scoring == "softmax" else logits_RE.sigmoid()
+    chosen_RA = scores_RE.gather(1, ids_RA)
+    return spec.scale * (chosen_RA / chosen_RA.sum(-1, keepdim=True) if spec.renormalize else chosen_RA)
+
+
 def gate_margins(gate: torch.nn.Module, x: Tensor, config: Any) -> Tensor:
     """The margins [R] of one gate, in FP64, without using what the gate answered."""
-    weight_ED: Tensor = gate.weight.double()  # type: ignore[union-attr, operator]
+    assert isinstance(gate.weight, Tensor)
+    weight_ED = gate.weight.double()
     x_RD = x.reshape(-1, weight_ED.shape[1]).double()
     logits_RE = x_RD @ weight_ED.T
     noise_RE = x_RD.square().mean(-1, keepdim=True).sqrt() * weight_ED.norm(dim=-1)
@@ -53,7 +118,8 @@ def gate_margins(gate: torch.nn.Module, x: Tensor, config: Any) -> Tensor:
     if bias_E is not None:
         score_RE = torch.sigmoid(logits_RE)
         choice_RE, noise_RE = score_RE + bias_E.double(), noise_RE * score_RE * (1 - score_RE)
-    groups = config.n_group or 1 if bias_E is not None or getattr(config, "topk_method", "") == "group_limited_greedy" else 1
+    grouped = bias_E is not None or getattr(config, "topk_method", "") == "group_limited_greedy"
+    groups = config.n_group if grouped else 1
     margin_R = torch.full(x_RD.shape[:1], torch.inf, dtype=torch.float64)
     if groups > 1:
         best = 1 if bias_E is None else 2
@@ -67,7 +133,7 @@ def gate_margins(gate: torch.nn.Module, x: Tensor, config: Any) -> Tensor:
 
 
 def nearest(value_RN: Tensor, noise_RN: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(smallest gap in units of noise between one of the `count` largest and one of the others [R], mask of the largest)."""
+    """(smallest gap, in units of noise, between one of the `count` largest and one of the others [R]; mask of them)."""
     chosen_RN = torch.zeros_like(value_RN, dtype=torch.bool).scatter_(1, value_RN.topk(count, -1).indices, True)
     gap_RNN = (value_RN[:, :, None] - value_RN[:, None]) / (noise_RN[:, :, None] + noise_RN[:, None])
     pairs_RNN = chosen_RN[:, :, None] & ~chosen_RN[:, None]

@@ -5,15 +5,13 @@ Letters: S sequences, L positions, V vocabulary, E experts, D hidden size, R row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import MtpModel
 
 from moesaic.config import EngineConfig
 from moesaic.engine.batch import make_input
@@ -23,9 +21,11 @@ from moesaic.engine.params import SamplingParams
 from moesaic.engine.request import Request
 from moesaic.engine.scheduler import Scheduler, SchedulerConfig
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.moe.layer import MoELayer
 from tests.checkpoints import random_drafts, random_model, save
+from tests.compare import row_errors
 from tests.parity_cases import Case
-from tests.parity_routing import margins
+from tests.parity_routing import Choices, Gates, watched
 
 DECODE = 64
 PROMPT = 53
@@ -51,16 +51,15 @@ class Oracle:
     """A case made into a checkpoint, and what `transformers` says about it in FP32.
 
     texts: the first is the main one, forced along the oracle's own greedy tokens.
-    margins: per text, how near each row [L] is to another choice of experts (see `parity_routing.margins`).
+    choices: per text, the experts that it took and how nearly (see `parity_routing`).
     decided: the smallest gap between the two best logits on the greedy path, over the norm of that row's logits.
     """
 
     case: Case
     model: PreTrainedModel
-    drafts: MtpModel | None
     path: Path
     texts: list[Text]
-    margins: list[Tensor]
+    choices: list[Choices]
     decided: float
 
 
@@ -74,30 +73,33 @@ def make_oracle(case: Case, path: Path) -> Oracle:
         set_biases(drafts, case.bias)
     save(model, path, dtype=getattr(torch, case.stored), drafts=drafts, old=case.old, shard=case.shard)
     generator = torch.Generator().manual_seed(1000 + case.seed)
-    draw = lambda n: torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()  # noqa: E731
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+
     prompt = draw(PROMPT)
     greedy, decided = greedy_tokens(model, prompt, DECODE)
     pairs = [(prompt, greedy), *((draw(n), draw(m)) for n, m in RAGGED)]
     rows = [(p + f)[:-1] for p, f in pairs]
-    with margins(model) as found:
+    with watched(model) as found:
         logits = [model(torch.tensor([row]), use_cache=False).logits[0] for row in rows]
-    texts = [Text(p, f, l) for (p, f), l in zip(pairs, logits, strict=True)]
-    return Oracle(case, model, drafts, path, texts, found(len(rows)), decided)
+    texts = [Text(*pair, each) for pair, each in zip(pairs, logits, strict=True)]
+    return Oracle(case, model, path, texts, found(), decided)
 
 
 def set_biases(model: torch.nn.Module, kind: str) -> None:
-    """Gives every selection bias of a model the size that the case asks for; BF16 numbers."""
+    """Gives every selection bias of a model the size that the case asks for. FP32 numbers: BF16 would make ties."""
     for i, (name, bias_E) in enumerate(sorted(model.named_buffers())):
         if name.endswith("e_score_correction_bias") and kind != "small":
             noise_E = torch.rand(len(bias_E), generator=torch.Generator().manual_seed(i))
             # negative: about -8, within 1/4 of one another; swallow: distinct steps of 512, against scores below 1.
-            value = -8 - 0.25 * noise_E if kind == "negative" else 512 * noise_E.argsort().float()
-            bias_E.copy_(value.bfloat16())
+            bias_E.copy_(-8 - 0.25 * noise_E if kind == "negative" else 512 * noise_E.argsort().float())
 
 
 def greedy_tokens(model: PreTrainedModel, prompt: Sequence[int], count: int) -> tuple[list[int], float]:
     """The oracle's greedy continuation through its own cache, and the smallest relative gap of the two best logits."""
-    tokens, gap, cache, step = [], float("inf"), None, torch.tensor([list(prompt)])
+    tokens: list[int] = []
+    gap, cache, step = float("inf"), None, torch.tensor([list(prompt)])
     for _ in range(count):
         out = model(step, past_key_values=cache, use_cache=True)
         cache, last_V = out.past_key_values, out.logits[0, -1]
@@ -120,10 +122,13 @@ def start(oracle: Oracle, dtype: str, *, deterministic: bool = False, experts: s
 
 
 @torch.inference_mode()
-def forced_logits(ours: Launched, texts: Sequence[Text], budget: int = 2048, chunk: int | None = None) -> list[Tensor]:
+def forced_logits(
+    ours: Launched, texts: Sequence[Text], *, budget: int = 2048, chunk: int | None = None, gates: Gates | None = None
+) -> list[Tensor]:
     """Our logits [L, V] of every row of every text, all in one batch, in steps of at most `budget` tokens.
 
     The scheduler and the KV pool do what they do when serving; only the sampled token is replaced by the forced one.
+    gates: told which rows each step holds.
     """
     runner, blocks = ours.engine.runner, ours.blocks
     limits = SchedulerConfig(
@@ -137,17 +142,19 @@ def forced_logits(ours: Launched, texts: Sequence[Text], budget: int = 2048, chu
         scheduler.add(Request(name, text.prompt, params))
     while (step := scheduler.schedule()) is not None:
         inputs = make_input(step, runner.pool, runner.device)
+        if gates is not None:
+            gates.at = [(int(c.request.id), c.start + i) for c in step.chunks for i in range(c.count)]
         logits_TV = runner.model.logits(runner.model(inputs))
-        for chunk_, span in zip(step.chunks, inputs.attention.spans, strict=True):
-            assert chunk_.start == len(torch.cat(rows[chunk_.request.id])) if rows[chunk_.request.id] else not chunk_.start
-            rows[chunk_.request.id].append(logits_TV[span.start : span.start + span.count])
+        for piece, span in zip(step.chunks, inputs.attention.spans, strict=True):
+            assert piece.start == sum(len(part) for part in rows[piece.request.id]), "a row was left out or came twice"
+            rows[piece.request.id].append(logits_TV[span.start : span.start + span.count])
         scheduler.commit(step, [known[c.request.id][c.start + c.count] for c in step.chunks if c.sample])
     return [torch.cat(rows[name]) for name in known]
 
 
 def generate(ours: Launched, prompt: Sequence[int], count: int) -> list[int]:
     """Greedy tokens through the whole engine, sampler included."""
-    engine, tokens = ours.engine, []
+    engine, tokens = ours.engine, list[int]()
     engine.add("greedy", prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
     while engine.has_work:
         for delta in engine.step():
@@ -155,16 +162,56 @@ def generate(ours: Launched, prompt: Sequence[int], count: int) -> list[int]:
     return tokens
 
 
-@contextmanager
-def recorded_choices(ours: Launched) -> Iterator[list[Tensor]]:
-    """Collects the expert ids [T, A] that our mixture layers choose, in order of execution."""
-    found: list[Tensor] = []
-    layers = [block.mlp for block in ours.built.model.blocks if hasattr(block.mlp, "route")]
-    routes = [layer.route for layer in layers]
-    for layer, route in zip(layers, routes, strict=True):
-        layer.route = lambda x, route=route: (lambda routing: (found.append(routing.ids_TA), routing)[1])(route(x))
-    try:
-        yield found
-    finally:
-        for layer, route in zip(layers, routes, strict=True):
-            layer.route = route
+# --- the two sides together: the tests assert on these numbers, scripts/parity_table.py prints them ------------------
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Worst rows of a run: of the main text's prompt, of its decoding steps, and of the texts that ran beside it."""
+
+    prefill: float
+    decode: float
+    beside: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.prefill, self.decode, self.beside)
+
+
+def errors(oracle: Oracle, logits: Sequence[Tensor]) -> Errors:
+    """Of the logits of the first texts, or of all."""
+    rows = [row_errors(ours_LV, text.logits_LV) for ours_LV, text in zip(logits, oracle.texts, strict=False)]
+    beside = max((part.max().item() for part in rows[1:]), default=0.0)
+    return Errors(rows[0][:PROMPT].max().item(), rows[0][PROMPT:].max().item(), beside)
+
+
+@dataclass(frozen=True)
+class HalfRun:
+    """A BF16 run. within: share of rows, none left out, within 2^-6.
+
+    before: the worst of the `untouched` rows: those that no other choice of experts, of their own or of an earlier row
+    of their text, can have changed.  other: the margins of the choices that differ, out of `choices`.
+    """
+
+    errors: Errors
+    within: float
+    before: float
+    untouched: int
+    other: list[float]
+    choices: int
+
+
+def run_bf16(oracle: Oracle, *, force: bool) -> HalfRun:
+    """All texts at once in BF16; with the oracle's choice of experts, or freely."""
+    ours = start(oracle, "bfloat16")
+    layers = [block.mlp for block in ours.built.model.blocks if isinstance(block.mlp, MoELayer)]
+    with Gates(layers, oracle.choices, force) as gates:
+        logits = forced_logits(ours, oracle.texts, gates=gates)
+    rows = [row_errors(ours_LV, text.logits_LV) for ours_LV, text in zip(logits, oracle.texts, strict=True)]
+    first = [min([at for text, _, at in gates.other if text == i], default=len(each)) for i, each in enumerate(rows)]
+    kept_R, all_R = torch.cat([each[:end] for each, end in zip(rows, first, strict=True)]), torch.cat(rows)
+    margins = [oracle.choices[text].margins_MR[layer, at].item() for text, layer, at in gates.other]
+    return HalfRun(
+        errors(oracle, logits), (all_R <= 2**-6).float().mean().item(), kept_R.max().item(), len(kept_R), margins,
+        sum(choices.margins_MR.numel() for choices in oracle.choices),
+    )  # fmt: skip

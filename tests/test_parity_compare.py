@@ -21,7 +21,7 @@ def test_one_zeroed_row_among_thousands_is_seen() -> None:
     actual[77] = 0
     assert (actual - expected).norm() / expected.norm() < 0.02
     assert worst_row(actual, expected) == 1.0
-    with pytest.raises(AssertionError, match="1 of 4096 rows above 0.5; row 77"):
+    with pytest.raises(AssertionError, match=r"1 of 4096 rows above 0\.5; row 77"):
         assert_rows_close(actual, expected, 0.5)
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moesaic import __version__, commands
 from moesaic.errors import MoesaicError, OptionError
@@ -35,9 +35,9 @@ examples:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ours. Options are never abbreviated: a new one cannot change a script."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, **settings: Any) -> None:
+        settings |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:
         raise OptionError(message, remedy=f"See `{self.prog} --help`.")

@@ -165,15 +165,17 @@ def given(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace) -> LLM:
-    """The model of the command line, ready; says on stderr what it is. Bars only where somebody can see them move."""
+    """The model of the command line, ready. Bars only where somebody can see them move."""
     options = {"progress": sys.stderr.isatty()} | given(args, EngineConfig)
     EngineConfig.of(options)  # a wrong option is known before torch is imported
     from moesaic.llm import LLM
 
-    model = args.model or str(embedded_model())
-    llm = LLM(model, **options)
-    print(f"moesaic: {model}: {llm.launched.summary()}", file=sys.stderr)
-    return llm
+    return LLM(args.model or str(embedded_model()), **options)
+
+
+def announce(args: argparse.Namespace, llm: LLM) -> None:
+    """Says on stderr what runs."""
+    print(f"moesaic: {args.model or embedded_model()}: {llm.launched.summary()}", file=sys.stderr, flush=True)
 
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -11,14 +12,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moesaic.commands._options import (
-    DEFAULT_MAX_TOKENS, add_model_options, add_sampling_options, load, sampling, sampling_fields,
-)  # fmt: skip
+    DEFAULT_MAX_TOKENS,
+    add_model_options,
+    add_sampling_options,
+    announce,
+    load,
+    sampling,
+    sampling_fields,
+)
 from moesaic.commands._prompts import Ask, from_arguments, from_file
 from moesaic.commands._terminal import visible
 from moesaic.engine.params import SamplingParams
 from moesaic.errors import MoesaicError, RequestError
 
 if TYPE_CHECKING:
+    from moesaic.engine.sampler import TokenLogprobs
     from moesaic.llm import LLM, Completion, Result
 
 SHOWN_CHARS = 2000
@@ -39,11 +47,13 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "generate", help="answer prompts", description="Answer prompts, all of them at once in one batch.", epilog=EPILOG
-    )
+        "generate", help="answer prompts", epilog=EPILOG,
+        usage="moesaic generate [MODEL] (--prompt TEXT | --file FILE) [options]",
+        description="Answer prompts, all of them at once in one batch.",
+    )  # fmt: skip
     source = parser.add_argument_group("prompts", "one of these is needed").add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; repeatable")
-    source.add_argument("--file", metavar="FILE", help="a file with one prompt per line, or .jsonl; - is standard input")
+    source.add_argument("--file", metavar="FILE", help="one prompt per line, or .jsonl; - is standard input")
     form = parser.add_argument_group("form")
     template = form.add_mutually_exclusive_group()
     template.add_argument("--raw", action="store_true", help="no chat template (default: use it if there is one)")
@@ -69,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     tokens = [encode(llm, ask, args.system, chat=chat) for ask in asks]
     params = [params_of(ask, base, llm.max_model_len - len(ids)) for ask, ids in zip(asks, tokens, strict=True)]
+    announce(args, llm)
     results = llm.generate(tokens, params)
     show = show_json if args.json else show_text
     for number, (ask, result) in enumerate(zip(asks, results, strict=True), 1):
@@ -142,7 +153,25 @@ def show_json(ask: Ask, result: Result, number: str) -> None:
             line["logprobs"] = [entry(each) for each in completion.logprobs]
         if result.prompt_logprobs is not None:
             line["prompt_logprobs"] = [None if each is None else entry(each) for each in result.prompt_logprobs]
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print(one_line(line), flush=True)
+
+
+def one_line(value: dict[str, Any]) -> str:
+    """JSON without any character that some reader takes for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False)
+    for char in "\x85\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def entry(report: TokenLogprobs) -> dict[str, Any]:
+    """One position's log-probabilities; null stands for minus infinity, which JSON has not."""
+    top = [[token, finite(value)] for token, value in report.top]
+    return {"token": report.token, "logprob": finite(report.logprob), "rank": report.rank, "top": top}
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def usage(result: Result, completion: Completion) -> Mapping[str, int]:

@@ -89,16 +89,19 @@ def mixture(fields: Fields, name: str, read_router: Callable[[Fields, str], Rout
 
 
 def router(fields: Fields, name: str) -> RouterSpec:
-    """Sigmoid scores; a bias that steers selection only; groups scored by their two best (section 2.1.2)."""
-    experts, groups = fields.integer("n_routed_experts"), fields.integer("n_group", 1)
-    top_k, top_groups = fields.integer("num_experts_per_tok"), fields.integer("topk_group", 1)
+    """Sigmoid scores; a bias that steers selection only; groups scored by their two best (section 2.1.2).
+
+    Groups and factor have no safe default: implementations differ where they are missing, so they must be there.
+    """
+    experts, groups = fields.integer("n_routed_experts"), fields.integer("n_group")
+    top_k, top_groups = fields.integer("num_experts_per_tok"), fields.integer("topk_group")
     for kind, wanted in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if fields.text(kind, wanted) != wanted:
             raise fields.bad(kind, f"is {fields.text(kind)!r}, but this architecture routes by {wanted!r}")
     check_groups(fields, experts, groups, top_groups, top_k)
     return RouterSpec(
         experts, top_k, "sigmoid", f"{name}.weight", f"{name}.e_score_correction_bias",
-        renormalize=fields.flag("norm_topk_prob", True), scale=fields.number("routed_scaling_factor", 1.0),
+        renormalize=fields.flag("norm_topk_prob", True), scale=fields.number("routed_scaling_factor"),
         groups=groups, top_groups=top_groups, group_score="top2_sum",
     )  # fmt: skip
 

@@ -77,12 +77,14 @@ class Fields:
 
 
 def rope_fields(fields: Fields) -> Fields:
-    """The rope settings in either spelling: `rope_parameters` (new), or `rope_theta` with `rope_scaling` (old)."""
-    if fields.has("rope_parameters"):
-        return fields.inner("rope_parameters")
-    scaling = dict(fields.inner("rope_scaling").values) if fields.has("rope_scaling") else {}
-    scaling.setdefault("rope_theta", fields.get("rope_theta", None))
-    return Fields(scaling, fields.file)
+    """The rope settings in either spelling: `rope_parameters` (new), or `rope_theta` with `rope_scaling` (old).
+
+    A `rope_scaling` beside `rope_parameters` wins: that is how people extend the context of a new-style config.
+    """
+    name = "rope_scaling" if fields.get("rope_scaling", None) else "rope_parameters"
+    settings = dict(fields.inner(name).values) if fields.has(name) else {}
+    settings.setdefault("rope_theta", fields.get("rope_theta", None))
+    return Fields(settings, fields.file)
 
 
 def read_rope(fields: Fields, dim: int, *, interleaved: bool, default_theta: float = 10000.0) -> RopeSpec:

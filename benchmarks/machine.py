@@ -1,0 +1,52 @@
+"""What a result file says of where it came from. Shared by the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def describe(*packages: str) -> dict[str, Any]:
+    """device (processor, its vector extensions), cores, commit, and the versions of packages."""
+    from moesaic.hardware import local_cpu
+
+    cpu = local_cpu()
+    vectors = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in cpu.features]
+    return {
+        "device": f"{cpu.name} ({', '.join(vectors) or platform.machine()})",
+        "cores": len(os.sched_getaffinity(0)),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with a mark where source files differ from it."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "src"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return (head.stdout.strip() or "unknown") + ("+changes" if changed.stdout.strip() else "")
+
+
+def installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Writes benchmarks/results/<name>.json and prints the one line of JSON that ends every benchmark."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
