@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,57 +20,57 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from benchmarks.machine import describe, save
+from moesaic.contracts.contract import Need
+from moesaic.kernels.registry import select
+from moesaic.models.build import build, spec_of
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.loading import Slot, load
+from moesaic.models.decoder import Decoder
 
 LIMIT = 1.15
-RESULT = Path(__file__).parent / "results" / "load-memory-cpu.json"
-EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY = 8, 1024, 2048, 32_000
+SIZES = {
+    "hidden_size": 1024, "intermediate_size": 2048, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "vocab_size": 32_000, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
 
 
-# --- the ways of loading: each takes an open checkpoint and returns the parameters that it allocated and filled ---
+# --- the ways of loading: each takes an open checkpoint and returns the bytes of the weights that it filled ---
 
 
-def load_slots(checkpoint: Checkpoint, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Each tensor into a fresh parameter; the experts of a layer side by side in one, as mixture layers hold them."""
-    parameters, slots = make_slots(checkpoint, dtype)
-    load(checkpoint, slots, ignore=lambda name: False, progress=False)
-    return parameters
+def load_model(checkpoint: Checkpoint, dtype: str) -> int:
+    """The whole model, as `moesaic generate` builds it."""
+    spec = spec_of(checkpoint.config)
+    return weight_bytes(build(checkpoint, spec, Need("cpu", dtype), spec.max_length).model)
 
 
-def copy_mapped(checkpoint: Checkpoint, dtype: torch.dtype) -> list[torch.Tensor]:
+def copy_mapped(checkpoint: Checkpoint, dtype: str) -> int:
     """The peer: the safetensors package maps a shard; its tensors are copied into the same parameters, unchecked."""
-    parameters, slots = make_slots(checkpoint, dtype)
-    dest = {slot.name: slot.dest for slot in slots}
+    spec = spec_of(checkpoint.config)
+    model = Decoder(spec, select(Need("cpu", dtype)).ops, torch.empty(0, dtype=getattr(torch, dtype)), spec.max_length)
+    dest = dict(model.sources())
     for file in checkpoint.files:
         with safe_open(file.path, "pt") as mapped:
             for name in mapped.keys():  # noqa: SIM118 - the object is not iterable
                 dest[name].copy_(mapped.get_tensor(name))
-    return parameters
+    return weight_bytes(model)
 
 
-def make_slots(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Slot]]:
-    parameters: dict[str, torch.Tensor] = {}
-    slots = []
-    for name, stored in checkpoint.tensors().items():
-        owner, _, expert = name.partition(".experts.")
-        if owner not in parameters:
-            shape = (EXPERTS, *stored.info.shape) if expert else stored.info.shape
-            parameters[owner] = torch.empty(shape, dtype=dtype)
-        slots.append(Slot(name, parameters[owner][int(expert)] if expert else parameters[owner]))
-    return list(parameters.values()), slots
+def weight_bytes(model: Decoder) -> int:
+    return sum(view.nbytes for _, view in model.sources())
 
 
-WAYS: dict[str, Callable[[Checkpoint], list[torch.Tensor]]] = {
-    "bfloat16, as stored": lambda checkpoint: load_slots(checkpoint, torch.bfloat16),
-    "float32, converted": lambda checkpoint: load_slots(checkpoint, torch.float32),
-    "peer: mapped, copied": lambda checkpoint: copy_mapped(checkpoint, torch.bfloat16),
-    "peer: mapped, converted": lambda checkpoint: copy_mapped(checkpoint, torch.float32),
+WAYS: dict[str, Callable[[Checkpoint], int]] = {
+    "bfloat16, as stored": lambda checkpoint: load_model(checkpoint, "bfloat16"),
+    "float32, converted": lambda checkpoint: load_model(checkpoint, "float32"),
+    "peer: mapped, copied": lambda checkpoint: copy_mapped(checkpoint, "bfloat16"),
+    "peer: mapped, converted": lambda checkpoint: copy_mapped(checkpoint, "float32"),
 }
 
 
@@ -84,10 +83,9 @@ def measure(directory: str, way: str) -> dict[str, float]:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from the present level
         before = status_bytes("VmRSS")
         began = time.perf_counter()
-        parameters = WAYS[way](checkpoint)
+        weights = WAYS[way](checkpoint)
         seconds = time.perf_counter() - began
         peak = status_bytes("VmHWM") - before
-        weights = sum(parameter.nbytes for parameter in parameters)
         return {"weights": weights, "read": checkpoint.nbytes, "peak": peak, "seconds": seconds}
 
 
@@ -100,13 +98,14 @@ def status_bytes(field: str) -> int:
 
 
 def write_checkpoint(directory: Path, nbytes: int, shards: int) -> None:
-    """Mixture layers until `nbytes` are reached, dealt out to `shards` files with an index."""
-    layer_bytes = 2 * EXPERTS * 3 * INTERMEDIATE * HIDDEN
-    shapes = {"embed_tokens": (VOCABULARY, HIDDEN), "norm": (HIDDEN,)}
-    for layer in range(-(-nbytes // layer_bytes)):
-        for kind in ("gate", "up", "down"):
-            shape = (HIDDEN, INTERMEDIATE) if kind == "down" else (INTERMEDIATE, HIDDEN)
-            shapes |= {f"layers.{layer}.{kind}.experts.{expert}": shape for expert in range(EXPERTS)}
+    """A random Mixtral with layers until `nbytes` are reached, dealt out to `shards` files with an index."""
+    layer_bytes = 2 * SIZES["num_local_experts"] * 3 * SIZES["intermediate_size"] * SIZES["hidden_size"]
+    layers = -(-nbytes // layer_bytes)
+    config = {"model_type": "mixtral", "num_hidden_layers": layers, "torch_dtype": "bfloat16", **SIZES}
+    (directory / "config.json").write_text(json.dumps(config))
+    ops = select(Need("cpu", "bfloat16")).ops
+    model = Decoder(spec_of(config), ops, torch.empty(0, device="meta"), 8)
+    shapes = {name: view.shape for name, view in model.sources()}
     names = list(shapes)
     weight_map: dict[str, str] = {}
     for shard in range(shards):
@@ -115,7 +114,6 @@ def write_checkpoint(directory: Path, nbytes: int, shards: int) -> None:
         save_file({name: torch.randn(shapes[name], dtype=torch.bfloat16) for name in mine}, directory / file)
         weight_map |= dict.fromkeys(mine, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
 
 
 def measure_apart(directory: str, way: str, repeat: int) -> dict[str, float | str]:
@@ -133,23 +131,6 @@ def measure_apart(directory: str, way: str, repeat: int) -> dict[str, float | st
         "peak_ratio": round(peak / runs[0]["weights"], 4),
         "seconds": round(seconds, 3),
         "read_gb_per_s": round(runs[0]["read"] / seconds / 1e9, 3),
-    }
-
-
-def environment() -> dict[str, object]:
-    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "device": cpus[0].split(":", 1)[1].strip() if cpus else platform.machine(),
-        "cores": len(cpus),
-        "versions": {
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-            "python": platform.python_version(),
-        },
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
     }
 
 
@@ -174,10 +155,9 @@ def main() -> int:
             f"{row['way']:24}{read:9.2f}{weights:12.2f}{peak:9.2f}"
             f"{row['peak_ratio']:8.3f}{row['seconds']:9.2f}{row['read_gb_per_s']:7.2f}"
         )
-    result = {"what": "load-memory", **environment(), "shards": options.shards, "limit": LIMIT, "rows": rows}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    facts = describe("torch", "safetensors")
+    result = {"what": "load-memory", **facts, "shards": options.shards, "limit": LIMIT, "rows": rows}
+    save("load-memory-cpu", result)
     return 0 if all(float(row["peak_ratio"]) <= LIMIT for row in rows if "peer" not in str(row["way"])) else 1
 
 

@@ -26,7 +26,8 @@ def test_interval_against_its_defining_equation(right: int, count: int) -> None:
     score = Score("x", right, count)
     for bound in score.interval:
         if 0 < bound < 1:
-            assert abs(score.accuracy - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / count), abs=1e-7)
+            deviation = 1.959964 * math.sqrt(bound * (1 - bound) / count)
+            assert abs(score.accuracy - bound) == pytest.approx(deviation, abs=1e-7)
     assert score.interval[0] - 1e-12 <= score.accuracy <= score.interval[1] + 1e-12
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from gguf import GGMLQuantizationType, GGUFReader, quants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
@@ -23,6 +23,7 @@ from moesaic.models.dense_gguf import by_halves
 from moesaic.models.upcycle import ROUTER_STD
 from tests.checkpoints import randomise
 from tests.cli_support import TEMPLATE, Done, call
+from tests.gguf_support import GGUF_PARTS, GGUF_WHOLE, gguf_rows, write_gguf
 from tests.text_support import tokenizer_json, write_checkpoint
 
 CACHE = Path(__file__).resolve().parents[1] / "build" / "test-cache" / "smollm2"
@@ -100,6 +101,17 @@ def test_identical_experts_say_what_the_dense_model_says(tmp_path: Path, changes
     told = float(done.out.split(" M parameters")[0].split()[-1])
     count = sum(p.numel() for p in MixtralForCausalLM.from_pretrained(tmp_path / "out").parameters())
     assert told == pytest.approx(count / 1e6, abs=0.05)
+
+
+def test_the_older_spelling_of_the_rope_settings(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    dense = write_llama(tmp_path / "llama", rope_parameters=rope)
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
+    assert upcycle(tmp_path / "llama", tmp_path / "out").code == 0
+    assert_same(dense, tmp_path / "out")
 
 
 def test_shards_and_what_is_taken_over(source: Path, tmp_path: Path) -> None:
@@ -245,79 +257,6 @@ def test_nothing_is_overwritten_unasked(source: Path, tmp_path: Path) -> None:
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
-
-
-GGUF_PARTS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-GGUF_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def gguf_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The row order of llama.cpp, by its definition: row (head, half, i) goes to (head, i, half)."""
-    size = weight.shape[0] // heads
-    order = [h * size + half * (size // 2) + i for h in range(heads) for i in range(size // 2) for half in range(2)]
-    return weight[order]
-
-
-def write_gguf(path: Path, dense: LlamaForCausalLM, **changes: Any) -> Path:
-    """A dense model as llama.cpp stores it: matrices in F32 or Q8_0. changes: to metadata; None removes."""
-    config = dense.config
-    tokenizer = json.loads(tokenizer_json("byte_level"))
-    vocab = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
-    special = {t["id"]: t["special"] for t in tokenizer["added_tokens"]}
-    quantised = changes.pop("quantised", False)
-    fields: dict[str, Any] = {
-        "llama.block_count": config.num_hidden_layers, "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size, "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_attention_heads,
-        "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps, "llama.rope.freq_base": 10000.0,
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": sorted(vocab, key=vocab.__getitem__),
-        "tokenizer.ggml.token_type": [{None: 1, True: 3, False: 4}[special.get(i)] for i in range(len(vocab))],
-        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]],
-        "tokenizer.ggml.bos_token_id": vocab["<s>"], "tokenizer.ggml.eos_token_id": vocab["</s>"],
-        "tokenizer.ggml.add_bos_token": True, "tokenizer.chat_template": TEMPLATE,
-    }  # fmt: skip
-    writer = GGUFWriter(path, changes.pop("architecture", "llama"))
-    for key, value in (fields | changes).items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        elif value is not None:
-            {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)
-    for name, weight in gguf_tensors(dense).items():
-        if quantised and weight.ndim == 2 and weight.shape[1] % 32 == 0:
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, quants.quantize(weight, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def gguf_tensors(dense: LlamaForCausalLM) -> dict[str, np.ndarray]:
-    found = {}
-    for name, weight in dense.state_dict().items():
-        array = weight.float().numpy()
-        if "q_proj" in name:
-            array = gguf_rows(array, dense.config.num_attention_heads)
-        if "k_proj" in name:
-            array = gguf_rows(array, dense.config.num_key_value_heads)
-        if name.startswith("model.layers."):
-            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-            found[f"blk.{layer}.{GGUF_PARTS[part]}.weight"] = array
-        else:
-            whole = {theirs: ours for ours, theirs in GGUF_WHOLE.items()}
-            found[f"{whole[name.removesuffix('.weight')]}.weight"] = array
-    return found
 
 
 def test_rows_come_back_in_order() -> None:

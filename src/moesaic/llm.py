@@ -203,9 +203,11 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """What the checkpoint recommends: greedy unless it says do_sample."""
+    """What the checkpoint recommends: greedy unless it says do_sample; its limit of new tokens if it has one."""
+    limit = generation_config.get("max_new_tokens")
+    limit = limit if isinstance(limit, int) and limit > 0 else None
     if not generation_config.get("do_sample"):
-        return SamplingParams(temperature=0.0)
+        return SamplingParams(temperature=0.0, max_tokens=limit)
     known = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": 0}
     given: dict[str, Any] = {**known, **{k: v for k, v in generation_config.items() if k in known and v is not None}}
-    return SamplingParams(**given)
+    return SamplingParams(**given, max_tokens=limit)

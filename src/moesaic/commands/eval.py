@@ -50,16 +50,16 @@ def add_parser(subparsers: Any) -> None:
     add_model_options(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--tasks", metavar="A,B", help=f"families, of: {', '.join(FAMILIES)} (default: all)")
-    group.add_argument("--file", type=Path, metavar="F", help="questions with numeric answers instead of the tasks")
-    group.add_argument("--shots", type=int, default=0, metavar="K", help="worked examples before each question")
+    group.add_argument("--file", type=Path, metavar="F", help="questions with numeric answers (default: the tasks)")
+    group.add_argument("--shots", type=int, default=0, metavar="K", help="worked examples per question (default: 0)")
     group.add_argument("--shots-file", type=Path, metavar="F", help="where they come from (default: first K of --file)")
     group.add_argument("--limit", type=int, metavar="N", help=f"items per family, or questions (default: {ITEMS}; all)")
     group.add_argument(
         "--max-tokens", type=int, metavar="TOKENS",
         help=f"most tokens of an answer (default: {TASK_TOKENS}; {FILE_TOKENS} with --file)",
     )  # fmt: skip
-    group.add_argument("--raw", action="store_true", help="plain text, not the chat template (always with --shots)")
-    group.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    group.add_argument("--raw", action="store_true", help="no chat template (default: use it, but with --shots)")
+    group.add_argument("--json", action="store_true", help="print one JSON object (default: a table)")
     parser.set_defaults(run=run)
 
 

@@ -62,7 +62,7 @@ class OutputState:
         return text, hit
 
     def add_prompt_logprobs(self, start: int, found: list[TokenLogprobs]) -> None:
-        """Entries from prompt position `start` on; positions already known (recomputed after preemption) are skipped."""
+        """Entries from prompt position `start` on; those already known (recomputed after preemption) are skipped."""
         if self.prompt_logprobs is not None:
             self.prompt_logprobs += found[len(self.prompt_logprobs) - start :]
 

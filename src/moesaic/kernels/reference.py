@@ -67,7 +67,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[T
 
 def keep_best_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
     """Selection scores with the experts outside the best groups at -inf (not 0: biased scores can be negative)."""
-    grouped = choice_TE.unflatten(1, (spec.groups, spec.experts // spec.groups))
+    grouped = choice_TE.view(len(choice_TE), spec.groups, spec.experts // spec.groups)
     best = grouped.topk(2, -1).values.sum(-1) if spec.group_score == "top2_sum" else grouped.amax(-1)
     kept = best.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_groups]
     mask = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
