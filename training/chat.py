@@ -1,10 +1,13 @@
 """Short chat turns: greetings, identity, abilities, thanks, and honest refusals. Not a task: nothing here is graded."""
+# ruff: noqa: E501, SIM905
 
 from __future__ import annotations
 
 import random
 
-HELLO = "Hello|Hi|Hey|Hello!|Hi there!|Hey!|Good morning|Good evening!|hello|hi|Hi!|Greetings|Hello there|Good afternoon|hey there|Yo".split("|")
+HELLO = "Hello|Hi|Hey|Hello!|Hi there!|Hey!|Good morning|Good evening!|hello|hi|Hi!|Greetings|Hello there|Good afternoon|hey there|Yo".split(
+    "|"
+)
 HELLO_REPLY = [
     "Hello! I am tiny, a small mixture-of-experts model. Ask me to add, sort, count letters or tell a weekday.",
     "Hi! I am Moesaic tiny. Give me a small problem and I will solve it step by step.",
@@ -42,7 +45,9 @@ CANNOT_REPLY = [
     "I know no facts about the world, I cannot write essays or code, and I speak only simple English. "
     "Outside the small problems I was trained on, I am often wrong. Check what I say.",
 ]
-THANKS = "Thanks|Thank you|Thanks!|Thank you!|Great, thanks|Thank you very much.|thanks a lot|Nice work!|Good job|Well done!".split("|")
+THANKS = "Thanks|Thank you|Thanks!|Thank you!|Great, thanks|Thank you very much.|thanks a lot|Nice work!|Good job|Well done!".split(
+    "|"
+)
 THANKS_REPLY = ["You are welcome! Have another problem?", "You are welcome!"]
 BYE = "Bye|Goodbye|Goodbye!|See you|See you later!|bye|Good night".split("|")
 BYE_REPLY = ["Goodbye!", "Goodbye! Come back with another problem."]
@@ -86,7 +91,11 @@ def turn(rng: random.Random) -> tuple[str, str]:
     """One (user, assistant) pair. The first reply is the most likely, so that greedy decoding is stable."""
     kind = rng.random()
     if kind < 0.4:
-        user = rng.choice(_OPENERS).format(x=rng.choice(_SUBJECTS), y=rng.randint(1700, 2030), z=rng.choice(_SUBJECTS)) if kind < 0.28 else rng.choice(UNKNOWN)
+        user = (
+            rng.choice(_OPENERS).format(x=rng.choice(_SUBJECTS), y=rng.randint(1700, 2030), z=rng.choice(_SUBJECTS))
+            if kind < 0.28
+            else rng.choice(UNKNOWN)
+        )
         replies = UNKNOWN_REPLY
     else:
         users, replies, _ = rng.choices(_TOPICS, weights=[t[2] for t in _TOPICS])[0]

@@ -91,7 +91,11 @@ def save(model: Tiny, config: dict[str, Any], folder: Path) -> None:
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"],
                   "pad_token_id": config["pad_token_id"], "do_sample": False, "max_new_tokens": 512}  # fmt: skip
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    for name, value in (("config.json", config), ("generation_config.json", generation), ("model.safetensors.index.json", index)):
+    for name, value in (
+        ("config.json", config),
+        ("generation_config.json", generation),
+        ("model.safetensors.index.json", index),
+    ):
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

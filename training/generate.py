@@ -5,7 +5,7 @@ Prompts are padded on the right; each row writes its next key at its own positio
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,9 @@ class Cache:
         rows = torch.arange(len(self.at), device=self.at.device)
         keys[rows, :, self.at] = k[:, :, 0].to(keys.dtype)
         values[rows, :, self.at] = v[:, :, 0].to(values.dtype)
-        seen = torch.arange(self.length, device=self.at.device) <= self.at[:, None]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+        used = int(self.at.max()) + 1
+        seen = torch.arange(used, device=self.at.device) <= self.at[:, None]
+        return F.scaled_dot_product_attention(q, keys[:, :, :used], values[:, :, :used], attn_mask=seen[:, None, None])
 
 
 def chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -74,33 +75,41 @@ def greedy(model: Tiny, prompts: list[list[int]], ends: tuple[int, int], limit: 
     return [row[: row.index(end)] if end in row else row for row in rows]
 
 
-@torch.no_grad()
-def replay(model: Tiny, rows: list[list[int]], starts: list[int], pad: int) -> dict[str, Any]:
-    """One teacher-forced pass over prompt + completion rows (the end mark included).
+@dataclass
+class Replay:
+    """What one forward pass over prompt + completion rows (the end mark included) shows."""
 
-    Returns loads [moe layers, E] over all real tokens, and (drafted, accepted) of speculative decoding with one draft:
-    each round the main model emits a token, the MTP layer drafts the next; an accepted draft advances two tokens.
-    """
+    loads: Tensor  # [moe layers, E], over all real tokens
+    faithful: list[bool]  # per row: every completion token is the main model's own first choice
+    drafts: list[list[bool]]  # per row and place: the MTP layer drafts the token after next
+
+
+@torch.no_grad()
+def replay(model: Tiny, rows: list[list[int]], starts: list[int], pad: int) -> Replay:
+    """Score rows without decoding: greedy decoding gives a completion iff each of its tokens is the argmax there."""
     device = model.embed_tokens.device
     width = max(map(len, rows))
     tokens = torch.tensor([r + [pad] * (width - len(r)) for r in rows], device=device)
-    sizes = torch.tensor([len(r) for r in rows], device=device)
-    inside = (torch.arange(width, device=device) < sizes[:, None]).float()
-    rope = rope_table(model.s, torch.arange(width, device=device))
-    h, loads = model.trunk(tokens, rope, causal, inside.flatten())
-    drafting = inside * (torch.arange(width, device=device) < sizes[:, None] - 1)
-    h2, load = model.draft(tokens.roll(-1, 1), h, rope, causal, drafting.flatten())
-    drafts = model.logits(h2).argmax(-1).tolist()
-    drafted = accepted = everywhere = right = 0
-    for row, start, draft in zip(rows, starts, drafts, strict=True):
-        hits = [draft[t] == row[t + 2] for t in range(start - 1, len(row) - 2)]
-        everywhere, right = everywhere + len(hits), right + sum(hits)
-        at = 0
-        while at < len(hits):
-            drafted += 1
-            accepted += hits[at]
-            at += 2 if hits[at] else 1
-    return {"loads": torch.stack([*loads, load]), "drafted": drafted, "accepted": accepted, "places": everywhere, "right": right}
+    place = torch.arange(width, device=device)
+    sizes = torch.tensor([len(r) for r in rows], device=device)[:, None]
+    first = torch.tensor(starts, device=device)[:, None] - 1
+    rope = rope_table(model.s, place)
+    h, loads = model.trunk(tokens, rope, causal, (place < sizes).flatten().float())
+    same = model.logits(h).argmax(-1) == tokens.roll(-1, 1)
+    outside = (place < first) | (place >= sizes - 1)
+    h2, load = model.draft(tokens.roll(-1, 1), h, rope, causal, (place < sizes - 1).flatten().float())
+    hits = (model.logits(h2).argmax(-1) == tokens.roll(-2, 1)).tolist()
+    drafts = [hit[start - 1 : len(row) - 2] for hit, start, row in zip(hits, starts, rows, strict=True)]
+    return Replay(torch.stack([*loads, load]), (same | outside).all(1).tolist(), drafts)
+
+
+def speculate(hits: list[bool]) -> tuple[int, int]:
+    """(drafted, accepted) of decoding with one draft a round: an accepted draft advances two tokens, else one."""
+    at = drafted = accepted = 0
+    while at < len(hits):
+        drafted, accepted = drafted + 1, accepted + hits[at]
+        at += 2 if hits[at] else 1
+    return drafted, accepted
 
 
 def end_ids(tokenizer: Tokenizer) -> tuple[int, int]:

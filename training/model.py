@@ -150,11 +150,24 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         gate, chosen = self.route(x_ND)
         experts, _, width, hidden = self.gate_up.shape
+        if not torch.is_grad_enabled() and not x_ND.is_cuda:
+            y = self._chosen_only(x_ND, gate)
+            return (y + self.shared(x_ND)).view_as(x_BTD), (chosen * real_N[:, None]).sum(0)
         h = F.linear(x_ND, self.gate_up.view(-1, hidden)).view(-1, experts, 2, width)
         h = F.silu(h[:, :, 0]) * h[:, :, 1] * gate[..., None].to(h.dtype)
         y = F.linear(h.flatten(1), self.down.permute(1, 0, 2).reshape(hidden, -1))
         load = (chosen * real_N[:, None]).sum(0)
         return (y + self.shared(x_ND)).view_as(x_BTD), load
+
+    def _chosen_only(self, x_ND: Tensor, gate_NE: Tensor) -> Tensor:
+        """The routed sum, one expert after another on its own tokens: four times less work where memory is slow."""
+        y = torch.zeros_like(x_ND)
+        for e in range(gate_NE.shape[1]):
+            (rows,) = gate_NE[:, e].nonzero(as_tuple=True)
+            x = x_ND[rows]
+            h = F.silu(F.linear(x, self.gate_up[e, 0])) * F.linear(x, self.gate_up[e, 1])
+            y.index_add_(0, rows, F.linear(h, self.down[e]) * gate_NE[rows, e, None].to(x.dtype))
+        return y
 
 
 class Block(nn.Module):
@@ -165,7 +178,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(s.hidden_size, s.rms_norm_eps)
         self.mlp = DenseMLP(s.hidden_size, s.intermediate_size) if dense else MoE(s)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Any, real_N: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Any, real_N: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, DenseMLP):
@@ -184,7 +199,9 @@ class Mtp(nn.Module):
         self.block = Block(s, dense=False)
         self.norm = Norm(s.hidden_size, s.rms_norm_eps)
 
-    def forward(self, e: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], attend: Any, real_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, e: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], attend: Any, real_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
         x = F.linear(torch.cat([self.enorm(e), self.hnorm(h)], -1), self.eh_proj)
         x, load = self.block(x, rope, attend, real_N)
         assert load is not None
@@ -203,7 +220,9 @@ class Tiny(nn.Module):
         self.lm_head = _matrix(s.vocab_size, s.hidden_size, gain=0.3)
         self.mtp = Mtp(s)
 
-    def trunk(self, tokens: Tensor, rope: tuple[Tensor, Tensor], attend: Any, real_N: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def trunk(
+        self, tokens: Tensor, rope: tuple[Tensor, Tensor], attend: Any, real_N: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states after the final norm, and one load per mixture layer."""
         x, loads = F.embedding(tokens, self.embed_tokens), []
         if torch.is_autocast_enabled(x.device.type):
@@ -214,7 +233,9 @@ class Tiny(nn.Module):
                 loads.append(load)
         return self.norm(x), loads
 
-    def draft(self, following: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], attend: Any, real_N: Tensor) -> tuple[Tensor, Tensor]:
+    def draft(
+        self, following: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], attend: Any, real_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """MTP hidden states; `following[t]` is token t+1."""
         return self.mtp(F.embedding(following, self.embed_tokens).to(h.dtype), h, rope, attend, real_N)
 

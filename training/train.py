@@ -20,12 +20,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.data import DataLoader
 
 from training import export, optim
 from training.data import ROOT, PackedRows
+from training.evaluate import evaluate, show
 from training.model import MoE, Shape, Tiny, packed_losses
 
 Losses = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -75,7 +77,7 @@ def pick_losses(model: Tiny, sample: Tensor) -> tuple[str, Callable[[Tensor], Lo
         return "plain", plain_losses(model, compiled=False)
     try:
         run = flex_losses(model, *sample.shape[1:])
-        for trial in range(6):
+        for trial in range(4):
             began = time.time()
             with torch.autocast("cuda", torch.bfloat16):
                 losses = run(sample)
@@ -87,28 +89,34 @@ def pick_losses(model: Tiny, sample: Tensor) -> tuple[str, Callable[[Tensor], Lo
             raise RuntimeError("flex attention recompiles at every step")
         return "flex", run
     except Exception as error:  # a compiler's failures have no common type
-        print(f"flex attention unavailable ({type(error).__name__}: {str(error)[:500]}); using the dense mask", flush=True)
+        print(
+            f"flex attention unavailable ({type(error).__name__}: {str(error)[:500]}); using the dense mask", flush=True
+        )
         torch._dynamo.reset()
         model.zero_grad(set_to_none=True)
         return "plain", plain_losses(model, compiled=True)
 
 
 def rate(progress: float, step: int, settings: dict[str, Any]) -> float:
-    """Warm-up by steps, then constant, then linear to zero over the last `decay_share` of the time."""
-    return min(1.0, (step + 1) / settings["warmup_steps"]) * min(1.0, (1.0 - progress) / settings["decay_share"])
+    """Warm-up by steps, then constant at `peak`, then linear to zero over the last `decay_share` of the time."""
+    return (
+        settings["peak"]
+        * min(1.0, (step + 1) / settings["warmup_steps"])
+        * min(1.0, (1.0 - progress) / settings["decay_share"])
+    )
 
 
 class Trainer:
     """The loop's state: model, optimisers, log."""
 
-    def __init__(self, config: dict[str, Any], device: str, out: Path) -> None:
+    def __init__(self, config: dict[str, Any], device: str, out: Path, records: Path) -> None:
         self.config, self.device, self.out = config, device, out
         torch.manual_seed(config["data"]["seed"])
         self.model = Tiny(Shape.of(config["model"])).to(device)
         self.mixtures = [m for m in self.model.modules() if isinstance(m, MoE)]
         self.muon, self.adam = optim.build(self.model, config["optim"])
-        out.mkdir(parents=True, exist_ok=True)
-        self.log = (out / "log.jsonl").open("w", encoding="utf-8")
+        records.mkdir(parents=True, exist_ok=True)
+        self.log = (records / "log.jsonl").open("w", encoding="utf-8")
         self.losses: Callable[[Tensor], Losses] | None = None
 
     def step(self, batch: Tensor, factor: float) -> Losses:
@@ -137,7 +145,10 @@ class Trainer:
         batch = next(stream).to(self.device)
         name, self.losses = pick_losses(self.model, batch)
         print(f"attention: {name}", flush=True)
-        sums, loads = torch.zeros(3, device=self.device), torch.zeros(len(self.mixtures), self.model.s.n_routed_experts, device=self.device)
+        sums, loads = (
+            torch.zeros(3, device=self.device),
+            torch.zeros(len(self.mixtures), self.model.s.n_routed_experts, device=self.device),
+        )
         tokens = step = 0
         began = saved = time.time()
         while True:
@@ -155,7 +166,7 @@ class Trainer:
                 self.write(step, tokens, time.time() - began, factor, sums / (1 if step == 1 else every), loads)
                 sums.zero_()
                 loads.zero_()
-                if time.time() - saved > 100:
+                if time.time() - saved > settings["save_seconds"]:
                     export.save(self.model, self.config["model"], self.out)
                     saved = time.time()
         export.save(self.model, self.config["model"], self.out)
@@ -174,24 +185,39 @@ class Trainer:
             print(json.dumps(line), flush=True)
 
 
+def measure(model: Path, tokenizer: Path, device: str, count: int, out: Path) -> None:
+    """Held-out accuracy of the exported files, in FP32 arithmetic."""
+    report = evaluate(
+        export.load(model, device).eval(), Tokenizer.from_file(str(tokenizer)), count, 2048 if device == "cuda" else 8
+    )
+    show(report)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=ROOT / "training/config.json")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "src/moesaic/assets/tiny/tokenizer.json")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, help="override optim.seconds")
-    parser.add_argument("--rows", type=int, help="override data.rows_per_step")
+    parser.add_argument("--out", type=Path, required=True, help="where the model goes")
+    parser.add_argument("--records", type=Path, default=ROOT / "training", help="where log.jsonl and eval.json go")
+    parser.add_argument("--resume", type=Path, help="start from an exported model instead of random weights")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=NUMBER", help="override settings of optim, e.g. seconds=60"
+    )
+    parser.add_argument("--evaluate", type=int, default=1000, help="held-out items per family afterwards (0: none)")
     args = parser.parse_args()
     config = json.loads(args.config.read_text())
-    if args.seconds:
-        config["optim"]["seconds"] = args.seconds
-    if args.rows:
-        config["data"]["rows_per_step"] = args.rows
+    config["optim"] |= {key: float(value) for key, value in (pair.split("=") for pair in args.set)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     workers = min(14, max(1, (os.cpu_count() or 2) - 2)) if device == "cuda" else 1
     dataset = PackedRows(str(args.tokenizer), config["data"])
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=8, pin_memory=device == "cuda")
-    Trainer(config, device, args.out).run(loader)
+    trainer = Trainer(config, device, args.out, args.records)
+    if args.resume:
+        trainer.model.load_state_dict(export.load(args.resume).state_dict())
+    trainer.run(loader)
+    if args.evaluate:
+        measure(args.out, args.tokenizer, device, args.evaluate, args.records / "eval.json")
 
 
 if __name__ == "__main__":

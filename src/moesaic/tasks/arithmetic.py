@@ -76,7 +76,7 @@ def chain(rng: random.Random) -> Item:
             story.append(f"Multiply by {n}.")
             lines.append(f"{value} * {n} = {value * n}")
             value *= n
-        elif kind == "add" and value <= 150 or value == 0:
+        elif (kind == "add" and value <= 150) or value == 0:
             n = rng.randint(1, 50)
             story.append(f"Add {n}.")
             lines.append(f"{value} + {n} = {value + n}")

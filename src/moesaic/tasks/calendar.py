@@ -28,7 +28,8 @@ def weekday(rng: random.Random) -> Item:
     lines = [
         f"{weeks} * 7 = {weeks * 7}",
         f"{count} - {weeks * 7} = {rest}",
-        f"Move {rest} {'forward' if ahead else 'back'}: {walk[0]}" + "".join(f", {i} {d}" for i, d in enumerate(walk[1:], 1)),
+        f"Move {rest} {'forward' if ahead else 'back'}: {walk[0]}"
+        + "".join(f", {i} {d}" for i, d in enumerate(walk[1:], 1)),
     ]
     return make("weekday", ask.format(d=DAYS[start], n=count), lines, walk[-1])
 

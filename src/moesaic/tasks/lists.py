@@ -12,8 +12,10 @@ def sort_numbers(rng: random.Random) -> Item:
     """Three to eight different numbers below 100, sorted up or down."""
     numbers = rng.sample(range(100), rng.randint(3, 8))
     down = rng.random() < 0.4
-    order = rng.choice(["descending order", "from largest to smallest"]) if down else rng.choice(
-        ["ascending order", "from smallest to largest"]
+    order = (
+        rng.choice(["descending order", "from largest to smallest"])
+        if down
+        else rng.choice(["ascending order", "from smallest to largest"])
     )
     joined = ", ".join(map(str, numbers))
     where = f"in {order}" if "order" in order else order

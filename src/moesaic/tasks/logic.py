@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from moesaic.tasks.base import Item, make
 from moesaic.tasks.words import NAMES
@@ -51,7 +52,7 @@ def truth(rng: random.Random) -> Item:
     honest = rng.random() < 0.5
     story = [f"{people[0]} {'tells the truth' if honest else 'lies'}."]
     lines = [f"{people[0]}: {'truth' if honest else 'lie'}"]
-    for before, speaker in zip(people, people[1:], strict=False):
+    for before, speaker in pairwise(people):
         claim = rng.random() < 0.5
         story.append(f"{speaker} says {before} {'tells the truth' if claim else 'lies'}.")
         right = claim == honest
@@ -79,6 +80,7 @@ def swaps(rng: random.Random) -> Item:
         moves.append(f"{people[i]} and {people[j]} swap.")
         lines.append(f"{before}, so {after}: {_holdings(people, held)}")
     who = rng.randrange(len(people))
+    lines.append(f"At the end: {people[who]} {held[who]}")
     prompt = " ".join([story, *moves, f"What does {people[who]} have at the end?"])
     return make("swaps", prompt, lines, held[who])
 

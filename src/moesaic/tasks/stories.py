@@ -1,4 +1,5 @@
 """Word problems in our own templates: two to four steps, numbers below 1000."""
+# ruff: noqa: E501
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def _share(rng: random.Random, name: str, other: str, thing: str) -> Story:
 def _price(rng: random.Random, name: str, other: str, thing: str) -> Story:
     a, p = rng.randint(2, 12), rng.randint(2, 9)
     b, q = rng.randint(2, 12), rng.randint(2, 9)
-    text = f"{name} buys {a} pens at {p} dollars each and {b} bags at {q} dollars each. How many dollars does {name} pay?"
+    text = (
+        f"{name} buys {a} pens at {p} dollars each and {b} bags at {q} dollars each. How many dollars does {name} pay?"
+    )
     lines = [f"Pens: {a} * {p} = {a * p}", f"Bags: {b} * {q} = {b * q}", f"Total: {a * p} + {b * q} = {a * p + b * q}"]
     return text, lines, a * p + b * q
 

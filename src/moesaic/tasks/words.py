@@ -1,4 +1,5 @@
 """Word lists shared by the generators. Plain lower-case ASCII words and first names."""
+# ruff: noqa: E501, SIM905
 
 from __future__ import annotations
 
