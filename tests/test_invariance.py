@@ -77,7 +77,7 @@ def test_attention_in_any_chunking(view: KVView, window: int | None, dtype: torc
 
     def attend(start: int, count: int) -> Tensor:
         end = start + count
-        batch = AttentionBatch((Span(0, count, end),), 0, torch.arange(end)[None], torch.tensor([end]))
+        batch = AttentionBatch.of((Span(0, count, end),), 0, torch.arange(end)[None])
         return cpu_invariant.attend_paged(q[start:end], pool, batch, view, 0.2, window)
 
     whole = attend(0, length)

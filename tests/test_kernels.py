@@ -184,7 +184,7 @@ def test_attend_paged(backend: str, view: KVView, window: int | None, dtype: tor
         for s, length in enumerate(lengths):
             slots_SL[s, :length] = torch.randperm(poison)[:length]
         spans = tuple(Span(*span) for span in zip(starts, counts, lengths, strict=True))
-        batch = AttentionBatch(spans, decodes, slots_SL, torch.tensor(lengths))
+        batch = AttentionBatch.of(spans, decodes, slots_SL)
         q = torch.randn(sum(counts), heads, view.key_dim).to(dtype)
         mine = import_module(f"moesaic.kernels.{backend}").attend_paged(q, pool, batch, view, 0.3, window)
         theirs = reference.attend_paged(q.double(), pool.double(), batch, view, 0.3, window)

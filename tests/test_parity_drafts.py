@@ -85,9 +85,8 @@ class Ours:
 
     def step(self, ids: list[int], start: int, stop: int) -> StepInput:
         """Positions start .. stop, with `ids` at them."""
-        batch = AttentionBatch(
-            (Span(0, stop - start, stop),), int(stop - start == 1), self.slots_L[None, :stop], torch.tensor([stop])
-        )
+        span = Span(0, stop - start, stop)
+        batch = AttentionBatch.of((span,), int(stop - start == 1), self.slots_L[None, :stop])
         return StepInput(torch.tensor(ids), torch.arange(start, stop), self.slots_L[start:stop], batch, self.pool)
 
     @torch.inference_mode()

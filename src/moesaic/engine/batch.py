@@ -30,14 +30,14 @@ def make_input(step: Step, pool: KVPool, device: torch.device) -> StepInput:
             slots += [request.blocks[at // size] * size + at % size for at in span]
     decodes = next((i for i, chunk in enumerate(chunks) if chunk.count != 1), len(chunks))
     tokens_T, positions_T, slots_T = torch.tensor([tokens, positions, slots], device=device).unbind(0)
-    attention = AttentionBatch(tuple(spans), decodes, *context_slots(chunks, size, device))
+    attention = AttentionBatch.of(tuple(spans), decodes, context_slots(chunks, size, device))
     return StepInput(tokens_T, positions_T, slots_T, attention, pool)
 
 
-def context_slots(chunks: tuple[Chunk, ...], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(pool slots of every context [S, L], zeros on the right; context lengths [S])."""
+def context_slots(chunks: tuple[Chunk, ...], size: int, device: torch.device) -> torch.Tensor:
+    """The pool slots of every context [S, L], zeros on the right."""
     lengths = [chunk.start + chunk.count for chunk in chunks]
     longest = -(-max(lengths) // size)
     table = torch.tensor([(c.request.blocks[:longest] + [0] * longest)[:longest] for c in chunks], device=device)
     slots_SL = (table[:, :, None] * size + torch.arange(size, device=device)).flatten(1)
-    return slots_SL[:, : max(lengths)], torch.tensor(lengths, device=device)
+    return slots_SL[:, : max(lengths)]

@@ -42,5 +42,5 @@ def whole_sequence(model: Decoder, tokens: Sequence[int]) -> StepInput:
     count = len(tokens)
     at_T = torch.arange(count)
     pool = KVPool(model.kv_widths(drafts=True), 1, count, model.embed.weight_VD)
-    batch = AttentionBatch((Span(0, count, count),), 0, at_T[None], torch.tensor([count]))
+    batch = AttentionBatch.of((Span(0, count, count),), 0, at_T[None])
     return StepInput(torch.tensor(tokens), at_T, at_T, batch, pool)

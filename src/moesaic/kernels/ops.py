@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import RouterSpec
@@ -36,12 +37,22 @@ class AttentionBatch:
     spans: one per sequence, in row order; the first `decodes` of them have count == 1.
     slots_SL: INT64 pool slot of position l of sequence s, padded with 0 on the right.
     lengths_S: INT64 context lengths (equal to the spans' lengths).
+    hidden_SL: FP32, 0 where position l is in the context of sequence s and -inf behind its end.
     """
 
     spans: tuple[Span, ...]
     decodes: int
     slots_SL: Tensor
     lengths_S: Tensor
+    hidden_SL: Tensor
+
+    @staticmethod
+    def of(spans: tuple[Span, ...], decodes: int, slots_SL: Tensor) -> AttentionBatch:
+        """Derives the lengths and the mask from the spans."""
+        lengths_S = torch.tensor([span.length for span in spans], device=slots_SL.device)
+        outside = torch.arange(slots_SL.shape[1], device=slots_SL.device) >= lengths_S[:, None]
+        hidden_SL = torch.zeros(slots_SL.shape, device=slots_SL.device).masked_fill_(outside, float("-inf"))
+        return AttentionBatch(spans, decodes, slots_SL, lengths_S, hidden_SL)
 
     def decoding(self) -> AttentionBatch:
         """The sequences at the front that decode, alone."""
