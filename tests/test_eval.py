@@ -99,3 +99,31 @@ def test_the_card_is_reproduced() -> None:
     out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     card = CARD.read_text(encoding="utf-8").partition("<!-- eval:begin -->")[2].partition("<!-- eval:end -->")[0]
     assert [line for line in out.splitlines() if line.startswith("|")] == card.strip().splitlines()
+
+
+@pytest.mark.long
+def test_transformers_gives_the_same_answers() -> None:
+    """200 held-out items, greedy in FP32: our engine and `transformers`, on the same files, token for token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moesaic import LLM, SamplingParams
+    from moesaic.tasks import items
+
+    path = str(embedded_model())
+    groups = zip(*(items(name, "test", 12) for name in FAMILIES), strict=True)
+    asked = [item for group in groups for item in group][:200]
+    llm = LLM(path, dtype="float32", progress=False)
+    prompts = [llm.chat_tokens([{"role": "user", "content": item.prompt}]) for item in asked]
+    ours = [r.tokens for r in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=320))]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False).eval()
+    for start in range(0, 200, 50):
+        part = prompts[start : start + 50]
+        longest = max(map(len, part))
+        ids = torch.tensor([[2] * (longest - len(p)) + p for p in part])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part])
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=320, do_sample=False, pad_token_id=2)
+        for mine, theirs in zip(ours[start : start + 50], out[:, longest:].tolist(), strict=True):
+            assert mine == theirs[: len(mine)]
+            assert set(theirs[len(mine) :]) <= {2}, "only padding after the end"

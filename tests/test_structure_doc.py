@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
+from moesaic.cli import main
 from scripts import draw_structure as draw
+from scripts import readme_tables
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -70,3 +73,20 @@ def test_an_unknown_room_is_not_drawn_over(small: Path) -> None:
     (small / "src" / "moesaic" / "utils.py").write_text("")
     with pytest.raises(ValueError, match="utils"):
         draw.survey(small / "src" / "moesaic")
+
+
+def test_the_tables_of_the_readme_are_fresh() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert readme_tables.filled(text) == text, "run `make docs` and commit the result"
+
+
+def test_every_flag_that_the_migration_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Third column of its tables, against `moesaic generate --help`."""
+    main(["generate", "--help"])
+    offered = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    page = (REPO / "docs" / "coming-from-vllm-sglang.md").read_text(encoding="utf-8")
+    page = page.partition("## What has no counterpart yet")[0]
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    named = {flag for row in rows if len(row) > 3 for flag in re.findall(r"--[a-z][a-z-]*", row[2])}
+    assert len(named) > 20
+    assert named <= offered, named - offered

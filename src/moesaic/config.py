@@ -20,8 +20,8 @@ class EngineConfig:
     dtype: what is computed in; `auto` is the checkpoint's own where the hardware multiplies it, else float32.
     max_model_len: most tokens of one request, prompt included; None is the model's own limit, less where the KV pool
         cannot hold it.  block_size: tokens per KV block.
-    kv_memory: bytes of KV pool; None sizes it from the free memory with `gpu_memory_utilization` (the part of the
-        device that weights and pool together may take).
+    kv_memory: bytes of KV pool.  gpu_memory_utilization: where that is None, the part of the memory free before loading
+        that weights and pool together may take. Both None: 1 GiB of pool on a CPU, or what one longest request needs.
     max_num_seqs: requests running at once.  max_num_batched_tokens: tokens per step, hence the prefill chunk.
     prefix_cache: reuse the KV of shared prompt beginnings.
     deterministic: a request's tokens do not depend on what runs beside it, on chunking, preemption or prefix hits.
@@ -34,7 +34,7 @@ class EngineConfig:
     max_model_len: int | None = None
     block_size: int = 16
     kv_memory: int | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     prefix_cache: bool = True
@@ -52,7 +52,13 @@ class EngineConfig:
         for name in ("max_model_len", "kv_memory"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
-        if not 0 < self.gpu_memory_utilization <= 1:
+        for name in ("prefix_cache", "deterministic", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError("must be True or False", where=flag(name), remedy="Correct the value.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise OptionError(f"must be an integer, not {self.seed!r:.40}", where="--seed", remedy="Correct the value.")
+        part = self.gpu_memory_utilization
+        if part is not None and not (isinstance(part, (int, float)) and 0 < part <= 1):
             raise OptionError("must be in (0, 1]", where=flag("gpu_memory_utilization"), remedy="0.9 is usual.")
 
     @classmethod

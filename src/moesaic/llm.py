@@ -8,18 +8,20 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesaic.assets import embedded_model
 from moesaic.config import EngineConfig
 from moesaic.engine.launch import launch
 from moesaic.engine.output import Delta
 from moesaic.engine.params import SamplingParams
 from moesaic.engine.request import FinishReason
 from moesaic.engine.sampler import TokenLogprobs
-from moesaic.errors import RequestError
+from moesaic.errors import CheckpointError, RequestError
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.text.chat import ChatTemplate
 from moesaic.text.tokenizer import Tokenizer
@@ -71,18 +73,20 @@ class Result:
 class LLM:
     """A model, loaded and ready. Options are those of `EngineConfig`; an unknown one is an OptionError.
 
-    Not thread-safe: one call at a time. A stream that is not read to its end is aborted.
+    Not thread-safe. Several streams may be read in turn; one that is not read to its end is aborted when closed.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        """model: a directory or a hub id; None is the embedded model."""
         self.config = EngineConfig.of(options)
-        with Checkpoint.open(model, self.config.revision) as checkpoint:
+        with Checkpoint.open(model or embedded_model(), self.config.revision) as checkpoint:
             self.tokenizer = Tokenizer.from_directory(checkpoint.path)
             self.template = ChatTemplate.from_directory(checkpoint.path, self.tokenizer.special_tokens)
             self.launched = launch(checkpoint, self.config, self.tokenizer)
             self.defaults = default_params(checkpoint.generation_config)
         self.engine = self.launched.engine
         self.ids = itertools.count()
+        self.inbox: dict[str, list[Delta]] = {}
 
     @property
     def max_model_len(self) -> int:
@@ -96,7 +100,7 @@ class LLM:
         """
         many = as_prompts(prompts)
         each = self.params_for(params, len(many))
-        tokens = [self.encode(prompt, p) for prompt, p in zip(many, each, strict=True)]
+        tokens = [self.encode(prompt) for prompt in many]
         results = [
             Result(prompt if isinstance(prompt, str) else None, ids, [Completion(i) for i in range(p.n)])
             for prompt, ids, p in zip(many, tokens, each, strict=True)
@@ -111,7 +115,9 @@ class LLM:
         **template: Any,
     ) -> list[Result]:
         """Answers one conversation or several. `template`: options of `ChatTemplate.render` (tools, variables ...)."""
-        single = bool(messages) and isinstance(messages[0], Mapping)
+        if not messages:
+            raise RequestError("is empty", where="messages", remedy="Give at least one message.")
+        single = isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         return self.generate([self.chat_tokens(each, **template) for each in conversations], params)
 
@@ -121,22 +127,39 @@ class LLM:
         if params.n != 1:
             raise RequestError("a stream has one completion", where="n", remedy="Use n=1, or generate().")
         request_id = f"stream-{next(self.ids)}"
-        self.engine.add(request_id, self.encode(prompt, params), params)
+        self.engine.add(request_id, self.encode(prompt), params)
+        box = self.inbox[request_id] = []
         try:
-            while request_id in self.engine.states:
-                yield from (delta for delta in self.engine.step() if delta.request_id == request_id)
+            while box or request_id in self.engine.states:
+                if not box:
+                    self.step()
+                ready, box[:] = list(box), []
+                yield from ready
         finally:
+            del self.inbox[request_id]
             self.engine.abort(request_id)
+
+    def step(self) -> list[Delta]:
+        """One engine step. What belongs to an open stream is also kept for its reader."""
+        deltas = self.engine.step()
+        for delta in deltas:
+            if delta.request_id in self.inbox:
+                self.inbox[delta.request_id].append(delta)
+        return deltas
 
     def chat_tokens(self, messages: Sequence[Message], **template: Any) -> list[int]:
         """The prompt of a conversation, by the checkpoint's own template."""
         text = self.template.render(messages, **template)
         return self.tokenizer.encode(text, add_special_tokens=False, max_tokens=self.max_model_len)
 
-    def encode(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """Token ids of a prompt. Raises RequestError where it is empty or cannot fit."""
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises RequestError where it is empty, cannot fit, or holds something else."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            try:
+                return [operator.index(token) for token in prompt]
+            except (TypeError, ValueError, RuntimeError):
+                what = "is neither text nor token ids"
+                raise RequestError(what, where="prompt", remedy="Give a string or ids.") from None
         ids = self.tokenizer.encode(prompt, max_tokens=self.max_model_len)
         if not prompt or not ids:
             raise RequestError("is empty", where="prompt", remedy="Give at least one token.")
@@ -171,7 +194,7 @@ class LLM:
         show = self.config.progress and len(live) > 1 and sys.stderr.isatty()
         with tqdm(total=len(live), desc="generating", unit="answer", disable=not show) as bar:
             while live:
-                for delta in self.engine.step():
+                for delta in self.step():
                     if delta.request_id in live:
                         record(*live[delta.request_id], delta)
                         if delta.finish_reason is not None:
@@ -195,19 +218,36 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A string, or a sequence of ids, is one prompt; anything else is several."""
     if isinstance(prompts, str):
         return [prompts]
-    ids = [each for each in prompts if isinstance(each, int)]
-    texts = [each for each in prompts if not isinstance(each, int)]
-    if ids and texts:
+    many: list[Any] = list(prompts)  # told apart by what they can do, not by type
+    single = [is_index(each) for each in many]
+    if any(single) and not all(single):
         raise RequestError("mixes token ids and prompts", where="prompts", remedy="Give one prompt's ids, or a list.")
-    return [ids] if ids else texts
+    return [many] if many and single[0] else many
+
+
+def is_index(value: object) -> bool:
+    """Whether this is an integer: Python's, NumPy's, or a tensor of one."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]  # that is the question
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """What the checkpoint recommends: greedy unless it says do_sample; its limit of new tokens if it has one."""
-    limit = generation_config.get("max_new_tokens")
-    limit = limit if isinstance(limit, int) and limit > 0 else None
+    """What the checkpoint recommends: greedy unless it says do_sample; its limit of new tokens if it has one.
+
+    Raises CheckpointError where it recommends what cannot be.
+    """
+    known = ("temperature", "top_p", "min_p", "repetition_penalty", "top_k", "max_new_tokens")
+    given = {name: generation_config[name] for name in known if generation_config.get(name) is not None}
     if not generation_config.get("do_sample"):
-        return SamplingParams(temperature=0.0, max_tokens=limit)
-    known = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": 0}
-    given: dict[str, Any] = {**known, **{k: v for k, v in generation_config.items() if k in known and v is not None}}
-    return SamplingParams(**given, max_tokens=limit)
+        given["temperature"] = 0.0
+    if isinstance(top_k := given.get("top_k"), int):
+        given["top_k"] = max(0, top_k)  # -1 is another spelling of off
+    try:
+        return SamplingParams(max_tokens=given.pop("max_new_tokens", None), **given)
+    except RequestError as error:
+        raise CheckpointError(
+            error.what, where=f"generation_config.json: {error.where}", remedy="Correct the file."
+        ) from None

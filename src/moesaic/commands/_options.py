@@ -64,7 +64,7 @@ ENGINE: Mapping[str, Hint] = {
     "max_model_len": Hint("most tokens of a request, prompt included", "TOKENS", "what model and memory allow"),
     "block_size": Hint("tokens per block of the KV cache", "TOKENS"),
     "kv_memory": Hint("size of the KV cache: 4GiB, 512M or plain bytes", "BYTES", "from free memory", parse=size),
-    "gpu_memory_utilization": Hint("part of the memory for weights and KV cache, in (0, 1]", "PART"),
+    "gpu_memory_utilization": Hint("part of free memory for weights and KV, in (0, 1]", "PART", "1 GiB of KV"),
     "max_num_seqs": Hint("requests running at once", "N"),
     "max_num_batched_tokens": Hint("tokens per step, hence the largest prefill chunk", "TOKENS"),
     "prefix_cache": Hint("do not reuse the KV cache of shared prompt beginnings", default="reuse"),
@@ -109,6 +109,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine", "how the model is run")
     for field in fields(EngineConfig):
         add_option(engine, field, hints(EngineConfig)[field.name], ENGINE[field.name])
+    engine.add_argument("--explain", action="store_true", help="say which kernel was chosen, and why (default: off)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, without: Collection[str] = (), limit: str = "") -> None:
@@ -176,6 +177,8 @@ def load(args: argparse.Namespace) -> LLM:
 def announce(args: argparse.Namespace, llm: LLM) -> None:
     """Says on stderr what runs."""
     print(f"moesaic: {args.model or embedded_model()}: {llm.launched.summary()}", file=sys.stderr, flush=True)
+    if args.explain:
+        print(llm.launched.built.selection.explain(), file=sys.stderr, flush=True)
 
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:

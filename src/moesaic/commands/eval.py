@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     results = llm.generate([a.prompt for a in asked], SamplingParams(temperature=0, max_tokens=limit, stop=stop))
     report = summarise(llm, asked, results, time.perf_counter() - began)
     print(json.dumps(report) if args.json else table(report))
-    return 0
+    return 1 if report["failed"] else 0
 
 
 def check(args: argparse.Namespace) -> None:
@@ -88,6 +88,8 @@ def check(args: argparse.Namespace) -> None:
         raise OptionError("needs --file", where="--shots", remedy="Name a file of questions.")
     if args.file is not None and args.tasks:
         raise OptionError("excludes --file", where="--tasks", remedy="Drop one of them.")
+    if args.shots_file and not args.shots:
+        raise OptionError("needs --shots", where="--shots-file", remedy="Say how many, for example --shots 8.")
     if args.shots < 0:
         raise OptionError("must not be negative", where="--shots", remedy="8 is usual.")
     unknown = [name for name in families(args) if name not in FAMILIES]
@@ -97,7 +99,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def families(args: argparse.Namespace) -> list[str]:
-    return args.tasks.split(",") if args.tasks else list(FAMILIES)
+    return list(FAMILIES) if args.tasks is None else list(dict.fromkeys(args.tasks.split(",")))
 
 
 def task_prompts(llm: LLM, args: argparse.Namespace) -> list[Asked]:
@@ -140,6 +142,7 @@ def summarise(llm: LLM, asked: list[Asked], results: list[Result], seconds: floa
         "mean": round(sum(s.accuracy for s in scores) / len(scores), 4),
         "router": [{"layer": r.layer, "max_over_mean": round(r.balance, 3), "dead": r.dead} for r in routed],
         "draft": draft_report(llm, asked, results),
+        "failed": sum(r.completions[0].error is not None for r in results),
         "cut_off": sum(r.completions[0].finish_reason == "length" for r in results),
         "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1),
         "dtype": str(llm.launched.built.dtype).removeprefix("torch."), "near_ties": llm.engine.stats.near_ties,
@@ -171,6 +174,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"Draft layer: {report['draft']['acceptance']:.1%} of next-token drafts accepted.")
     lines.append(
         f"{report['tokens']} tokens in {report['seconds']} s ({report['tokens_per_second']:.0f} tokens/s) in "
-        f"{report['dtype']}; {report['cut_off']} answers cut off; {report['near_ties']} near-ties."
+        f"{report['dtype']}; {report['cut_off']} answers cut off, {report['failed']} failed; "
+        f"{report['near_ties']} near-ties."
     )
     return "\n".join(lines)

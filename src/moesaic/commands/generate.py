@@ -97,7 +97,7 @@ def encode(llm: LLM, ask: Ask, system: str | None, *, chat: bool) -> list[int]:
             return llm.chat_tokens([*first, *ask.messages])
         if chat and isinstance(ask.prompt, str):
             return llm.chat_tokens([*first, {"role": "user", "content": ask.prompt}])
-        return llm.encode(ask.prompt, llm.defaults)
+        return llm.encode(ask.prompt)
     except RequestError as error:
         raise located(error, ask) from None
 

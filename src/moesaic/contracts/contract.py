@@ -15,7 +15,6 @@ class Contract:
 
     dtypes: activation dtypes it computes in, by name.  batch_invariant: a row's result does not depend on which other
     rows run beside it.  requires: hardware features by name (see `hardware.py`).  rank: lower is preferred.
-    why_not: said to a user whose need this contract misses, where the fields alone would be cryptic.
     """
 
     op: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from moesaic.text.tokenizer import Tokenizer
 
 @dataclass
 class Stats:
-    """Counts since the engine was made. near_ties: choices that a rounding of the logits could have turned."""
+    """Counts since the engine was made; prompt_tokens and cached_tokens include recomputation after preemption.
+
+    near_ties: choices that a rounding of the logits could have turned.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -32,12 +36,12 @@ class Engine:
     """Requests in, deltas out. `tokenizer` None means token ids only: no text, no stop strings."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None,
-                 eos_token_ids: frozenset[int], seed: int = 0) -> None:  # fmt: skip
+                 eos_token_ids: frozenset[int], seed: int = 0, deterministic: bool = False) -> None:  # fmt: skip
         self.scheduler, self.runner, self.tokenizer, self.eos_token_ids = scheduler, runner, tokenizer, eos_token_ids
         self.vocab = runner.model.spec.vocab
         self.stats = Stats()
         self.states: dict[str, OutputState] = {}
-        self.seeds = random.Random(seed)
+        self.seed, self.seeds, self.deterministic = seed, random.Random(seed), deterministic
 
     @property
     def has_work(self) -> bool:
@@ -49,16 +53,25 @@ class Engine:
         Raises RequestError for what this model or cache can never serve; then nothing was queued.
         """
         validate(params, self.vocab)
-        wrong = next((token for token in prompt if not 0 <= token < self.vocab), None)
+        wrong = next((token for token in prompt if type(token) is not int or not 0 <= token < self.vocab), None)
         if wrong is not None:
-            raise RequestError(f"token id {wrong} is not in [0, {self.vocab})", where="prompt", remedy="Check the ids.")
+            raise RequestError(f"token id {wrong!r:.40} is no integer in [0, {self.vocab})", where="prompt",
+                               remedy="Check the ids.")  # fmt: skip
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer", where="stop", remedy="Use stop_token_ids.")
-        seed = self.seeds.getrandbits(62) if params.seed is None else params.seed
+        seed = self.own_seed(prompt) if params.seed is None else params.seed
         request = Request(request_id, prompt, params, self.eos_token_ids, mix(seed, index))
+        state = OutputState(request, self.tokenizer)
         self.scheduler.add(request)
-        self.states[request_id] = OutputState(request, self.tokenizer)
+        self.states[request_id] = state
         return request
+
+    def own_seed(self, prompt: Sequence[int]) -> int:
+        """For a request that brings none. In deterministic mode it must not depend on who came before."""
+        if not self.deterministic:
+            return self.seeds.getrandbits(62)
+        digest = hashlib.sha256(repr((self.seed, tuple(prompt))).encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 2
 
     def abort(self, request_id: str) -> None:
         """Frees the request at once; it yields nothing more. Unknown or ended ids are ignored."""
@@ -121,6 +134,7 @@ class Engine:
         if not step.decode:
             stats.prompt_tokens += sum(min(c.count, max(0, c.request.num_prompt - c.start)) for c in step.chunks)
         stats.preemptions += len(step.preempted)
+        stats.cached_tokens = self.scheduler.blocks.hits
         if self.runner.count_near_ties:
             stats.near_ties += sum(result.sampled.near_tie)
 

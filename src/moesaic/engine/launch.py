@@ -23,7 +23,7 @@ from moesaic.text.tokenizer import Tokenizer
 CHUNK = 256
 """Fixed prefill chunk of the deterministic mode, in tokens."""
 DEFAULT_CPU_POOL = 1 << 30
-"""On a CPU the pool shares memory with everything else: it takes this many bytes at most unless told otherwise."""
+"""On a CPU the pool shares memory with everything else: bytes it takes at most unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
     pool = KVPool(built.model.kv_widths(), blocks, config.block_size, like)
     runner = Runner(built.model, pool, like.device, count_near_ties=not config.deterministic)
     scheduler = Scheduler(limits(config, length), BlockManager(blocks, config.block_size, config.prefix_cache))
-    engine = Engine(scheduler, runner, tokenizer, end_tokens(checkpoint, spec, tokenizer), config.seed)
+    ends = end_tokens(checkpoint, spec, tokenizer)
+    engine = Engine(scheduler, runner, tokenizer, ends, config.seed, config.deterministic)
     return Launched(engine, built, hardware, blocks, length)
 
 
@@ -89,9 +90,12 @@ def count_blocks(config: EngineConfig, built: Built, length: int) -> int:
     per_request = -(-length // config.block_size)
     if config.kv_memory is not None:
         budget = config.kv_memory
+    elif config.gpu_memory_utilization is not None:
+        weights = sum(view.nbytes for _, view in built.model.sources())
+        budget = max(0, int((local_cpu().memory + weights) * config.gpu_memory_utilization) - weights)
     else:
-        free = int(local_cpu().memory * config.gpu_memory_utilization)
-        budget = min(free, max(DEFAULT_CPU_POOL, (per_request + 1) * bytes_each if config.max_model_len else 0))
+        budget = max(DEFAULT_CPU_POOL, (per_request + 1) * bytes_each if config.max_model_len else 0)
+        budget = min(int(local_cpu().memory * 0.9), budget)
     blocks = min(budget // bytes_each, per_request * config.max_num_seqs + 1)
     needed = per_request + 1 if config.max_model_len else 2
     if blocks < needed:

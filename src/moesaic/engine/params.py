@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 
 from moesaic.errors import RequestError
 
 MAX_LOGPROBS = 20
+MAX_N = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
+        self._check_types()
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", MappingProxyType({int(k): float(v) for k, v in self.logit_bias.items()}))
@@ -57,6 +59,23 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    def _check_types(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(type(value) in (int, float) and abs(value) <= 1e30, name, "a finite number")
+        for name in ("top_k", "min_tokens", "n"):
+            require(type(getattr(self, name)) is int, name, "an integer")
+        for name in ("seed", "logprobs", "prompt_logprobs", "max_tokens"):
+            require(type(getattr(self, name)) in (int, NoneType), name, "an integer or None")
+        for name in ("include_stop", "ignore_eos", "skip_special_tokens"):
+            require(type(getattr(self, name)) is bool, name, "True or False")
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        require(all(isinstance(text, str) for text in stops), "stop", "made of strings")
+        require(all(type(token) is int for token in self.stop_token_ids), "stop_token_ids", "made of integers")
+        biases = self.logit_bias.items()
+        legal = all(isinstance(k, (int, str)) and type(v) in (int, float) and abs(v) <= 100 for k, v in biases)
+        require(legal, "logit_bias", "from token ids to values in [-100, 100]")
+
     def _check_ranges(self) -> None:
         require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "a finite number >= 0")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
@@ -64,11 +83,10 @@ class SamplingParams:
         require(math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "> 0")
         for name in ("presence_penalty", "frequency_penalty"):
             require(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]")
-        require(all(-100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "with values in [-100, 100]")
 
     def _check_counts(self) -> None:
         require(self.top_k >= 0, "top_k", ">= 0 (0 is off)")
-        require(self.n >= 1, "n", ">= 1")
+        require(1 <= self.n <= MAX_N, "n", f"in [1, {MAX_N}]")
         require(self.min_tokens >= 0, "min_tokens", ">= 0")
         require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", ">= 1 or None")
         require(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "<= max_tokens")

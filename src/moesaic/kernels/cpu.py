@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.spec import RouterSpec
-from moesaic.kernels.ops import AttentionBatch, KVView
+from moesaic.kernels.ops import AttentionBatch, Context, KVView
 from moesaic.kernels.reference import keep_best_groups, visible
 
 PADDING = 2.5
@@ -36,7 +36,8 @@ def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
     # Half the passes of torch's own composition: x^2 is never written, and sqrt(D) goes into the small factor.
     size = x_TD.shape[-1]
     norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
-    return norm_T1.square_().div_(size).add_(eps).rsqrt_() * x_TD * w_D
+    y_TD: Tensor = norm_T1.square_().div_(size).add_(eps).rsqrt_() * x_TD * w_D
+    return y_TD
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -155,19 +156,43 @@ def context(rows_LW: Tensor, view: KVView) -> tuple[Tensor, Tensor]:
 
 def decode(q_SHK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
            window: int | None) -> Tensor:  # fmt: skip
-    """One query per sequence: gather every context, padded to the longest, and mask."""
+    """One query per sequence: contexts are gathered, padded to the longest and masked, in groups of like length."""
+    lengths = [span.length for span in batch.spans[: len(q_SHK)]]
+    groups = like_lengths(lengths)
+    if len(groups) == 1:
+        return decode_group(q_SHK, pool_PW, batch.narrow(slice(0, len(lengths)), max(lengths)), view, scale, window)
+    out_SHV = q_SHK.new_empty(*q_SHK.shape[:2], view.value_dim)
+    for group in groups:
+        part = batch.narrow(torch.tensor(group), max(lengths[s] for s in group))
+        out_SHV[group] = decode_group(q_SHK[group], pool_PW, part, view, scale, window)
+    return out_SHV
+
+
+def like_lengths(lengths: list[int]) -> list[list[int]]:
+    """Sequences in groups whose padded area is at most twice what they hold: a long one must not inflate the others."""
+    if len(lengths) * max(lengths) <= 2 * sum(lengths):
+        return [list(range(len(lengths)))]
+    groups: list[list[int]] = []
+    for s in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or lengths[s] > 2 * lengths[groups[-1][0]] + 32:
+            groups.append([])
+        groups[-1].append(s)
+    return groups
+
+
+def decode_group(q_SHK: Tensor, pool_PW: Tensor, part: Context, view: KVView, scale: float,
+                 window: int | None) -> Tensor:  # fmt: skip
     sequences, heads, _ = q_SHK.shape
-    longest = max(span.length for span in batch.spans[:sequences])
-    rows_SLW = pool_PW.index_select(0, batch.slots_SL[:sequences, :longest].reshape(-1)).view(sequences, longest, -1)
+    slots_SL, lengths_S, hidden_SL = part
+    rows_SLW = pool_PW.index_select(0, slots_SL.reshape(-1)).view(*slots_SL.shape, -1)
     k_SLGK, v_SLGV = context(rows_SLW, view)
-    q_SGRK = q_SHK.view(sequences, view.kv_heads, heads // view.kv_heads, -1)
-    hidden_SL = batch.hidden_SL[:sequences, :longest]
     if window is not None:
-        too_old_SL = torch.arange(longest) < batch.lengths_S[:sequences, None] - window
+        too_old_SL = torch.arange(slots_SL.shape[1]) < lengths_S[:, None] - window
         hidden_SL = hidden_SL.masked_fill(too_old_SL, float("-inf"))
     if view.kv_heads == 1 and q_SHK.dtype == torch.float32:
         scores = torch.baddbmm(hidden_SL[:, None], q_SHK, k_SLGK[:, :, 0].transpose(1, 2), alpha=scale)
         return torch.bmm(torch.softmax(scores, -1), v_SLGV[:, :, 0])
+    q_SGRK = q_SHK.view(sequences, view.kv_heads, heads // view.kv_heads, -1)
     scores = torch.matmul(q_SGRK, k_SLGK.permute(0, 2, 3, 1)).float().mul_(scale)
     scores += hidden_SL[:, None, None]
     probabilities = torch.softmax(scores, -1).to(q_SHK.dtype)

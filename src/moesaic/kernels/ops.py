@@ -30,6 +30,10 @@ class Span:
     length: int
 
 
+Context = tuple[Tensor, Tensor, Tensor]
+"""(slots [S, L], lengths [S], hidden [S, L]) of some sequences of an AttentionBatch."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where each sequence's context lies in the KV pool. Made once per step, read by every layer, never mutated.
@@ -48,11 +52,16 @@ class AttentionBatch:
 
     @staticmethod
     def of(spans: tuple[Span, ...], decodes: int, slots_SL: Tensor) -> AttentionBatch:
-        """Derives the lengths and the mask from the spans."""
+        """Derives the lengths and the mask from the spans; slots behind a context's end may be anything."""
         lengths_S = torch.tensor([span.length for span in spans], device=slots_SL.device)
         outside = torch.arange(slots_SL.shape[1], device=slots_SL.device) >= lengths_S[:, None]
         hidden_SL = torch.zeros(slots_SL.shape, device=slots_SL.device).masked_fill_(outside, float("-inf"))
-        return AttentionBatch(spans, decodes, slots_SL, lengths_S, hidden_SL)
+        # Block 0 is never written, so its rows stay zero. A stale row of an earlier owner may hold NaN: 0 * NaN is NaN.
+        return AttentionBatch(spans, decodes, slots_SL.masked_fill(outside, 0), lengths_S, hidden_SL)
+
+    def narrow(self, sequences: slice | Tensor, length: int) -> Context:
+        """The first `length` positions of some sequences."""
+        return self.slots_SL[sequences, :length], self.lengths_S[sequences], self.hidden_SL[sequences, :length]
 
     def decoding(self) -> AttentionBatch:
         """The sequences at the front that decode, alone."""

@@ -18,7 +18,7 @@ from moesaic.hardware import Hardware
 from moesaic.kernels.registry import Selection, select
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.decoder import Decoder
-from moesaic.models.loading import LoadReport, Slot, load
+from moesaic.models.loading import LoadReport, Slot, load, match
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,22 @@ def build(checkpoint: Checkpoint, spec: ModelSpec, need: Need, length: int, *,
     selection = select(need, wishes)
     dtype: torch.dtype = getattr(torch, need.dtype)
     like = torch.empty(0, dtype=dtype, device=need.device)
-    model = Decoder(spec, selection.ops, like, length, one_path=need.batch_invariant)
-    slots = [Slot(name, view) for name, view in model.sources()]
     ignored = [*spec.ignore, *([re.escape(f"{spec.head}.weight")] if spec.tied else [])]
     pattern = re.compile("|".join(f"(?:{each})" for each in ignored) or r"(?!)")
-    report = load(checkpoint, slots, ignore=lambda name: pattern.fullmatch(name) is not None, progress=progress)
+
+    def ignore(name: str) -> bool:
+        return pattern.fullmatch(name) is not None
+
+    # First without memory: a config that does not fit its own checkpoint must not make us allocate what it dreams of.
+    match(checkpoint, slots_of(Decoder(spec, selection.ops, like.to("meta"), 1)), ignore)
+    model = Decoder(spec, selection.ops, like, length, one_path=need.batch_invariant)
+    report = load(checkpoint, slots_of(model), ignore=ignore, progress=progress)
     check_tied_head(checkpoint, model)
     return Built(model, selection, report, dtype)
+
+
+def slots_of(model: Decoder) -> list[Slot]:
+    return [Slot(name, view) for name, view in model.sources()]
 
 
 def without_absent_drafts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

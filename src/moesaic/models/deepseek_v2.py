@@ -26,7 +26,7 @@ def router(fields: Fields, name: str) -> RouterSpec:
             "norm_topk_prob is true, which public implementations of deepseek_v2 compute differently",
             where=fields.file, remedy="Published checkpoints say false; set it so, or convert to deepseek_v3.",
         )  # fmt: skip
-    experts, top_k = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
+    experts, top_k = fields.count("n_routed_experts"), fields.integer("num_experts_per_tok")
     grouped = method == "group_limited_greedy"
     groups, top_groups = (fields.integer("n_group"), fields.integer("topk_group")) if grouped else (1, 1)
     check_groups(fields, experts, groups, top_groups, top_k)

@@ -23,14 +23,14 @@ def describe(config: Mapping[str, Any]) -> ModelSpec:
 
 def describe_with(config: Mapping[str, Any], read_router: Callable[[Fields, str], RouterSpec]) -> ModelSpec:
     fields = Fields(config)
-    count, drafts = fields.integer("num_hidden_layers"), fields.integer("num_nextn_predict_layers", 0, least=0)
+    count, drafts = fields.count("num_hidden_layers"), fields.count("num_nextn_predict_layers", 0, least=0)
     blocks = tuple(block(fields, i, read_router) for i in range(count + drafts))
     first = [f"model.layers.{count + i}" for i in range(drafts)]
     copies = tuple(re.escape(name) + r"\.(embed_tokens|shared_head\.head)\.weight" for name in first)
     return ModelSpec(
         architecture=fields.text("model_type"),
         hidden=fields.integer("hidden_size"), vocab=fields.integer("vocab_size"),
-        norm_eps=fields.number("rms_norm_eps", 1e-6), max_length=fields.integer("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 1e-6, above=0), max_length=fields.integer("max_position_embeddings"),
         embed="model.embed_tokens", final_norm="model.norm", head="lm_head",
         tied=fields.flag("tie_word_embeddings", False), layers=blocks[:count],
         drafts=tuple(draft(fields, b, n) for b, n in zip(blocks[count:], first, strict=True)),
@@ -58,6 +58,8 @@ def attention(fields: Fields, name: str) -> MLASpec:
     bias = fields.flag("attention_bias", False)
     q_rank = fields.integer("q_lora_rank") if fields.has("q_lora_rank") else None
     rope = read_rope(fields, rope_dim, interleaved=fields.flag("rope_interleave", True))
+    if rope.dim != rope_dim:
+        raise fields.bad("partial_rotary_factor", "does not apply here: qk_rope_head_dim says what is rotated")
     scale = (nope + rope_dim) ** -0.5
     if rope.yarn and (all_dims := rope_fields(fields).number("mscale_all_dim", 0.0)):
         scale *= yarn_mscale(rope.yarn.factor, all_dims) ** 2
@@ -93,7 +95,7 @@ def router(fields: Fields, name: str) -> RouterSpec:
 
     Groups and factor have no safe default: implementations differ where they are missing, so they must be there.
     """
-    experts, groups = fields.integer("n_routed_experts"), fields.integer("n_group")
+    experts, groups = fields.count("n_routed_experts"), fields.integer("n_group")
     top_k, top_groups = fields.integer("num_experts_per_tok"), fields.integer("topk_group")
     for kind, wanted in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if fields.text(kind, wanted) != wanted:

@@ -10,7 +10,7 @@ from moesaic.contracts.spec import Activation, RopeSpec, Yarn
 from moesaic.errors import CheckpointError, UnsupportedError
 
 MISSING: Any = object()
-LARGEST = 1 << 40
+LARGEST, MOST = 1 << 24, 1 << 12
 
 
 class Fields:
@@ -25,11 +25,18 @@ class Fields:
             raise self.bad(name, f"must be an integer >= {least}, not {value!r:.80}")
         return value
 
-    def number(self, name: str, default: Any = MISSING) -> float:
+    def number(self, name: str, default: Any = MISSING, above: float = -1e30) -> float:
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.bad(name, f"must be a finite number, not {value!r:.80}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < 1e30:
+            raise self.bad(name, f"must be a number{f' above {above:g}' if above > -1e30 else ''}, not {value!r:.80}")
         return float(value)
+
+    def count(self, name: str, default: Any = MISSING, least: int = 1) -> int:
+        """How many layers or experts: each costs objects, so the bound is closer than that of a size."""
+        value = self.integer(name, default, least)
+        if value > MOST:
+            raise self.bad(name, f"must be at most {MOST}, not {value}")
+        return value
 
     def flag(self, name: str, default: Any = MISSING) -> bool:
         value = self.get(name, default)
@@ -90,13 +97,13 @@ def rope_fields(fields: Fields) -> Fields:
 def read_rope(fields: Fields, dim: int, *, interleaved: bool, default_theta: float = 10000.0) -> RopeSpec:
     """The rotary embedding of a config. Raises UnsupportedError for a scaling that is not implemented."""
     rope = rope_fields(fields)
-    theta = rope.number("rope_theta", default_theta)
+    theta = rope.number("rope_theta", default_theta, above=1)
     kind = rope.text("rope_type", rope.text("type", "default"))
     dim = int(dim * rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)))
     if kind == "default":
         return RopeSpec(dim, theta, interleaved)
     if kind == "linear":
-        return RopeSpec(dim, theta, interleaved, linear_factor=rope.number("factor"))
+        return RopeSpec(dim, theta, interleaved, linear_factor=rope.number("factor", above=0))
     if kind == "yarn":
         return RopeSpec(dim, theta, interleaved, yarn=read_yarn(rope, fields))
     raise UnsupportedError(
@@ -107,7 +114,7 @@ def read_rope(fields: Fields, dim: int, *, interleaved: bool, default_theta: flo
 def read_yarn(rope: Fields, fields: Fields) -> Yarn:
     """YaRN settings; attention factor from the config, the ratio of its two mscales, or the paper's 0.1 ln s + 1."""
     original = rope.integer("original_max_position_embeddings", fields.get("max_position_embeddings"))
-    factor = rope.number("factor", fields.integer("max_position_embeddings") / original)
+    factor = rope.number("factor", fields.integer("max_position_embeddings") / original, above=0)
     mscale, all_dims = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
     if rope.has("attention_factor"):
         attention = rope.number("attention_factor")

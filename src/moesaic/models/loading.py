@@ -85,7 +85,9 @@ def load(
     are found before anything is written; after any error the destinations' contents are undefined.
     """
     began = time.perf_counter()
-    jobs = _match(checkpoint, list(slots), ignore)
+    jobs = match(checkpoint, list(slots), ignore)
+    if any(dest.device.type == "meta" for _, dest in jobs):
+        raise ValueError("a destination has no storage")
     total = sum(stored.info.nbytes for stored, _ in jobs)
     with _Progress(total if progress else None) as bar:
         _Readers(jobs, check_finite, bar.advance).run()
@@ -95,8 +97,11 @@ def load(
 _Job = tuple[StoredTensor, torch.Tensor]
 
 
-def _match(checkpoint: Checkpoint, slots: list[Slot], ignore: Callable[[str], bool]) -> list[_Job]:
-    """(source, destination) pairs sorted by place on disk, after checking names, shapes and dtypes."""
+def match(checkpoint: Checkpoint, slots: list[Slot], ignore: Callable[[str], bool]) -> list[_Job]:
+    """(source, destination) pairs sorted by place on disk, after checking names, shapes and dtypes.
+
+    Destinations may be on the meta device here: so a model can be held against a checkpoint before it takes memory.
+    """
     tensors = checkpoint.tensors()
     wanted = {slot.name for slot in slots}
     missing = dict.fromkeys(slot.name for slot in slots if slot.name not in tensors and not slot.optional)
@@ -123,8 +128,6 @@ def _report(checkpoint: Checkpoint, names: list[str], what: str, remedy: str) ->
 
 def _check_fit(stored: StoredTensor, dest: torch.Tensor) -> None:
     info = stored.info
-    if dest.device.type == "meta":
-        raise ValueError(f"the destination of {info.name} has no storage")
     if tuple(dest.shape) != info.shape:
         raise CheckpointError(
             f"its shape is {list(info.shape)}; the model expects {list(dest.shape)}",

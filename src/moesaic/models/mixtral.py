@@ -15,10 +15,10 @@ def describe(config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(
         architecture=fields.text("model_type"),
         hidden=fields.integer("hidden_size"), vocab=fields.integer("vocab_size"),
-        norm_eps=fields.number("rms_norm_eps", 1e-5), max_length=fields.integer("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 1e-5, above=0), max_length=fields.integer("max_position_embeddings"),
         embed="model.embed_tokens", final_norm="model.norm", head="lm_head",
         tied=fields.flag("tie_word_embeddings", False),
-        layers=tuple(block(fields, i) for i in range(fields.integer("num_hidden_layers"))),
+        layers=tuple(block(fields, i) for i in range(fields.count("num_hidden_layers"))),
         checkpoint_dtype=read_dtype(fields), eos_token_ids=fields.integers("eos_token_id"),
         ignore=(r".*\.rotary_emb\.inv_freq",),
     )  # fmt: skip
@@ -50,7 +50,7 @@ def attention(fields: Fields, name: str) -> GQASpec:
 def mixture(fields: Fields, name: str) -> MoESpec:
     """w1 is the gate, w3 the up, w2 the down projection. Softmax over the chosen is renormalised softmax over all."""
     hidden, width = fields.integer("hidden_size"), fields.integer("intermediate_size")
-    experts, top_k = fields.integer("num_local_experts"), fields.integer("num_experts_per_tok", 2)
+    experts, top_k = fields.count("num_local_experts"), fields.integer("num_experts_per_tok", 2)
     if top_k > experts:
         raise fields.bad("num_experts_per_tok", f"({top_k}) exceeds num_local_experts ({experts})")
     w1, w3 = (LinearSpec(f"{name}.experts.{{e}}.{part}", hidden, width) for part in ("w1", "w3"))

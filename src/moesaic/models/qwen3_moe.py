@@ -15,10 +15,10 @@ def describe(config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(
         architecture=fields.text("model_type"),
         hidden=fields.integer("hidden_size"), vocab=fields.integer("vocab_size"),
-        norm_eps=fields.number("rms_norm_eps", 1e-6), max_length=fields.integer("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 1e-6, above=0), max_length=fields.integer("max_position_embeddings"),
         embed="model.embed_tokens", final_norm="model.norm", head="lm_head",
         tied=fields.flag("tie_word_embeddings", False),
-        layers=tuple(block(fields, i) for i in range(fields.integer("num_hidden_layers"))),
+        layers=tuple(block(fields, i) for i in range(fields.count("num_hidden_layers"))),
         checkpoint_dtype=read_dtype(fields), eos_token_ids=fields.integers("eos_token_id"),
         ignore=(r".*\.rotary_emb\.inv_freq",),
     )  # fmt: skip
@@ -61,7 +61,7 @@ def mlp(fields: Fields, name: str, width: int) -> MLPSpec:
 
 def mixture(fields: Fields, name: str) -> MoESpec:
     count = "num_experts" if fields.has("num_experts") else "num_local_experts"  # as transformers 5 saves it
-    experts, top_k = fields.integer(count), fields.integer("num_experts_per_tok")
+    experts, top_k = fields.count(count), fields.integer("num_experts_per_tok")
     if top_k > experts:
         raise fields.bad("num_experts_per_tok", f"({top_k}) exceeds num_experts ({experts})")
     expert = mlp(fields, f"{name}.experts.{{e}}", fields.integer("moe_intermediate_size"))
