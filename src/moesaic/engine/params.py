@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, NoneType
@@ -11,6 +12,7 @@ from moesaic.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_N = 1024
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class SamplingParams:
     def _check_types(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            require(type(value) in (int, float) and abs(value) <= 1e30, name, "a finite number")
+            require(type(value) in (int, float) and abs(value) <= LARGEST, name, "a finite number")
         for name in ("top_k", "min_tokens", "n"):
             require(type(getattr(self, name)) is int, name, "an integer")
         for name in ("seed", "logprobs", "prompt_logprobs", "max_tokens"):
