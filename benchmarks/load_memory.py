@@ -29,10 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks.machine import describe, save
 from moesaic.contracts.contract import Need
-from moesaic.kernels.registry import select
+from moesaic.kernels.registry import Kernels
 from moesaic.models.build import build, spec_of
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.decoder import Decoder
+from moesaic.models.loading import Slot
+from moesaic.models.weights import slots_of
 
 LIMIT = 1.15
 SIZES = {
@@ -47,23 +49,24 @@ SIZES = {
 def load_model(checkpoint: Checkpoint, dtype: str) -> int:
     """The whole model, as `moesaic generate` builds it."""
     spec = spec_of(checkpoint.config)
-    return weight_bytes(build(checkpoint, spec, Need("cpu", dtype), spec.max_length).model)
+    return build(checkpoint, spec, Need("cpu", dtype), spec.max_length).model.nbytes()
 
 
 def copy_mapped(checkpoint: Checkpoint, dtype: str) -> int:
     """The peer: the safetensors package maps a shard; its tensors are copied into the same parameters, unchecked."""
     spec = spec_of(checkpoint.config)
-    model = Decoder(spec, select(Need("cpu", dtype)).ops, torch.empty(0, dtype=getattr(torch, dtype)), spec.max_length)
-    dest = dict(model.sources())
+    model = Decoder(spec, Kernels(Need("cpu", dtype)), torch.empty(0, dtype=getattr(torch, dtype)), spec.max_length)
+    dest = views(model)
     for file in checkpoint.files:
         with safe_open(file.path, "pt") as mapped:
             for name in mapped.keys():  # noqa: SIM118 - the object is not iterable
                 dest[name].copy_(mapped.get_tensor(name))
-    return weight_bytes(model)
+    return model.nbytes()
 
 
-def weight_bytes(model: Decoder) -> int:
-    return sum(view.nbytes for _, view in model.sources())
+def views(model: Decoder) -> dict[str, torch.Tensor]:
+    """The storage of each tensor of an unquantised checkpoint."""
+    return {slot.name: slot.dest for slot in slots_of(model.sources(), None) if isinstance(slot, Slot)}
 
 
 WAYS: dict[str, Callable[[Checkpoint], int]] = {
@@ -103,9 +106,9 @@ def write_checkpoint(directory: Path, nbytes: int, shards: int) -> None:
     layers = -(-nbytes // layer_bytes)
     config = {"model_type": "mixtral", "num_hidden_layers": layers, "torch_dtype": "bfloat16", **SIZES}
     (directory / "config.json").write_text(json.dumps(config))
-    ops = select(Need("cpu", "bfloat16")).ops
-    model = Decoder(spec_of(config), ops, torch.empty(0, device="meta"), 8)
-    shapes = {name: view.shape for name, view in model.sources()}
+    kernels = Kernels(Need("cpu", "bfloat16"))
+    model = Decoder(spec_of(config), kernels, torch.empty(0, device="meta"), 8)
+    shapes = {name: view.shape for name, view in views(model).items()}
     names = list(shapes)
     weight_map: dict[str, str] = {}
     for shard in range(shards):

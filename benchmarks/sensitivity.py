@@ -24,6 +24,7 @@ import torch
 from benchmarks.machine import describe, save
 from moesaic import LLM, SamplingParams
 from moesaic.assets import embedded_model
+from moesaic.formats.base import QuantTensor
 from moesaic.tasks import FAMILIES, grade, items
 from moesaic.tasks.score import Score
 
@@ -33,16 +34,17 @@ Wrap = Callable[[Any], Any]
 def drop_one_expert(experts: Any) -> Any:
     """Rows routed to expert 5 get nothing from it."""
 
-    def broken(x: Any, w13: Any, w2: Any, ids: Any, weights: Any) -> Any:
-        return experts(x, w13, w2, ids, weights.masked_fill(ids == 5, 0.0))
+    def broken(x: Any, w: Any, ids: Any, weights: Any) -> Any:
+        return experts(x, w, ids, weights.masked_fill(ids == 5, 0.0))
 
     return broken
 
 
 def swap_gate_and_up(experts: Any) -> Any:
-    def broken(x: Any, w13: Any, w2: Any, ids: Any, weights: Any) -> Any:
-        gate, up = w13.chunk(2, 1)
-        return experts(x, torch.cat([up, gate], 1), w2, ids, weights)
+    def broken(x: Any, w: Any, ids: Any, weights: Any) -> Any:
+        gate, up = w.w13.plain.chunk(2, 1)
+        w13 = QuantTensor.of(torch.cat([up, gate], 1), w.w13.form, w.w13.segments)
+        return experts(x, replace(w, w13=w13), ids, weights)
 
     return broken
 
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20, help="items per family")
     limit = parser.parse_args().limit
     llm = LLM(str(embedded_model()), progress=False)
-    ops: Any = llm.launched.built.selection.ops
+    ops: Any = llm.launched.built.kernels.ops
     rows = []
     print("| fault | accuracy | 95% interval | families that lose |\n|---|---|---|---|")
     for name, fault in FAULTS.items():

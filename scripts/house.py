@@ -16,7 +16,8 @@ PACKAGE = "moesaic"
 
 # Top to bottom: a row imports only from rows below it; rooms of one row do not import one another.
 # `__init__` is the public face (`from moesaic import LLM`), `__main__` the one of `python -m moesaic`.
-# Amended from the design's list: config and errors are two rows, because reading the configuration raises our errors.
+# Amended from the design's list: config and errors are two rows, because reading the configuration raises our errors;
+# formats stand above contracts, because reading a `quantization_config` yields schemes, which are contract vocabulary.
 LAW: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
@@ -30,8 +31,8 @@ LAW: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("planning",),
     ("kernels",),
-    ("contracts",),
     ("formats",),
+    ("contracts",),
     ("parallel",),
     ("hardware", "text", "assets", "tasks"),
     ("config",),

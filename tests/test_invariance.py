@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.contract import Need
-from moesaic.contracts.spec import RouterSpec, Scoring
+from moesaic.contracts.spec import SILU, RouterSpec, Scoring
 from moesaic.kernels import cpu, cpu_invariant
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
 from moesaic.kernels.registry import select
+from tests.operands import expert_weights, plain_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
 COUNTS = (*range(1, 40), 48, 63, 64, 65, 127, 128, 200, 255, 256, 300)
@@ -41,8 +43,8 @@ def test_linear(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_row_wise_ops(dtype: torch.dtype) -> None:
     x, w = torch.randn(310, 256).to(dtype), torch.randn(256).to(dtype)
     same_for_every_count(lambda x: cpu.rms_norm(x, w, 1e-6), x)
-    same_for_every_count(cpu_invariant.silu_mul, x)
-    same_for_every_count(cpu_invariant.silu_mul, torch.randn(310, 2 * 129).to(dtype))
+    same_for_every_count(partial(cpu_invariant.activate, activation=SILU), x)
+    same_for_every_count(partial(cpu_invariant.activate, activation=SILU), torch.randn(310, 2 * 129).to(dtype))
     same_for_every_count(lambda x: cpu.add_rms_norm(x, x, w, 1e-6)[0], x)
 
 
@@ -58,13 +60,13 @@ def test_route(scoring: Scoring, experts: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_experts(dtype: torch.dtype) -> None:
     """A token's sum must not depend on which tokens share its experts."""
-    w13, w2 = torch.randn(8, 256, 128).to(dtype), torch.randn(8, 128, 128).to(dtype)
+    w = expert_weights(torch.randn(8, 256, 128).to(dtype), torch.randn(8, 128, 128).to(dtype))
     x, weights = torch.randn(310, 128).to(dtype), torch.rand(310, 3)
     ids = torch.stack([torch.randperm(8)[:3] for _ in range(310)]).to(torch.int32)
-    whole = cpu_invariant.experts(x, w13, w2, ids, weights)
+    whole = cpu_invariant.experts(plain_rows(x), w, ids, weights)
     for count in (1, 2, 5, 17, 64, 255):
         rows = slice(310 - count, 310)
-        assert torch.equal(cpu_invariant.experts(x[rows], w13, w2, ids[rows], weights[rows]), whole[rows])
+        assert torch.equal(cpu_invariant.experts(plain_rows(x[rows]), w, ids[rows], weights[rows]), whole[rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.contracts.spec import RouterSpec
+from moesaic.contracts.spec import SILU, Activation, RouterSpec
 from moesaic.kernels import reference
-from moesaic.kernels.ops import AttentionBatch, KVView, Span
+from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Span
 from tests.compare import assert_rows_close
+from tests.operands import expert_weights, plain_rows
 
 BACKENDS = ("cpu", "cpu_invariant")
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2**-7}
 TOKENS = (0, 1, 2, 7, 33, 64)
+SINKS = torch.tensor([0.5, -2.0, 3.0, 0.0])
+ACTIVATIONS = (SILU, Activation("swiglu_oai"))
 
 
 def cases() -> list[tuple[str, str]]:
@@ -42,8 +45,8 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> No
 
 
 def test_every_contract_is_tested_here() -> None:
-    tested = {"linear", "rms_norm", "add_rms_norm", "rotate", "silu_mul", "route", "experts", "attend_paged",
-              "attend_dense"}  # fmt: skip
+    tested = {"linear", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts", "attend_paged",
+              "attend_dense", "encode"}  # fmt: skip
     assert {op for _, op in cases()} == tested
 
 
@@ -65,7 +68,8 @@ def test_norms_rope_activation(tokens: int, dtype: torch.dtype) -> None:
     close(mine[1], theirs[1], dtype, "sum")
     assert torch.equal(mine[0], import_module("moesaic.kernels.cpu").rms_norm(mine[1], w.to(dtype), 1e-6))
     for backend in BACKENDS:
-        close(*both(backend, "silu_mul", dtype, x), dtype, "silu_mul")
+        for activation in ACTIVATIONS:
+            close(*both(backend, "activate", dtype, x * 3, activation), dtype, activation.kind)
     angles = torch.rand(tokens, 8) * 6
     for interleaved in (False, True):
         heads = torch.randn(tokens, 3, 16).to(dtype)
@@ -152,6 +156,24 @@ def routings(tokens: int, experts: int, top_k: int) -> dict[str, Tensor]:
     return {"random": ids, "one expert": torch.full_like(ids, 2), "padding rows": padded, "holes": holes}
 
 
+def naive_experts(x_TD: Tensor, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    """One token and one choice at a time, in FP64, from the formulas."""
+    x, y, act = x_TD.double(), torch.zeros(x_TD.shape, dtype=torch.float64), w.activation
+    for t, choices in enumerate(ids_TA.tolist()):
+        for a, e in enumerate(choices):
+            if e < 0:
+                continue
+            bias13, bias2 = (w.biases[0][e].double(), w.biases[1][e].double()) if w.biases else (0, 0)
+            g, u = (w.w13.plain[e].double() @ x[t] + bias13).chunk(2)
+            if act.kind == "swiglu_oai":
+                g, u = torch.where(g > 7, 7, g), torch.where(u.abs() > 7, 7 * u.sign(), u)
+                hidden = (u + 1) * g / (1 + torch.exp(-1.702 * g))
+            else:
+                hidden = g / (1 + torch.exp(-g)) * u
+            y[t] += weights_TA[t, a].double() * (w.w2.plain[e].double() @ hidden + bias2)
+    return y
+
+
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -159,21 +181,26 @@ def test_experts(backend: str, tokens: int, dtype: torch.dtype) -> None:
     experts, hidden, width, top_k = 7, 64, 48, 3
     x = torch.randn(tokens, hidden)
     w13, w2 = torch.randn(experts, 2 * width, hidden) / 8, torch.randn(experts, hidden, width) / 7
+    both_biases = torch.randn(experts, 2 * width), torch.randn(experts, hidden)
     for name, ids_TA in routings(tokens, experts, top_k).items():
         weights_TA = torch.rand(tokens, top_k)
-        mine = import_module(f"moesaic.kernels.{backend}").experts(
-            x.to(dtype), w13.to(dtype), w2.to(dtype), ids_TA, weights_TA
-        )
-        operands = [t.to(dtype).double() for t in (x, w13, w2)]
-        theirs = reference.experts(*operands, ids_TA, weights_TA.double())
-        close(mine, theirs, dtype, name)
+        for activation, held in ((SILU, None), (ACTIVATIONS[1], both_biases)):
+            x_, w13_, w2_, *held_ = (t.to(dtype) for t in (x, w13, w2, *(held or ())))
+            biases = (held_[0], held_[1]) if held else None
+            w = expert_weights(w13_, w2_, activation, biases)
+            mine = import_module(f"moesaic.kernels.{backend}").experts(plain_rows(x_), w, ids_TA, weights_TA)
+            theirs = naive_experts(x_, w, ids_TA, weights_TA)
+            close(mine, theirs, dtype, f"{name}, {activation.kind}")
+            again = reference.experts(plain_rows(x_), w, ids_TA, weights_TA)
+            close(again, theirs, dtype, "reference")
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("window", "sinks"), [(None, None), (5, None), (5, SINKS)])
 @pytest.mark.parametrize("view", [KVView(1, 24, 0, 16), KVView(2, 12, 24, 12), KVView(4, 12, 48, 8)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_attend_paged(backend: str, view: KVView, window: int | None, dtype: torch.dtype) -> None:
+def test_attend_paged(backend: str, view: KVView, window: int | None, sinks: Tensor | None,
+                      dtype: torch.dtype) -> None:  # fmt: skip
     heads, width = 4, max(view.kv_heads * view.key_dim, view.value_at + view.kv_heads * view.value_dim)
     pool, poison = torch.randn(640, width).to(dtype), 600
     pool[poison:] = float("nan")  # no sequence owns these rows
@@ -186,22 +213,27 @@ def test_attend_paged(backend: str, view: KVView, window: int | None, dtype: tor
         spans = tuple(Span(*span) for span in zip(starts, counts, lengths, strict=True))
         batch = AttentionBatch.of(spans, decodes, slots_SL)
         q = torch.randn(sum(counts), heads, view.key_dim).to(dtype)
-        mine = import_module(f"moesaic.kernels.{backend}").attend_paged(q, pool, batch, view, 0.3, window)
-        theirs = reference.attend_paged(q.double(), pool.double(), batch, view, 0.3, window)
+        mine = import_module(f"moesaic.kernels.{backend}").attend_paged(q, pool, batch, view, 0.3, window, sinks)
+        theirs = reference.attend_paged(q.double(), pool.double(), batch, view, 0.3, window, sinks)
         close(mine.flatten(1), theirs.flatten(1), dtype, f"{lengths}")
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(("window", "sinks"), [(None, None), (6, None), (None, SINKS), (6, SINKS)])
 @pytest.mark.parametrize(("queries", "length"), [(1, 1), (17, 17), (5, 300), (1, 40)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attend_dense_against_torch(backend: str, queries: int, length: int, window: int | None,
-                                    dtype: torch.dtype) -> None:  # fmt: skip
-    q, k, v = (torch.randn(n, 3, size).to(dtype) for n, size in ((queries, 24), (length, 24), (length, 16)))
-    mine = import_module(f"moesaic.kernels.{backend}").attend_dense(q, k, v, 0.25, window)
+                                    sinks: Tensor | None, dtype: torch.dtype) -> None:  # fmt: skip
+    """A sink is a key at which every query scores its logit, and whose value is nothing."""
+    q, k, v = (torch.randn(n, 4, size).to(dtype) for n, size in ((queries, 24), (length, 24), (length, 16)))
+    mine = import_module(f"moesaic.kernels.{backend}").attend_dense(q, k, v, 0.25, window, sinks)
     rows = torch.arange(length)[length - queries :, None]
     columns = torch.arange(length)
     mask = (columns <= rows) & (columns > rows - (window or length + 1))
-    operands = (x.double().transpose(0, 1) for x in (q, k, v))
-    oracle = torch.nn.functional.scaled_dot_product_attention(*operands, attn_mask=mask, scale=0.25)
+    added = torch.zeros(4, queries, length, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    operands = [x.double().transpose(0, 1) for x in (q, k, v)]
+    if sinks is not None:
+        added = torch.cat([added, sinks.double()[:, None, None].expand(-1, queries, 1)], -1)
+        operands[1:] = [torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in operands[1:]]
+    oracle = torch.nn.functional.scaled_dot_product_attention(*operands, attn_mask=added, scale=0.25)
     close(mine.flatten(1), oracle.transpose(0, 1).flatten(1), dtype, "attend_dense")

@@ -129,7 +129,7 @@ def test_the_pool_follows_gpu_memory_utilization(llm: LLM) -> None:
     free = llm.launched.hardware.memory
     part = (150 << 20) / free
     small = LLM(progress=False, gpu_memory_utilization=part)
-    weights = sum(view.nbytes for _, view in small.launched.built.model.sources())
+    weights = small.launched.built.model.nbytes()
     pool = small.engine.runner.pool.nbytes
     assert pool + weights == pytest.approx(150 << 20, rel=0.15)
     assert pool < llm.engine.runner.pool.nbytes
@@ -185,10 +185,10 @@ def test_one_long_context_does_not_inflate_the_others() -> None:
 
 
 def test_the_choice_of_kernels_explains_itself(llm: LLM) -> None:
-    text = llm.launched.built.selection.explain()
+    text = llm.launched.built.kernels.explain()
     assert "experts: cpu\n" in text
     assert "not reference: cpu is preferred" in text
-    wished = LLM(progress=False, experts="reference").launched.built.selection.explain()
+    wished = LLM(progress=False, experts="reference").launched.built.kernels.explain()
     assert "experts: reference\n" in wished
     with pytest.raises(OptionError, match="deterministic"):
         LLM(progress=False, experts="cpu", deterministic=True)

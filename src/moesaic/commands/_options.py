@@ -178,7 +178,7 @@ def announce(args: argparse.Namespace, llm: LLM) -> None:
     """Says on stderr what runs."""
     print(f"moesaic: {args.model or embedded_model()}: {llm.launched.summary()}", file=sys.stderr, flush=True)
     if args.explain:
-        print(llm.launched.built.selection.explain(), file=sys.stderr, flush=True)
+        print(llm.launched.built.kernels.explain(), file=sys.stderr, flush=True)
 
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:

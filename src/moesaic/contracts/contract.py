@@ -15,6 +15,8 @@ class Contract:
 
     dtypes: activation dtypes it computes in, by name.  batch_invariant: a row's result does not depend on which other
     rows run beside it.  requires: hardware features by name (see `hardware.py`).  rank: lower is preferred.
+    formats, encodings: of the weights and rows that it multiplies.  activations: kinds that it applies.
+    expert_bias: takes experts with biases.  sinks: attention takes sink logits.
     """
 
     op: str
@@ -24,6 +26,11 @@ class Contract:
     batch_invariant: bool
     rank: int
     requires: frozenset[str] = frozenset()
+    formats: frozenset[str] = frozenset({"bf16"})
+    encodings: frozenset[str] = frozenset({"bf16"})
+    activations: frozenset[str] = frozenset({"silu"})
+    expert_bias: bool = False
+    sinks: bool = False
 
     def misses(self, need: Need) -> str | None:
         """The first reason why this kernel cannot serve the need, or None where it can."""
@@ -33,18 +40,37 @@ class Contract:
             return f"computes in {sorted(self.dtypes)}, not in {need.dtype}"
         if need.batch_invariant and not self.batch_invariant:
             return "its result for a row depends on the other rows, which --deterministic forbids"
-        lacking = self.requires - need.features
-        return f"needs {sorted(lacking)}, which this hardware lacks" if lacking else None
+        if lacking := self.requires - need.features:
+            return f"needs {sorted(lacking)}, which this hardware lacks"
+        return self.misses_operands(need)
+
+    def misses_operands(self, need: Need) -> str | None:
+        """The same for what one layer brings; each op looks only at what it meets."""
+        multiplies, routed = self.op in ("linear_quant", "experts"), self.op == "experts"
+        if multiplies and need.format not in self.formats:
+            return f"takes weights in {sorted(self.formats)}, not in {need.format}"
+        if (multiplies or self.op == "encode") and need.encoding not in self.encodings:
+            return f"takes rows in {sorted(self.encodings)}, not in {need.encoding}"
+        if (routed or self.op == "activate") and need.activation not in self.activations:
+            return f"applies {sorted(self.activations)}, not {need.activation}"
+        if routed and need.expert_bias and not self.expert_bias:
+            return "takes no expert biases"
+        return "takes no attention sinks" if need.sinks and self.op.startswith("attend") and not self.sinks else None
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one build asks of every op."""
+    """What one build asks of every op, and (from `format` on) what one layer asks of its own."""
 
     device: str
     dtype: str
     batch_invariant: bool = False
     features: frozenset[str] = frozenset()
+    format: str = "bf16"
+    encoding: str = "bf16"
+    activation: str = "silu"
+    expert_bias: bool = False
+    sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moesaic.contracts.scheme import UNQUANTIZED, Scheme
+
 Scoring = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
-Activation = Literal["silu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What joins gate g and up u. `silu`: g sigmoid(g) u.
+
+    `swiglu_oai` (gpt-oss): g capped at `limit`, u clamped to +-limit, then (u + 1) g sigmoid(alpha g).
+    """
+
+    kind: Literal["silu", "swiglu_oai"] = "silu"
+    limit: float = 7.0
+    alpha: float = 1.702
+
+
+SILU = Activation()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +56,22 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """One stored projection: `name` is the checkpoint module, weight `[out, in]`, bias `[out]` if any."""
+    """One stored projection: `name` is the checkpoint module, weight `[out, in]`, bias `[out]` if any.
+
+    scheme: how the checkpoint stores it.  held: how it is kept and multiplied instead, where the user asked for that.
+    """
 
     name: str
     inputs: int
     outputs: int
     bias: bool = False
+    scheme: Scheme = UNQUANTIZED
+    held: Scheme | None = None
+
+    @property
+    def runs(self) -> Scheme:
+        """The scheme in memory."""
+        return self.held or self.scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +133,12 @@ class MLASpec:
 
 @dataclass(frozen=True, slots=True)
 class MLPSpec:
-    """A gated feed-forward: down(act(gate(x)) * up(x))."""
+    """A gated feed-forward: down(activation(gate(x), up(x)))."""
 
     gate: LinearSpec
     up: LinearSpec
     down: LinearSpec
-    activation: Activation = "silu"
+    activation: Activation = SILU
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +170,7 @@ class MoESpec:
     up: LinearSpec
     down: LinearSpec
     shared: MLPSpec | None = None
-    activation: Activation = "silu"
+    activation: Activation = SILU
 
     @property
     def intermediate(self) -> int:
@@ -198,6 +224,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     ignore: tuple[str, ...] = field(default=())
     """Regular expressions of checkpoint tensors that carry nothing to load (such as stored rotary frequencies)."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the checkpoint was read."""
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:

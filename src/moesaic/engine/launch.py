@@ -91,7 +91,7 @@ def count_blocks(config: EngineConfig, built: Built, length: int) -> int:
     if config.kv_memory is not None:
         budget = config.kv_memory
     elif config.gpu_memory_utilization is not None:
-        weights = sum(view.nbytes for _, view in built.model.sources())
+        weights = built.model.nbytes()
         budget = max(0, int((local_cpu().memory + weights) * config.gpu_memory_utilization) - weights)
     else:
         budget = max(DEFAULT_CPU_POOL, (per_request + 1) * bytes_each if config.max_model_len else 0)

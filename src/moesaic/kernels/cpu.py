@@ -7,27 +7,39 @@ Shape letters as in `ops.py`; R is T x A routed rows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract
-from moesaic.contracts.spec import RouterSpec
-from moesaic.kernels.ops import AttentionBatch, Context, KVView
+from moesaic.contracts.scheme import Encoding
+from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.formats.encodings import Rows
+from moesaic.kernels.ops import AttentionBatch, Context, ExpertWeights, KVView
 from moesaic.kernels.reference import keep_best_groups, visible
 
 PADDING = 2.5
 """Rows computed over rows wanted, up to which batched products beat one by one (measured: two cores, width 128)."""
 ROW_WISE = ("rms_norm", "add_rms_norm", "rotate")
-BATCHED = ("linear", "silu_mul", "route", "experts", "attend_paged", "attend_dense")
-CONTRACTS = tuple(
-    Contract(op, "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=op in ROW_WISE, rank=10)
-    for op in ROW_WISE + BATCHED
-)
+BATCHED = ("linear", "activate", "route", "experts", "attend_paged", "attend_dense")
+CONTRACTS = (
+    *(Contract(op, "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=op in ROW_WISE,
+               rank=10, activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True)
+      for op in ROW_WISE + BATCHED),
+    Contract("encode", "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=10),
+)  # fmt: skip
+PLAIN = Encoding("bf16")
 
 
 def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     return F.linear(x_TD, w_ND, bias_N)
+
+
+def encode(x_TD: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Rows:
+    """Only `bf16`: the rows as they are."""
+    return Rows(PLAIN, {"data": x_TD}, x_TD.dtype)
 
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
@@ -52,8 +64,12 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool) -> 
     return turned if turned.dtype == x_THD.dtype else turned.to(x_THD.dtype)
 
 
-def silu_mul(gate_up_TI: Tensor) -> Tensor:
+def activate(gate_up_TI: Tensor, activation: Activation) -> Tensor:
     half = gate_up_TI.shape[-1] // 2
+    if activation.kind == "swiglu_oai":
+        gate = gate_up_TI[..., :half].float().clamp_(max=activation.limit)
+        up = gate_up_TI[..., half:].float().clamp_(-activation.limit, activation.limit)
+        return gate.mul_(torch.sigmoid(gate * activation.alpha)).mul_(up.add_(1)).to(gate_up_TI.dtype)
     if gate_up_TI.dtype == torch.float32:
         return F.silu(gate_up_TI[..., :half]).mul_(gate_up_TI[..., half:])
     wide = gate_up_TI.float()  # rounded once, not after each of three operations
@@ -80,29 +96,32 @@ def choose(scores_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[
     return ids_TA.to(torch.int32), weights_TA
 
 
-def experts(x_TD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-    order_R, x_RD, counts = sort_rows(x_TD, ids_TA, len(w13_EID))
-    if 0 < max(counts[1:]) * len(w13_EID) <= PADDING * len(x_RD):
-        y_RD = padded_experts(x_RD, w13_EID, w2_EDI, counts)
-    else:
-        y_RD = touched_experts(x_RD, w13_EID, w2_EDI, counts)
+def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    experts_ = len(w.w13.plain)
+    order_R, x_RD, counts = sort_rows(x.data, ids_TA, experts_)
+    padded = 0 < max(counts[1:]) * experts_ <= PADDING * len(x_RD)
+    y_RD = padded_experts(x_RD, w, counts) if padded else touched_experts(x_RD, w, counts)
     return weigh_and_sum(y_RD, order_R, weights_TA)
 
 
-def touched_experts(x_RD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, counts: list[int]) -> Tensor:
+def touched_experts(x_RD: Tensor, w: ExpertWeights, counts: list[int]) -> Tensor:
     """One GEMM pair per expert that has rows."""
-    y_RD = torch.empty_like(x_RD)
+    w13_EID, w2_EDI, y_RD = w.w13.plain, w.w2.plain, torch.empty_like(x_RD)
     at = counts[0]
     y_RD[:at] = 0
     for e, count in enumerate(counts[1:]):
         if count:
             rows = slice(at, at + count)
-            torch.mm(silu_mul(F.linear(x_RD[rows], w13_EID[e])), w2_EDI[e].t(), out=y_RD[rows])
+            bias13, bias2 = (w.biases[0][e], w.biases[1][e]) if w.biases else (None, None)
+            hidden = activate(F.linear(x_RD[rows], w13_EID[e], bias13), w.activation)
+            torch.mm(hidden, w2_EDI[e].t(), out=y_RD[rows])
+            if bias2 is not None:
+                y_RD[rows] += bias2
             at += count
     return y_RD
 
 
-def padded_experts(x_RD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, counts: list[int]) -> Tensor:
+def padded_experts(x_RD: Tensor, w: ExpertWeights, counts: list[int]) -> Tensor:
     """Two batched GEMMs over all experts, each padded to the busiest: more arithmetic, but all threads work at once."""
     counts_E = torch.tensor(counts[1:])
     busiest, first_E = max(counts[1:]), counts_E.cumsum(0) - counts_E
@@ -110,8 +129,12 @@ def padded_experts(x_RD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, counts: list[i
     expert_R = torch.repeat_interleave(counts_E)
     place_R += expert_R * busiest - first_E.index_select(0, expert_R)
     x_ECD = x_RD.new_zeros(len(counts_E) * busiest, x_RD.shape[1]).index_copy_(0, place_R, x_RD[counts[0] :])
-    gate_up = torch.bmm(x_ECD.view(len(counts_E), busiest, -1), w13_EID.transpose(1, 2))
-    y_ECD = torch.bmm(silu_mul(gate_up), w2_EDI.transpose(1, 2))
+    gate_up = torch.bmm(x_ECD.view(len(counts_E), busiest, -1), w.w13.plain.transpose(1, 2))
+    if w.biases:
+        gate_up += w.biases[0][:, None]
+    y_ECD = torch.bmm(activate(gate_up, w.activation), w.w2.plain.transpose(1, 2))
+    if w.biases:
+        y_ECD += w.biases[1][:, None]
     return F.pad(y_ECD.flatten(0, 1).index_select(0, place_R), (0, 0, counts[0], 0))
 
 
@@ -133,18 +156,36 @@ def weigh_and_sum(y_RD: Tensor, order_R: Tensor, weights_TA: Tensor) -> Tensor:
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
-                 window: int | None = None) -> Tensor:  # fmt: skip
+                 window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
+    how = Softmax(scale, window, sinks_H)
     if batch.decodes == len(q_THK):
-        return decode(q_THK, pool_PW, batch, view, scale, window)
+        return decode(q_THK, pool_PW, batch, view, how)
     out_THV = q_THK.new_empty(*q_THK.shape[:2], view.value_dim)
     if batch.decodes:
-        out_THV[: batch.decodes] = decode(q_THK[: batch.decodes], pool_PW, batch, view, scale, window)
+        out_THV[: batch.decodes] = decode(q_THK[: batch.decodes], pool_PW, batch, view, how)
     for s in range(batch.decodes, len(batch.spans)):
         span = batch.spans[s]
         k_LGK, v_LGV = context(pool_PW.index_select(0, batch.slots_SL[s, : span.length]), view)
         rows = slice(span.start, span.start + span.count)
-        out_THV[rows] = attend_dense(q_THK[rows], k_LGK, v_LGV, scale, window)
+        out_THV[rows] = attend_dense(q_THK[rows], k_LGK, v_LGV, scale, window, sinks_H)
     return out_THV
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """How scores become shares: their scale, how far back they reach, and the sink logit of each head."""
+
+    scale: float
+    window: int | None
+    sinks_H: Tensor | None
+
+    def shares(self, scores_XHYL: Tensor) -> Tensor:
+        """FP32 scores with the heads second [X, H, (Y,) L] -> shares of the same shape, which sinks keep below 1."""
+        if self.sinks_H is None:
+            return torch.softmax(scores_XHYL, -1)
+        shape = (-1, *(1,) * (scores_XHYL.dim() - 2))
+        sinks = self.sinks_H.float().view(shape).expand(*scores_XHYL.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores_XHYL, sinks], -1), -1)[..., :-1]
 
 
 def context(rows_LW: Tensor, view: KVView) -> tuple[Tensor, Tensor]:
@@ -154,17 +195,16 @@ def context(rows_LW: Tensor, view: KVView) -> tuple[Tensor, Tensor]:
     return k, rows_LW[..., values].unflatten(-1, (view.kv_heads, view.value_dim))
 
 
-def decode(q_SHK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
-           window: int | None) -> Tensor:  # fmt: skip
+def decode(q_SHK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, how: Softmax) -> Tensor:
     """One query per sequence: contexts are gathered, padded to the longest and masked, in groups of like length."""
     lengths = [span.length for span in batch.spans[: len(q_SHK)]]
     groups = like_lengths(lengths)
     if len(groups) == 1:
-        return decode_group(q_SHK, pool_PW, batch.narrow(slice(0, len(lengths)), max(lengths)), view, scale, window)
+        return decode_group(q_SHK, pool_PW, batch.narrow(slice(0, len(lengths)), max(lengths)), view, how)
     out_SHV = q_SHK.new_empty(*q_SHK.shape[:2], view.value_dim)
     for group in groups:
         part = batch.narrow(torch.tensor(group), max(lengths[s] for s in group))
-        out_SHV[group] = decode_group(q_SHK[group], pool_PW, part, view, scale, window)
+        out_SHV[group] = decode_group(q_SHK[group], pool_PW, part, view, how)
     return out_SHV
 
 
@@ -180,26 +220,28 @@ def like_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def decode_group(q_SHK: Tensor, pool_PW: Tensor, part: Context, view: KVView, scale: float,
-                 window: int | None) -> Tensor:  # fmt: skip
+def decode_group(q_SHK: Tensor, pool_PW: Tensor, part: Context, view: KVView, how: Softmax) -> Tensor:
     sequences, heads, _ = q_SHK.shape
     slots_SL, lengths_S, hidden_SL = part
     rows_SLW = pool_PW.index_select(0, slots_SL.reshape(-1)).view(*slots_SL.shape, -1)
     k_SLGK, v_SLGV = context(rows_SLW, view)
-    if window is not None:
-        too_old_SL = torch.arange(slots_SL.shape[1]) < lengths_S[:, None] - window
+    if how.window is not None:
+        too_old_SL = torch.arange(slots_SL.shape[1]) < lengths_S[:, None] - how.window
         hidden_SL = hidden_SL.masked_fill(too_old_SL, float("-inf"))
-    if view.kv_heads == 1 and q_SHK.dtype == torch.float32:
-        scores = torch.baddbmm(hidden_SL[:, None], q_SHK, k_SLGK[:, :, 0].transpose(1, 2), alpha=scale)
+    if view.kv_heads == 1 and how.sinks_H is None and q_SHK.dtype == torch.float32:
+        scores = torch.baddbmm(hidden_SL[:, None], q_SHK, k_SLGK[:, :, 0].transpose(1, 2), alpha=how.scale)
         return torch.bmm(torch.softmax(scores, -1), v_SLGV[:, :, 0])
     q_SGRK = q_SHK.view(sequences, view.kv_heads, heads // view.kv_heads, -1)
-    scores = torch.matmul(q_SGRK, k_SLGK.permute(0, 2, 3, 1)).float().mul_(scale)
+    scores = torch.matmul(q_SGRK, k_SLGK.permute(0, 2, 3, 1)).float().mul_(how.scale)
     scores += hidden_SL[:, None, None]
-    probabilities = torch.softmax(scores, -1).to(q_SHK.dtype)
+    probabilities = how.shares(scores.flatten(1, 2)).view(scores.shape).to(q_SHK.dtype)
     return torch.matmul(probabilities, v_SLGV.permute(0, 2, 1, 3)).view(sequences, heads, -1)
 
 
-def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float, window: int | None = None) -> Tensor:
+def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float,
+                 window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
+    if sinks_H is not None:
+        return attend_with_sinks(q_THK, k_LHK, v_LHV, Softmax(scale, window, sinks_H))
     queries, length = len(q_THK), len(k_LHK)
     causal = queries == length and window is None
     mask = None if causal else visible(queries, length, window, q_THK.device)
@@ -207,3 +249,13 @@ def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float, wind
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y[0].transpose(0, 1)
+
+
+def attend_with_sinks(q_THK: Tensor, k_LGK: Tensor, v_LGV: Tensor, how: Softmax) -> Tensor:
+    """torch's fused attention knows no sinks, so the scores are written out."""
+    (queries, heads, _), (length, groups, _) = q_THK.shape, k_LGK.shape
+    q_GRTK = q_THK.view(queries, groups, heads // groups, -1).permute(1, 2, 0, 3)
+    scores = torch.matmul(q_GRTK, k_LGK.permute(1, 2, 0)[:, None]).float().mul_(how.scale)
+    scores.masked_fill_(~visible(queries, length, how.window, q_THK.device), float("-inf"))
+    shares = how.shares(scores.view(1, heads, queries, length)).view(scores.shape).to(q_THK.dtype)
+    return torch.matmul(shares, v_LGV.transpose(0, 1)[:, None]).permute(2, 0, 1, 3).reshape(queries, heads, -1)

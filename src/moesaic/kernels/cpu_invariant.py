@@ -17,17 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract
-from moesaic.contracts.spec import RouterSpec
+from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.formats.encodings import Rows
 from moesaic.kernels.cpu import choose, context, sort_rows
-from moesaic.kernels.ops import AttentionBatch, KVView
+from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView
 
 FLOOR = 16
 BLOCK = 256
 PIECE = 1 << 14  # elements; torch splits a loop between threads from 2^15 on, at any element
 CONTRACTS = tuple(
-    Contract(op, "cpu_invariant", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=20)
-    for op in ("linear", "silu_mul", "route", "experts", "attend_paged", "attend_dense")
-)
+    Contract(op, "cpu_invariant", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=20,
+             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True)
+    for op in ("linear", "activate", "route", "experts", "attend_paged", "attend_dense")
+)  # fmt: skip
 
 
 def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -44,8 +46,11 @@ def in_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat(pieces)[: len(flat)].view(x.shape)
 
 
-def silu_mul(gate_up_TI: Tensor) -> Tensor:
+def activate(gate_up_TI: Tensor, activation: Activation) -> Tensor:
     gate, up = gate_up_TI.float().chunk(2, -1)
+    if activation.kind == "swiglu_oai":
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit) + 1
+        return in_vectors(torch.sigmoid, gate * activation.alpha).mul_(gate).mul_(up).to(gate_up_TI.dtype)
     return in_vectors(F.silu, gate).mul_(up).to(gate_up_TI.dtype)
 
 
@@ -55,54 +60,68 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[T
     return choose(torch.softmax(logits, -1) if softmax else in_vectors(torch.sigmoid, logits), bias_E, spec)
 
 
-def experts(x_TD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-    order_R, x_RD, counts = sort_rows(x_TD, ids_TA, len(w13_EID))
+def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    w13_EID, w2_EDI = w.w13.plain, w.w2.plain
+    order_R, x_RD, counts = sort_rows(x.data, ids_TA, len(w13_EID))
     y_RD = torch.zeros_like(x_RD)
     at = counts[0]
     for e, count in enumerate(counts[1:]):
         if count:
             rows = slice(at, at + count)
-            y_RD[rows] = linear(silu_mul(linear(x_RD[rows], w13_EID[e])), w2_EDI[e])
+            bias13, bias2 = (w.biases[0][e], w.biases[1][e]) if w.biases else (None, None)
+            y_RD[rows] = linear(activate(linear(x_RD[rows], w13_EID[e], bias13), w.activation), w2_EDI[e], bias2)
             at += count
-    back_TAD = torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(*weights_TA.shape, x_TD.shape[1])
+    back_TAD = torch.empty_like(y_RD).index_copy_(0, order_R, y_RD).view(*weights_TA.shape, x_RD.shape[1])
     total_TD = back_TAD[:, 0].float() * weights_TA[:, 0, None]
     for a in range(1, weights_TA.shape[1]):
         total_TD += back_TAD[:, a].float() * weights_TA[:, a, None]
-    return total_TD.to(x_TD.dtype)
+    return total_TD.to(x.dtype)
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
-                 window: int | None = None) -> Tensor:  # fmt: skip
+                 window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
     out_THV = q_THK.new_empty(*q_THK.shape[:2], view.value_dim)
     for s, span in enumerate(batch.spans):
         k_LGK, v_LGV = context(pool_PW.index_select(0, batch.slots_SL[s, : span.length]), view)
         rows = slice(span.start, span.start + span.count)
-        out_THV[rows] = attend_dense(q_THK[rows], k_LGK, v_LGV, scale, window)
+        out_THV[rows] = attend_dense(q_THK[rows], k_LGK, v_LGV, scale, window, sinks_H)
     return out_THV
 
 
-def attend_dense(q_THK: Tensor, k_LGK: Tensor, v_LGV: Tensor, scale: float, window: int | None = None) -> Tensor:
+def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float,
+                 window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
     """As in `ops.py`; also takes fewer kv heads than query heads. Online softmax over blocks of the context."""
-    (queries, heads, _), (length, groups, _) = q_THK.shape, k_LGK.shape
+    (queries, heads, _), (length, groups, _) = q_THK.shape, k_LHK.shape
     repeat = heads // groups
     q_GMK = q_THK.view(queries, groups, repeat, -1).transpose(0, 1).reshape(groups, queries * repeat, -1)
     q_GMK = F.pad(q_GMK, (0, 0, 0, max(0, FLOOR - q_GMK.shape[1])))
     at_M = torch.arange(length - queries, length).repeat_interleave(repeat)
     at_M = F.pad(at_M, (0, q_GMK.shape[1] - len(at_M)), value=length - 1)
-    total, out = fold_blocks(q_GMK, at_M, k_LGK, v_LGV, scale, window)
+    start = start_of(sinks_H, q_GMK, queries)
+    total, out = fold_blocks(q_GMK, at_M, (k_LHK, v_LHV), start, scale, window)
     y_GMV = (out / total)[:, : queries * repeat].to(q_THK.dtype)
     return y_GMV.view(groups, queries, repeat, -1).transpose(0, 1).reshape(queries, heads, -1)
 
 
-def fold_blocks(q_GMK: Tensor, at_M: Tensor, k_LGK: Tensor, v_LGV: Tensor, scale: float,
-                window: int | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def start_of(sinks_H: Tensor | None, q_GMK: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """(running maximum, sum of exponentials) before any key, [G, M, 1]: nothing, or the sink of each head."""
+    groups, rows = q_GMK.shape[:2]
+    if sinks_H is None:
+        top_GM1 = torch.full((groups, rows, 1), -1e30)
+        return top_GM1, torch.zeros_like(top_GM1)
+    sinks_GM = sinks_H.float().view(groups, -1).repeat(1, queries)
+    top_GM1 = F.pad(sinks_GM, (0, rows - sinks_GM.shape[1]))[..., None]
+    return top_GM1, torch.ones_like(top_GM1)
+
+
+def fold_blocks(q_GMK: Tensor, at_M: Tensor, keys_values: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor],
+                scale: float, window: int | None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(sum of exponentials, weighted values) in FP32, relative to the running maximum.
 
     A block hidden from a row leaves its state bit for bit as it was, so it does not matter how far beyond a query the
     context reaches.
     """
-    top = torch.full((*q_GMK.shape[:2], 1), -1e30)
-    total = torch.zeros_like(top)
+    (k_LGK, v_LGV), (top, total) = keys_values, start
     out = torch.zeros(*q_GMK.shape[:2], v_LGV.shape[-1])
     for begin in range(0, len(k_LGK), BLOCK):
         k_GBK, v_GBV = (whole_block(x[begin : begin + BLOCK]) for x in (k_LGK, v_LGV))

@@ -15,10 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moesaic.contracts.spec import RouterSpec
+from moesaic.contracts.scheme import Encoding
+from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.formats.base import QuantTensor
+from moesaic.formats.encodings import Rows
 
-OP_NAMES = ("linear", "rms_norm", "add_rms_norm", "rotate", "silu_mul", "route", "experts", "attend_paged",
-            "attend_dense")  # fmt: skip
+OP_NAMES = ("linear", "encode", "linear_quant", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts",
+            "attend_paged", "attend_dense")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,35 @@ class KVView:
     value_dim: int
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """All experts of a layer. Made once; the tensors inside are storage, which a reload writes anew.
+
+    w13 [E, 2I, D]: gate rows, then up rows (two segments).  w2 [E, D, I].  between: the encoding of the second
+    product's rows, with its calibrated scale where it is static.  biases: ([E, 2I], [E, D]) in the model's dtype.
+    """
+
+    w13: QuantTensor
+    w2: QuantTensor
+    activation: Activation
+    between: Encoding
+    between_scale: Tensor | None = None
+    biases: tuple[Tensor, Tensor] | None = None
+
+
 class Ops(Protocol):
     """The callable vocabulary. All inputs are read-only unless said; outputs are fresh tensors."""
 
     def linear(self, x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
         """x w^T + bias in x's dtype, accumulated in FP32. -> [T, N]."""
+        ...
+
+    def encode(self, x_TD: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Rows:
+        """Rows in an encoding; scale: FP32 scalar, given if and only if the encoding is static."""
+        ...
+
+    def linear_quant(self, x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
+        """x w^T + bias of the values that the codes stand for, accumulated in FP32. -> [T, N] in x.dtype."""
         ...
 
     def rms_norm(self, x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
@@ -104,8 +131,8 @@ class Ops(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up_TI: Tensor) -> Tensor:
-        """[T, 2I] holding gate then up -> silu(gate) * up, [T, I]."""
+    def activate(self, gate_up_TI: Tensor, activation: Activation) -> Tensor:
+        """[T, 2I] holding gate then up -> what `Activation` says of them, in FP32, rounded once. -> [T, I]."""
         ...
 
     def route(self, logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
@@ -115,24 +142,26 @@ class Ops(Protocol):
         """
         ...
 
-    def experts(self, x_TD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-        """sum over a of weights[t,a] * expert[ids[t,a]](x[t]), an expert being w2 (silu(gate x) * (up x)).
+    def experts(self, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+        """sum over a of weights[t,a] * expert[ids[t,a]](x[t]), an expert being
+        w2 encode(activation(w13 x + bias13)) + bias2. -> [T, D] in x.dtype.
 
-        w13 [E, 2I, D] holds gate rows then up rows; w2 [E, D, I]. Ids are local; -1 contributes nothing.
-        Layout `tokens` in, `tokens` out; applies top-k weights to the output and reduces over A in FP32.
+        Ids are local; -1 contributes nothing. Layout `tokens` in, `tokens` out; applies top-k weights to the output
+        and reduces over A in FP32.
         """
         ...
 
     def attend_paged(self, q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
-                     window: int | None = None) -> Tensor:  # fmt: skip
+                     window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
         """Causal attention of every row over its sequence's rows of the pool (already written). -> [T, H, V].
 
-        A query at position p sees positions max(0, p - window + 1) .. p. Softmax in FP32.
+        A query at position p sees positions max(0, p - window + 1) .. p. Softmax in FP32. sinks_H: a logit per head
+        that joins the softmax's denominator and carries no value (gpt-oss).
         """
         ...
 
     def attend_dense(self, q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float,
-                     window: int | None = None) -> Tensor:  # fmt: skip
+                     window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
         """Causal attention of one sequence given explicit keys and values per query head: queries are the last T of
         L positions. -> [T, H, V]."""
         ...

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract
-from moesaic.contracts.spec import RouterSpec
-from moesaic.kernels.ops import OP_NAMES, AttentionBatch, KVView
+from moesaic.contracts.scheme import ENCODINGS, FORMATS, Encoding
+from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.formats import encodings
+from moesaic.formats.base import QuantTensor
+from moesaic.formats.encodings import Rows
+from moesaic.kernels.ops import OP_NAMES, AttentionBatch, ExpertWeights, KVView
 
+VARIANT = ("linear", "encode", "linear_quant", "experts", "attend_paged", "attend_dense")
 CONTRACTS = tuple(
     Contract(op, "reference", frozenset({"cpu", "cuda"}), frozenset({"float32", "bfloat16", "float64"}),
-             batch_invariant=op not in ("linear", "experts", "attend_paged", "attend_dense"), rank=1000)
+             batch_invariant=op not in VARIANT, rank=1000, formats=frozenset(FORMATS), encodings=frozenset(ENCODINGS),
+             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True)
     for op in OP_NAMES
 )  # fmt: skip
 
@@ -24,9 +30,29 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def row_values(x: Rows) -> Tensor:
+    """What the codes stand for, in FP32, or in FP64 where that is the rows' dtype."""
+    values = wide(x.data) if x.encoding.name == "bf16" else x.decode()
+    return values.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def weight_values(w: QuantTensor, like: Tensor) -> Tensor:
+    """What a stored weight stands for, in like's dtype."""
+    return (w.plain if w.form.name == "bf16" else w.dequantize()).to(like.dtype)
+
+
 def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
     y_TN = wide(x_TD) @ wide(w_ND).T
     return (y_TN if bias_N is None else y_TN + wide(bias_N)).to(x_TD.dtype)
+
+
+def encode(x_TD: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Rows:
+    return encodings.encode(x_TD, encoding, scale)
+
+
+def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
+    x_TD = row_values(x)
+    return linear(x_TD, weight_values(w, x_TD), bias_N).to(x.dtype)
 
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
@@ -46,8 +72,11 @@ def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool) -> 
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_THD.dtype)
 
 
-def silu_mul(gate_up_TI: Tensor) -> Tensor:
+def activate(gate_up_TI: Tensor, activation: Activation) -> Tensor:
     gate, up = wide(gate_up_TI).chunk(2, -1)
+    if activation.kind == "swiglu_oai":
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return (gate * torch.sigmoid(gate * activation.alpha) * (up + 1)).to(gate_up_TI.dtype)
     return (gate * torch.sigmoid(gate) * up).to(gate_up_TI.dtype)
 
 
@@ -74,18 +103,29 @@ def keep_best_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
     return grouped.masked_fill(mask[..., None], float("-inf")).flatten(1)
 
 
-def experts(x_TD: Tensor, w13_EID: Tensor, w2_EDI: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-    x, out = wide(x_TD), torch.zeros_like(wide(x_TD))
-    for e in range(len(w13_EID)):
-        rows, places = torch.where(ids_TA == e)
-        if len(rows):
-            hidden = silu_mul(x[rows] @ wide(w13_EID[e]).T)
-            out.index_add_(0, rows, (hidden @ wide(w2_EDI[e]).T) * weights_TA[rows, places, None].to(x.dtype))
-    return out.to(x_TD.dtype)
+def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    x_TD = row_values(x)
+    rows_R, places_R = torch.where(ids_TA >= 0)
+    ids_R = ids_TA[rows_R, places_R]
+    gate_up_RJ = expert_products(x_TD[rows_R], w.w13, ids_R, w.biases[0] if w.biases else None)
+    # Encoded all at once: a dynamic scale that spans the tensor spans every routed row.
+    hidden = encode(activate(gate_up_RJ, w.activation), w.between, w.between_scale)
+    y_RD = expert_products(row_values(hidden), w.w2, ids_R, w.biases[1] if w.biases else None)
+    weighted_RD = y_RD * weights_TA[rows_R, places_R, None].to(y_RD.dtype)
+    return torch.zeros_like(x_TD).index_add_(0, rows_R, weighted_RD).to(x.dtype)
+
+
+def expert_products(x_RK: Tensor, w_ENK: QuantTensor, ids_R: Tensor, bias_EN: Tensor | None) -> Tensor:
+    """Each row times its own expert's weight, plus its bias. -> [R, N]."""
+    y_RN = x_RK.new_zeros(len(x_RK), w_ENK.shape[-2])
+    for e in torch.unique(ids_R).tolist():
+        at = ids_R == e
+        y_RN[at] = linear(x_RK[at], weight_values(w_ENK[e], x_RK), None if bias_EN is None else bias_EN[e])
+    return y_RN
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
-                 window: int | None = None) -> Tensor:  # fmt: skip
+                 window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
     out = q_THK.new_empty(*q_THK.shape[:2], view.value_dim)
     repeat = q_THK.shape[1] // view.kv_heads
     for s, span in enumerate(batch.spans):
@@ -95,15 +135,20 @@ def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KV
         v = v.unflatten(1, (view.kv_heads, view.value_dim))
         rows = slice(span.start, span.start + span.count)
         out[rows] = attend_dense(
-            q_THK[rows], k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), scale, window
+            q_THK[rows], k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), scale, window, sinks_H
         )
     return out
 
 
-def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float, window: int | None = None) -> Tensor:
+def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float,
+                 window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
     scores_HTL = torch.einsum("thk,lhk->htl", wide(q_THK), wide(k_LHK)) * scale
     scores_HTL = scores_HTL.masked_fill(~visible(len(q_THK), len(k_LHK), window, q_THK.device), float("-inf"))
-    return torch.einsum("htl,lhv->thv", torch.softmax(scores_HTL, -1), wide(v_LHV)).to(q_THK.dtype)
+    if sinks_H is not None:
+        sink_HT1 = wide(sinks_H).to(scores_HTL.dtype)[:, None, None].expand(-1, len(q_THK), 1)
+        scores_HTL = torch.cat([scores_HTL, sink_HT1], -1)
+    shares_HTL = torch.softmax(scores_HTL, -1)[..., : len(k_LHK)]
+    return torch.einsum("htl,lhv->thv", shares_HTL, wide(v_LHV)).to(q_THK.dtype)
 
 
 def visible(queries: int, length: int, window: int | None, device: torch.device) -> Tensor:

@@ -7,10 +7,10 @@ names the reason and what works; it is never overridden.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 from moesaic.contracts.contract import Choice, Contract, Need, Rejection
 from moesaic.errors import OptionError
@@ -31,6 +31,38 @@ class Selection:
         return "\n".join(choice.explain() for choice in self.choices)
 
 
+class Kernels:
+    """The ops of one model: chosen once for what every layer has in common, and anew for what a layer asks beyond it.
+
+    Ops chosen for the same asks are the same object, whichever layer asked.
+    """
+
+    def __init__(self, need: Need, wishes: Mapping[str, str] | None = None) -> None:
+        """`wishes`: op -> the backend that the user demands. Raises OptionError as `select` does."""
+        self.need, self.wishes = need, wishes
+        self._selections: dict[Need, Selection] = {}
+        self.ops = self.under()
+
+    def under(self, **asks: Any) -> Ops:
+        """The ops for a layer. asks: fields of `Need` from `format` on. Raises OptionError where none serves it."""
+        need = replace(self.need, **asks)
+        if need not in self._selections:
+            self._selections[need] = select(need, self.wishes)
+        return self._selections[need].ops
+
+    def explain(self) -> str:
+        """Every op with its reasons; where layers ask for more, only the ops that are chosen otherwise for them."""
+        base = self._selections[self.need]
+        lines = [base.explain()]
+        usual = {choice.op: choice.chosen for choice in base.choices}
+        for need, selection in self._selections.items():
+            other = [choice for choice in selection.choices if choice.chosen != usual.get(choice.op)]
+            if other:
+                lines.append(f"with {need.format} weights and {need.encoding} rows:")
+                lines += [choice.explain() for choice in other]
+        return "\n".join(lines)
+
+
 def select(need: Need, wishes: Mapping[str, str] | None = None) -> Selection:
     """The best backend of each op for this need. `wishes` maps an op to the backend that the user demands.
 
@@ -38,7 +70,8 @@ def select(need: Need, wishes: Mapping[str, str] | None = None) -> Selection:
     """
     modules = {name: import_module(f"moesaic.kernels.{name}") for name in BACKENDS}
     wishes = wishes or {}
-    choices = [choose(op, candidates(op, modules), need, wishes.get(op)) for op in OP_NAMES]
+    ops = [op for op in OP_NAMES if op != "linear_quant" or need.format != "bf16"]
+    choices = [choose(op, candidates(op, modules), need, wishes.get(op)) for op in ops]
     chosen = {choice.op: getattr(modules[choice.chosen], choice.op) for choice in choices}
     return Selection(cast(Ops, SimpleNamespace(**chosen)), tuple(choices))
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import GQASpec
-from moesaic.kernels.ops import KVView, Ops
+from moesaic.kernels.ops import KVView
+from moesaic.kernels.registry import Kernels
 from moesaic.layers.linear import Linear, Norm, Sources
 from moesaic.layers.step import LayerInput
 
@@ -17,11 +18,12 @@ from moesaic.layers.step import LayerInput
 class GQA:
     """One product for q, k and v; optional per-head norms; rope; write; attend; output projection."""
 
-    def __init__(self, spec: GQASpec, eps: float, layer: int, ops: Ops, like: Tensor) -> None:
+    def __init__(self, spec: GQASpec, eps: float, layer: int, kernels: Kernels, like: Tensor) -> None:
         """layer: index of this layer's table in the KV pool. eps: of the per-head norms."""
-        self.spec, self.layer, self.ops = spec, layer, ops
-        self.qkv = Linear((spec.q, spec.k, spec.v), ops, like)
-        self.o = Linear((spec.o,), ops, like)
+        self.spec, self.layer, self.ops = spec, layer, kernels.ops
+        ops = kernels.ops
+        self.qkv = Linear((spec.q, spec.k, spec.v), kernels, like)
+        self.o = Linear((spec.o,), kernels, like)
         self.q_norm = Norm(spec.q_norm, spec.head_dim, eps, ops, like) if spec.q_norm else None
         self.k_norm = Norm(spec.k_norm, spec.head_dim, eps, ops, like) if spec.k_norm else None
         keys = spec.kv_heads * spec.head_dim

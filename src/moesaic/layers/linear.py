@@ -1,44 +1,115 @@
 """Dense projections. One stored matrix may be made of several checkpoint projections, stacked by rows.
 
 Stacking (q, k, v; gate, up) turns several small products into one; each part keeps its own checkpoint name, so that a
-loader fills it and a quantised format can be cut along the same seams.
+loader fills it and a quantised format can be cut along the same seams. Parts that a checkpoint quantised differently,
+or calibrated differently, are multiplied apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 from moesaic.contracts.spec import LinearSpec
+from moesaic.formats.base import QuantTensor
 from moesaic.kernels.ops import Ops
+from moesaic.kernels.registry import Kernels
 
-Sources = Iterator[tuple[str, Tensor]]
-"""(checkpoint tensor name, writable view of the storage that it fills)."""
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight that a checkpoint must fill, in whatever format it stores it.
+
+    name: the checkpoint's module.  part: what it is.  weight: one segment of storage, in the format that is held.
+    input_scale: FP32 [1], where the held scheme has a static one.  settle: to be called once everything is filled.
+    """
+
+    name: str
+    part: LinearSpec
+    weight: QuantTensor
+    input_scale: Tensor | None
+    settle: Callable[[], None]
+
+
+Sources = Iterator[tuple[str, Tensor] | Stored]
+"""(checkpoint tensor name, writable view of the storage that it fills), or a weight that may be quantised."""
+
+
+class Piece:
+    """Consecutive parts in one scheme: one weight, one product, as long as their static input scales agree."""
+
+    def __init__(self, parts: tuple[LinearSpec, ...], scheme: Scheme, kernels: Kernels, like: Tensor) -> None:
+        self.parts, self.scheme = parts, scheme
+        self.ops: Ops = kernels.under(format=scheme.weight.name, encoding=scheme.activation.name)
+        rows = tuple(part.outputs for part in parts)
+        self.weight = QuantTensor.empty(scheme.weight, rows, parts[0].inputs, like)
+        static = scheme.activation.static
+        self.input_scale_P = like.new_ones(len(parts), dtype=torch.float32) if static else None
+        self.products: list[tuple[QuantTensor, Tensor | None]] = [(self.weight, None)]
+        self.settle()
+
+    def settle(self) -> None:
+        """Derives what is multiplied from what was loaded: one product, or one per part where the scales differ."""
+        if self.input_scale_P is None or self.input_scale_P.is_meta:
+            return
+        if bool((self.input_scale_P == self.input_scale_P[0]).all()):
+            self.products = [(self.weight, self.input_scale_P[0])]
+        else:
+            each = [self.weight.segment(i) for i in range(len(self.parts))]
+            self.products = list(zip(each, self.input_scale_P, strict=True))
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """The products side by side, without bias."""
+        if not self.scheme.quantized:
+            return self.ops.linear(x_TD, self.weight.plain)
+        how = self.scheme.activation
+        each = [self.ops.linear_quant(self.ops.encode(x_TD, how, scale), w) for w, scale in self.products]
+        return each[0] if len(each) == 1 else torch.cat(each, -1)
 
 
 class Linear:
     """y [T, sum of outputs] = x [T, inputs] w^T + b for the row-stacked parts."""
 
-    def __init__(self, parts: tuple[LinearSpec, ...], ops: Ops, like: Tensor) -> None:
-        """`like`: an empty tensor whose dtype and device the weights take. Parts agree on `inputs`."""
-        self.parts, self.ops = parts, ops
+    def __init__(self, parts: tuple[LinearSpec, ...], kernels: Kernels, like: Tensor, *, plain: bool = False) -> None:
+        """`like`: an empty tensor with the model's dtype and device. Parts agree on `inputs`.
+
+        plain: kept unquantised whatever the checkpoint stores.
+        """
+        self.parts = parts
+        of = [UNQUANTIZED if plain else part.runs for part in parts]
+        grouped = groupby(range(len(parts)), key=of.__getitem__)
+        self.pieces = [Piece(tuple(parts[i] for i in group), scheme, kernels, like) for scheme, group in grouped]
+        self.single = self.pieces[0] if len(self.pieces) == 1 and not self.pieces[0].scheme.quantized else None
+        self.linear = kernels.ops.linear
         rows = sum(part.outputs for part in parts)
-        self.weight_ND = like.new_empty(rows, parts[0].inputs)
         self.bias_N = like.new_zeros(rows) if any(part.bias for part in parts) else None
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.ops.linear(x_TD, self.weight_ND, self.bias_N)
+        if self.single:
+            return self.linear(x_TD, self.single.weight.plain, self.bias_N)
+        each = [piece(x_TD) for piece in self.pieces]
+        y_TN = each[0] if len(each) == 1 else torch.cat(each, -1)
+        return y_TN if self.bias_N is None else y_TN + self.bias_N
+
+    @property
+    def weight_ND(self) -> Tensor:
+        """The whole matrix; only of an unquantised one (UnsupportedError)."""
+        return self.pieces[0].weight.plain
 
     def sources(self) -> Sources:
         at = 0
-        for part in self.parts:
-            rows = slice(at, at + part.outputs)
-            yield f"{part.name}.weight", self.weight_ND[rows]
-            if part.bias and self.bias_N is not None:
-                yield f"{part.name}.bias", self.bias_N[rows]
-            at += part.outputs
+        for piece in self.pieces:
+            for i, part in enumerate(piece.parts):
+                scale = None if piece.input_scale_P is None else piece.input_scale_P[i : i + 1]
+                yield Stored(part.name, part, piece.weight.segment(i), scale, piece.settle)
+                if part.bias and self.bias_N is not None:
+                    yield f"{part.name}.bias", self.bias_N[at : at + part.outputs]
+                at += part.outputs
 
 
 class Norm:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import MLASpec
-from moesaic.kernels.ops import AttentionBatch, KVView, Ops
+from moesaic.kernels.ops import AttentionBatch, KVView
+from moesaic.kernels.registry import Kernels
 from moesaic.layers.linear import Linear, Norm, Sources
 from moesaic.layers.step import LayerInput
 
@@ -22,15 +23,18 @@ from moesaic.layers.step import LayerInput
 class MLA:
     """`one_path` uses the absorbed path for every row, so that a token's result does not depend on its phase."""
 
-    def __init__(self, spec: MLASpec, layer: int, ops: Ops, like: Tensor, one_path: bool = False) -> None:
-        self.spec, self.layer, self.ops, self.one_path = spec, layer, ops, one_path
+    def __init__(self, spec: MLASpec, layer: int, kernels: Kernels, like: Tensor, one_path: bool = False) -> None:
+        self.spec, self.layer, self.ops, self.one_path = spec, layer, kernels.ops, one_path
         latent = (spec.q_a, spec.kv_a) if spec.q_a else (spec.kv_a,)
-        self.down = Linear(latent, ops, like)
+        self.down = Linear(latent, kernels, like)
         self.q_rank = spec.q_a.outputs if spec.q_a else 0
         eps = spec.latent_norm_eps
+        ops = kernels.ops
         self.q_norm = Norm(spec.q_a_norm, self.q_rank, eps, ops, like) if spec.q_a_norm else None
         self.kv_norm = Norm(spec.kv_a_norm, spec.kv_rank, eps, ops, like)
-        self.q_b, self.kv_b, self.o = (Linear((part,), ops, like) for part in (spec.q_b, spec.kv_b, spec.o))
+        self.q_b, self.o = (Linear((part,), kernels, like) for part in (spec.q_b, spec.o))
+        # The two paths contract it along different axes: a quantised one is decoded when loaded, never quantised again.
+        self.kv_b = Linear((spec.kv_b,), kernels, like, plain=True)
         self.view = KVView(1, spec.kv_rank + spec.rope_dim, value_at=0, value_dim=spec.kv_rank)
 
     def __call__(self, x_TD: Tensor, at: LayerInput) -> Tensor:

@@ -14,11 +14,13 @@ import torch
 from moesaic.contracts.contract import Need
 from moesaic.contracts.spec import ModelSpec
 from moesaic.errors import CheckpointError, UnsupportedError
+from moesaic.formats.checkpoint import read_quantization
 from moesaic.hardware import Hardware
-from moesaic.kernels.registry import Selection, select
+from moesaic.kernels.registry import Kernels
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.decoder import Decoder
-from moesaic.models.loading import LoadReport, Slot, load, match
+from moesaic.models.loading import LoadReport, load, match
+from moesaic.models.weights import settle, slots_of
 
 
 @dataclass(frozen=True)
@@ -26,33 +28,35 @@ class Built:
     """A loaded model, the reasons for its kernels, and what loading it took."""
 
     model: Decoder
-    selection: Selection
+    kernels: Kernels
     report: LoadReport
     dtype: torch.dtype
 
 
 def architectures() -> list[str]:
-    """The model types that can be run: the files of this folder that define `describe`."""
+    """The model types that can be run: the files of this folder that define `describe`, or import it from another."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return [f.stem for f in files if "\ndef describe(config" in f.read_text(encoding="utf-8")]
+    describes = re.compile(r"^(def describe\(config|from moesaic\.models\.\w+ import describe$)", re.MULTILINE)
+    return [f.stem for f in files if describes.search(f.read_text(encoding="utf-8"))]
 
 
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:
-    """The spec of a config.json. Raises UnsupportedError for a model type or a quantisation that is not known."""
+    """The spec of a config.json, with the scheme in which each projection is stored.
+
+    Raises UnsupportedError for a model type or a quantisation that is not known, CheckpointError for a malformed one.
+    """
     kind = config.get("model_type")
     known = architectures()
     if not isinstance(kind, str) or kind not in known:
         raise UnsupportedError(
             f"model_type {kind!r} is not implemented", where="config.json", remedy=f"Known: {', '.join(known)}."
         )
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        raise UnsupportedError(
-            f"quantization_config {method!r:.60} is not implemented",
-            where="config.json", remedy="Use the BF16, FP16 or FP32 release of the model.",
-        )  # fmt: skip
     spec: ModelSpec = import_module(f"moesaic.models.{kind}").describe(config)
-    return spec
+    dialect = read_quantization(config)
+    if dialect is None:
+        return spec
+    spec, notes = dialect.apply(spec)
+    return replace(spec, notes=notes)
 
 
 def choose_dtype(wish: str, spec: ModelSpec, hardware: Hardware) -> str:
@@ -66,8 +70,8 @@ def choose_dtype(wish: str, spec: ModelSpec, hardware: Hardware) -> str:
 def build(checkpoint: Checkpoint, spec: ModelSpec, need: Need, length: int, *,
           wishes: Mapping[str, str] | None = None, progress: bool = False) -> Built:  # fmt: skip
     """Allocates, loads and returns the model of a checkpoint. length: positions that it will be asked for."""
-    spec = without_absent_drafts(spec, checkpoint)
-    selection = select(need, wishes)
+    spec, dialect = without_absent_drafts(spec, checkpoint), read_quantization(checkpoint.config)
+    kernels = Kernels(need, wishes)
     dtype: torch.dtype = getattr(torch, need.dtype)
     like = torch.empty(0, dtype=dtype, device=need.device)
     ignored = [*spec.ignore, *([re.escape(f"{spec.head}.weight")] if spec.tied else [])]
@@ -77,15 +81,12 @@ def build(checkpoint: Checkpoint, spec: ModelSpec, need: Need, length: int, *,
         return pattern.fullmatch(name) is not None
 
     # First without memory: a config that does not fit its own checkpoint must not make us allocate what it dreams of.
-    match(checkpoint, slots_of(Decoder(spec, selection.ops, like.to("meta"), 1)), ignore)
-    model = Decoder(spec, selection.ops, like, length, one_path=need.batch_invariant)
-    report = load(checkpoint, slots_of(model), ignore=ignore, progress=progress)
+    match(checkpoint, slots_of(Decoder(spec, kernels, like.to("meta"), 1).sources(), dialect), ignore)
+    model = Decoder(spec, kernels, like, length, one_path=need.batch_invariant)
+    report = load(checkpoint, slots_of(model.sources(), dialect), ignore=ignore, progress=progress)
+    settle(model.sources())
     check_tied_head(checkpoint, model)
-    return Built(model, selection, report, dtype)
-
-
-def slots_of(model: Decoder) -> list[Slot]:
-    return [Slot(name, view) for name, view in model.sources()]
+    return Built(model, kernels, report, dtype)
 
 
 def without_absent_drafts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

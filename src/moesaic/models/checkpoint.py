@@ -22,6 +22,7 @@ from moesaic.formats.safetensors_file import SafetensorsFile, TensorInfo, foreig
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+MODELOPT_CONFIG = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_CONFIG_BYTES = 16 << 20
@@ -248,7 +249,10 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
 
 
 def _read_configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json, which must name the architecture, and generation_config.json, {} where there is none."""
+    """config.json, which must name the architecture, and generation_config.json, {} where there is none.
+
+    ModelOpt may describe the quantisation in a file of its own; it then counts as the config's `quantization_config`.
+    """
     path = _inside(directory, CONFIG)
     if not path.exists():
         _fail(path, "is missing", "Give the directory of a Hugging Face checkpoint, which has a config.json")
@@ -256,6 +260,9 @@ def _read_configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         _fail(path, "has no model_type, which names the architecture", "Use the config.json that came with the model")
+    modelopt = _inside(directory, MODELOPT_CONFIG)
+    if not config.get("quantization_config") and modelopt.exists():
+        config["quantization_config"] = {"quant_method": "modelopt", **_read_json(modelopt, MAX_CONFIG_BYTES)}
     generation = _inside(directory, GENERATION_CONFIG)
     return config, _read_json(generation, MAX_CONFIG_BYTES) if generation.exists() else {}
 

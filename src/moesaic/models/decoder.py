@@ -5,15 +5,13 @@ Letters: T tokens, D hidden size, R rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import DraftSpec, LayerSpec, MLASpec, ModelSpec, MoESpec
-from moesaic.kernels.ops import Ops
+from moesaic.kernels.registry import Kernels
 from moesaic.layers.attention import GQA
-from moesaic.layers.linear import Embedding, Linear, Norm, Sources
+from moesaic.layers.linear import Embedding, Linear, Norm, Sources, Stored
 from moesaic.layers.mla import MLA
 from moesaic.layers.rope import RopeTable
 from moesaic.layers.step import LayerInput, StepInput
@@ -23,34 +21,35 @@ from moesaic.moe.layer import MLP, MoELayer
 
 
 class Parts:
-    """What every block is built with: the chosen ops, the weights' dtype and device, and how paths are chosen."""
+    """What every block is built with: kernels, the weights' dtype and device, and how paths are chosen."""
 
-    def __init__(self, spec: ModelSpec, ops: Ops, like: Tensor, one_path: bool) -> None:
-        self.eps, self.hidden, self.ops, self.like, self.one_path = spec.norm_eps, spec.hidden, ops, like, one_path
+    def __init__(self, spec: ModelSpec, kernels: Kernels, like: Tensor, one_path: bool) -> None:
+        self.eps, self.hidden, self.kernels = spec.norm_eps, spec.hidden, kernels
+        self.like, self.one_path = like, one_path
         blocks = [*spec.layers, *(draft.block for draft in spec.drafts)]
         mixtures = [block for block in blocks if isinstance(block.mlp, MoESpec)]
         self.place = {block.index: i for i, block in enumerate(mixtures)}
         self.meter = LoadMeter([b.mlp.router.experts for b in mixtures if isinstance(b.mlp, MoESpec)])
 
     def norm(self, name: str) -> Norm:
-        return Norm(name, self.hidden, self.eps, self.ops, self.like)
+        return Norm(name, self.hidden, self.eps, self.kernels.ops, self.like)
 
 
 class Block:
     """Attention and feed-forward, each behind a norm; the residual is carried beside x so that sum and norm fuse."""
 
     def __init__(self, spec: LayerSpec, parts: Parts) -> None:
-        ops, like = parts.ops, parts.like
+        kernels, like = parts.kernels, parts.like
         self.input_norm, self.post_norm = parts.norm(spec.input_norm), parts.norm(spec.post_norm)
         self.attention = (
-            MLA(spec.attention, spec.index, ops, like, parts.one_path)
+            MLA(spec.attention, spec.index, kernels, like, parts.one_path)
             if isinstance(spec.attention, MLASpec)
-            else GQA(spec.attention, parts.eps, spec.index, ops, like)
+            else GQA(spec.attention, parts.eps, spec.index, kernels, like)
         )
         self.mlp = (
-            MoELayer(spec.mlp, parts.place[spec.index], ops, LocalDispatcher(), parts.meter, like)
+            MoELayer(spec.mlp, parts.place[spec.index], kernels, LocalDispatcher(), parts.meter, like)
             if isinstance(spec.mlp, MoESpec)
-            else MLP(spec.mlp, ops, like)
+            else MLP(spec.mlp, kernels, like)
         )
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None, at: LayerInput) -> tuple[Tensor, Tensor]:
@@ -69,7 +68,7 @@ class Draft:
 
     def __init__(self, spec: DraftSpec, parts: Parts) -> None:
         self.embed_norm, self.hidden_norm = parts.norm(spec.embed_norm), parts.norm(spec.hidden_norm)
-        self.join = Linear((spec.join,), parts.ops, parts.like)
+        self.join = Linear((spec.join,), parts.kernels, parts.like)
         self.block, self.final_norm = Block(spec.block, parts), parts.norm(spec.final_norm)
 
     def __call__(self, embedded_TD: Tensor, hidden_TD: Tensor, at: LayerInput) -> Tensor:
@@ -88,9 +87,9 @@ class Decoder:
     length: positions for which rotary angles are prepared.
     """
 
-    def __init__(self, spec: ModelSpec, ops: Ops, like: Tensor, length: int, one_path: bool = False) -> None:
-        self.spec, self.ops = spec, ops
-        parts = Parts(spec, ops, like, one_path)
+    def __init__(self, spec: ModelSpec, kernels: Kernels, like: Tensor, length: int, one_path: bool = False) -> None:
+        self.spec, self.kernels, self.ops = spec, kernels, kernels.ops
+        parts = Parts(spec, kernels, like, one_path)
         self.meter = parts.meter
         self.embed = Embedding(spec.embed, spec.vocab, spec.hidden, like)
         self.blocks = [Block(layer, parts) for layer in spec.layers]
@@ -124,8 +123,13 @@ class Decoder:
         blocks = [*self.spec.layers, *(draft.block for draft in self.spec.drafts if drafts)]
         return [block.attention.kv_width for block in blocks]
 
-    def sources(self) -> Iterator[tuple[str, Tensor]]:
-        """Every checkpoint tensor that this model needs and the storage that it fills."""
+    def nbytes(self) -> int:
+        """Of all weights."""
+        each = (s.weight if isinstance(s, Stored) else s[1] for s in self.sources())
+        return sum(weight.nbytes for weight in each)
+
+    def sources(self) -> Sources:
+        """Everything that this model needs of a checkpoint, and the storage that it fills."""
         yield from self.embed.sources()
         for block in self.blocks:
             yield from block.sources()

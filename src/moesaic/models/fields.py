@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moesaic.contracts.spec import Activation, RopeSpec, Yarn
+from moesaic.contracts.spec import SILU, Activation, RopeSpec, Yarn
 from moesaic.errors import CheckpointError, UnsupportedError
 
 MISSING: Any = object()
@@ -94,12 +94,16 @@ def rope_fields(fields: Fields) -> Fields:
     return Fields(settings, fields.file)
 
 
-def read_rope(fields: Fields, dim: int, *, interleaved: bool, default_theta: float = 10000.0) -> RopeSpec:
-    """The rotary embedding of a config. Raises UnsupportedError for a scaling that is not implemented."""
+def read_rope(fields: Fields, dim: int, *, interleaved: bool, default_theta: float = 10000.0,
+              default_part: float = 1.0) -> RopeSpec:  # fmt: skip
+    """The rotary embedding of a config for heads of `dim`. Raises UnsupportedError for a scaling not implemented."""
     rope = rope_fields(fields)
     theta = rope.number("rope_theta", default_theta, above=1)
     kind = rope.text("rope_type", rope.text("type", "default"))
-    dim = int(dim * rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)))
+    part = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", default_part), above=0)
+    dim = int(dim * part)
+    if part > 1 or dim < 2 or dim % 2:
+        raise fields.bad("partial_rotary_factor", f"({part}) must leave an even number of rotated elements, not {dim}")
     if kind == "default":
         return RopeSpec(dim, theta, interleaved)
     if kind == "linear":
@@ -137,7 +141,7 @@ def read_activation(fields: Fields) -> Activation:
     name = fields.text("hidden_act", "silu")
     if name not in ("silu", "swish"):
         raise UnsupportedError(f"activation {name!r} is not implemented", where=fields.file, remedy="Supported: silu.")
-    return "silu"
+    return SILU
 
 
 def read_dtype(fields: Fields) -> str:

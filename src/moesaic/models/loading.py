@@ -30,7 +30,7 @@ READERS = 2
 STAGING_BYTES = 16 << 20
 
 # Only these are converted into one another. Integers and FP8 are codes of a quantised format: meaningless alone.
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _NAMED = 5  # how many tensors an error lists
 
 
@@ -44,6 +44,21 @@ class Slot:
 
     name: str
     dest: torch.Tensor
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Take:
+    """One tensor that is handed over instead of copied: it must be converted, or is needed beside others.
+
+    take: is called with the whole tensor, on the CPU as stored, in a reader's thread (two run at once), and may raise
+    CheckpointError. shape, dtypes: what the checkpoint must hold.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    take: Callable[[torch.Tensor], None]
     optional: bool = False
 
 
@@ -71,7 +86,7 @@ _NON_FINITE: dict[torch.dtype, tuple[tuple[type[np.integer[Any]], int], ...]] = 
 
 def load(
     checkpoint: Checkpoint,
-    slots: Iterable[Slot],
+    slots: Iterable[Slot | Take],
     *,
     ignore: Callable[[str], bool],
     progress: bool,
@@ -86,7 +101,7 @@ def load(
     """
     began = time.perf_counter()
     jobs = match(checkpoint, list(slots), ignore)
-    if any(dest.device.type == "meta" for _, dest in jobs):
+    if any(isinstance(slot, Slot) and slot.dest.device.type == "meta" for _, slot in jobs):
         raise ValueError("a destination has no storage")
     total = sum(stored.info.nbytes for stored, _ in jobs)
     with _Progress(total if progress else None) as bar:
@@ -94,11 +109,11 @@ def load(
     return LoadReport(time.perf_counter() - began, total, len({stored.info.name for stored, _ in jobs}))
 
 
-_Job = tuple[StoredTensor, torch.Tensor]
+_Job = tuple[StoredTensor, Slot | Take]
 
 
-def match(checkpoint: Checkpoint, slots: list[Slot], ignore: Callable[[str], bool]) -> list[_Job]:
-    """(source, destination) pairs sorted by place on disk, after checking names, shapes and dtypes.
+def match(checkpoint: Checkpoint, slots: list[Slot | Take], ignore: Callable[[str], bool]) -> list[_Job]:
+    """(source, slot) pairs sorted by place on disk, after checking names, shapes and dtypes.
 
     Destinations may be on the meta device here: so a model can be held against a checkpoint before it takes memory.
     """
@@ -110,9 +125,9 @@ def match(checkpoint: Checkpoint, slots: list[Slot], ignore: Callable[[str], boo
     unexpected = [name for name in tensors if name not in wanted and not ignore(name)]
     if unexpected:
         _report(checkpoint, unexpected, "the model has no place for", "Check model_type and the sizes in config.json")
-    jobs = [(tensors[slot.name], slot.dest) for slot in slots if slot.name in tensors]
-    for stored, dest in jobs:
-        _check_fit(stored, dest)
+    jobs = [(tensors[slot.name], slot) for slot in slots if slot.name in tensors]
+    for stored, slot in jobs:
+        _check_fit(stored, slot)
     return sorted(jobs, key=lambda job: (job[0].order, job[0].info.offset))
 
 
@@ -126,17 +141,19 @@ def _report(checkpoint: Checkpoint, names: list[str], what: str, remedy: str) ->
     )
 
 
-def _check_fit(stored: StoredTensor, dest: torch.Tensor) -> None:
+def _check_fit(stored: StoredTensor, slot: Slot | Take) -> None:
     info = stored.info
-    if tuple(dest.shape) != info.shape:
+    shape = tuple(slot.dest.shape) if isinstance(slot, Slot) else slot.shape
+    if shape != info.shape:
         raise CheckpointError(
-            f"its shape is {list(info.shape)}; the model expects {list(dest.shape)}",
+            f"its shape is {list(info.shape)}; the model expects {list(shape)}",
             where=_where(stored),
             remedy="Check the sizes in config.json",
         )
-    if info.dtype == dest.dtype or (info.dtype in _FLOATS and dest.dtype in _FLOATS):
+    takes = slot.dtypes if isinstance(slot, Take) else (slot.dest.dtype,)
+    allowed = FLOATS if isinstance(slot, Slot) and slot.dest.dtype in FLOATS else takes
+    if info.dtype in allowed:
         return
-    allowed = _FLOATS if dest.dtype in _FLOATS else (dest.dtype,)
     raise CheckpointError(
         f"its dtype is {_short(info.dtype)}; the model takes {', '.join(map(_short, allowed))} here",
         where=_where(stored),
@@ -158,7 +175,7 @@ class _Readers:
     def __init__(self, jobs: list[_Job], check_finite: bool, advance: Callable[[int], None]) -> None:
         self._jobs = iter(enumerate(jobs))
         self._count = len(jobs)
-        self._pinned = any(dest.device.type == "cuda" for _, dest in jobs)
+        self._pinned = any(isinstance(slot, Slot) and slot.dest.device.type == "cuda" for _, slot in jobs)
         self._check, self._advance = check_finite, advance
         self._lock = threading.Lock()
         self._errors: list[tuple[int, Exception]] = []
@@ -185,7 +202,7 @@ class _Readers:
                 if job is None:
                     return
                 try:
-                    for count in _fill(*job, staging, self._check):
+                    for count in _serve(*job, staging, self._check):
                         with self._lock:
                             self._advance(count)
                 except Exception as error:  # carried to `run`, which raises it in the caller's thread
@@ -205,6 +222,16 @@ class _Staging:
         if self._bytes is None:
             self._bytes = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=self._pinned)
         return self._bytes[:nbytes]
+
+
+def _serve(stored: StoredTensor, slot: Slot | Take, staging: _Staging, check: bool) -> Iterator[int]:
+    """Read one tensor to where its slot wants it; yields the bytes read after each piece."""
+    if isinstance(slot, Slot):
+        yield from _fill(stored, slot.dest, staging, check)
+        return
+    whole = torch.empty(stored.info.shape, dtype=stored.info.dtype)
+    yield from _fill(stored, whole, staging, check)
+    slot.take(whole)
 
 
 def _fill(stored: StoredTensor, dest: torch.Tensor, staging: _Staging, check: bool) -> Iterator[int]:

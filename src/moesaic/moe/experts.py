@@ -2,29 +2,72 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
-from moesaic.contracts.spec import MoESpec
-from moesaic.kernels.ops import Ops
-from moesaic.layers.linear import Sources
+from moesaic.contracts.scheme import UNQUANTIZED, Scheme
+from moesaic.contracts.spec import LinearSpec, MoESpec
+from moesaic.formats.base import QuantTensor
+from moesaic.kernels.ops import ExpertWeights
+from moesaic.kernels.registry import Kernels
+from moesaic.layers.linear import Sources, Stored
 from moesaic.moe.values import Dispatched
 
 
 class Experts:
-    """w13 [E, 2I, D]: gate rows, then up rows; w2 [E, D, I]. Applies top-k weights and reduces over the top-k."""
+    """w13 [E, 2I, D]: gate rows, then up rows; w2 [E, D, I]. Applies top-k weights and reduces over the top-k.
 
-    def __init__(self, spec: MoESpec, ops: Ops, like: Tensor) -> None:
-        self.spec, self.ops = spec, ops
+    Gate, up and down of a layer are held in one scheme (where a checkpoint mixes, see `common_scheme`). A static
+    input scale of a product is the largest over experts, gate and up: nothing saturates that the checkpoint foresaw.
+    """
+
+    def __init__(self, spec: MoESpec, kernels: Kernels, like: Tensor) -> None:
+        self.spec, self.scheme = spec, common_scheme(spec)
+        how, form = self.scheme.activation, self.scheme.weight
+        asks = {"activation": spec.activation.kind, "expert_bias": spec.gate.bias}
+        self.ops = kernels.under(format=form.name, encoding=how.name, **asks)
         count, width, hidden = spec.router.experts, spec.intermediate, spec.gate.inputs
-        self.w13_EID = like.new_empty(count, 2 * width, hidden)
-        self.w2_EDI = like.new_empty(count, hidden, width)
+        w13 = QuantTensor.empty(form, (width, width), hidden, like, (count,))
+        w2 = QuantTensor.empty(form, (hidden,), width, like, (count,))
+        biases = (like.new_empty(count, 2 * width), like.new_empty(count, hidden)) if spec.gate.bias else None
+        self.input_scales_E3 = like.new_ones(count, 3, dtype=torch.float32) if how.static else None
+        self.input_scale: Tensor | None = None
+        self.weights = ExpertWeights(w13, w2, spec.activation, how, biases=biases)
+        self.settle()
+
+    def settle(self) -> None:
+        """Derives the input scales of the two products from those that were loaded for gate, up and down."""
+        if self.input_scales_E3 is not None:
+            largest_3 = self.input_scales_E3.amax(0)
+            self.input_scale = largest_3[:2].amax()
+            self.weights = replace(self.weights, between_scale=largest_3[2])
 
     def __call__(self, sent: Dispatched) -> Tensor:
-        return self.ops.experts(sent.x_TD, self.w13_EID, self.w2_EDI, sent.ids_TA, sent.weights_TA)
+        rows = self.ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
+        return self.ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
 
     def sources(self) -> Sources:
-        width = self.spec.intermediate
-        for e in range(self.spec.router.experts):
-            yield f"{self.spec.gate.name.format(e=e)}.weight", self.w13_EID[e, :width]
-            yield f"{self.spec.up.name.format(e=e)}.weight", self.w13_EID[e, width:]
-            yield f"{self.spec.down.name.format(e=e)}.weight", self.w2_EDI[e]
+        spec, (w13, w2) = self.spec, (self.weights.w13, self.weights.w2)
+        gate_up = [w13.segment(0), w13.segment(1)]
+        for e in range(spec.router.experts):
+            parts = ((spec.gate, gate_up[0][e]), (spec.up, gate_up[1][e]), (spec.down, w2[e]))
+            for i, (part, weight) in enumerate(parts):
+                scale = None if self.input_scales_E3 is None else self.input_scales_E3[e, i : i + 1]
+                yield Stored(part.name.format(e=e), part, weight, scale, self.settle)
+            yield from self.biases_of(e)
+
+    def biases_of(self, e: int) -> Sources:
+        if self.weights.biases:
+            (bias13, bias2), width = (each[e] for each in self.weights.biases), self.spec.intermediate
+            yield f"{self.spec.gate.name.format(e=e)}.bias", bias13[:width]
+            yield f"{self.spec.up.name.format(e=e)}.bias", bias13[width:]
+            yield f"{self.spec.down.name.format(e=e)}.bias", bias2
+
+
+def common_scheme(spec: MoESpec) -> Scheme:
+    """The scheme of all three projections; where they differ, unquantised: values stay as stored, at more bytes."""
+    parts: tuple[LinearSpec, ...] = (spec.gate, spec.up, spec.down)
+    schemes = {part.runs for part in parts}
+    return schemes.pop() if len(schemes) == 1 else UNQUANTIZED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moesaic.contracts.spec import MLPSpec, MoESpec
-from moesaic.kernels.ops import Ops
+from moesaic.kernels.registry import Kernels
 from moesaic.layers.linear import Linear, Sources
 from moesaic.moe.balance import LoadMeter
 from moesaic.moe.dispatch import Dispatcher
@@ -16,13 +16,13 @@ from moesaic.moe.route import Router
 class MLP:
     """A dense gated feed-forward; also the shared expert."""
 
-    def __init__(self, spec: MLPSpec, ops: Ops, like: Tensor) -> None:
-        self.ops = ops
-        self.gate_up = Linear((spec.gate, spec.up), ops, like)
-        self.down = Linear((spec.down,), ops, like)
+    def __init__(self, spec: MLPSpec, kernels: Kernels, like: Tensor) -> None:
+        self.activation, self.ops = spec.activation, kernels.under(activation=spec.activation.kind)
+        self.gate_up = Linear((spec.gate, spec.up), kernels, like)
+        self.down = Linear((spec.down,), kernels, like)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x_TD)))
+        return self.down(self.ops.activate(self.gate_up(x_TD), self.activation))
 
     def sources(self) -> Sources:
         yield from self.gate_up.sources()
@@ -32,12 +32,12 @@ class MLP:
 class MoELayer:
     """`place`: index among the model's mixture layers, for the load meter."""
 
-    def __init__(self, spec: MoESpec, place: int, ops: Ops, dispatcher: Dispatcher, meter: LoadMeter,
+    def __init__(self, spec: MoESpec, place: int, kernels: Kernels, dispatcher: Dispatcher, meter: LoadMeter,
                  like: Tensor) -> None:  # fmt: skip
         self.place, self.dispatcher, self.meter = place, dispatcher, meter
-        self.route = Router(spec.router, spec.gate.inputs, ops, like)
-        self.experts = Experts(spec, ops, like)
-        self.shared = MLP(spec.shared, ops, like) if spec.shared else None
+        self.route = Router(spec.router, spec.gate.inputs, kernels.ops, like)
+        self.experts = Experts(spec, kernels, like)
+        self.shared = MLP(spec.shared, kernels, like) if spec.shared else None
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         routing = self.route(x_TD)
