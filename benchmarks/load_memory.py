@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks.machine import describe, save
-from moesaic.contracts.contract import Need
+from moesaic.hardware import local_cpu
 from moesaic.kernels.registry import Kernels
-from moesaic.models.build import build, spec_of
+from moesaic.models.build import build, plan_here, spec_of
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.decoder import Decoder
 from moesaic.models.loading import Slot
@@ -49,13 +49,13 @@ SIZES = {
 def load_model(checkpoint: Checkpoint, dtype: str) -> int:
     """The whole model, as `moesaic generate` builds it."""
     spec = spec_of(checkpoint.config)
-    return build(checkpoint, spec, Need("cpu", dtype), spec.max_length).model.nbytes()
+    return build(checkpoint, spec, plan_here(spec, local_cpu(), dtype), spec.max_length).model.nbytes()
 
 
 def copy_mapped(checkpoint: Checkpoint, dtype: str) -> int:
     """The peer: the safetensors package maps a shard; its tensors are copied into the same parameters, unchecked."""
     spec = spec_of(checkpoint.config)
-    model = Decoder(spec, Kernels(Need("cpu", dtype)), torch.empty(0, dtype=getattr(torch, dtype)), spec.max_length)
+    model = Decoder(spec, Kernels(plan_here(spec, local_cpu(), dtype)), torch.empty(0, dtype=getattr(torch, dtype)), spec.max_length)
     dest = views(model)
     for file in checkpoint.files:
         with safe_open(file.path, "pt") as mapped:
@@ -106,8 +106,8 @@ def write_checkpoint(directory: Path, nbytes: int, shards: int) -> None:
     layers = -(-nbytes // layer_bytes)
     config = {"model_type": "mixtral", "num_hidden_layers": layers, "torch_dtype": "bfloat16", **SIZES}
     (directory / "config.json").write_text(json.dumps(config))
-    kernels = Kernels(Need("cpu", "bfloat16"))
-    model = Decoder(spec_of(config), kernels, torch.empty(0, device="meta"), 8)
+    spec = spec_of(config)
+    model = Decoder(spec, Kernels(plan_here(spec, local_cpu(), "bfloat16")), torch.empty(0, device="meta"), 8)
     shapes = {name: view.shape for name, view in views(model).items()}
     names = list(shapes)
     weight_map: dict[str, str] = {}

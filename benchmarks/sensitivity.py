@@ -1,18 +1,21 @@
-"""What accuracy does a deliberately broken kernel lose? Proof that `moesaic eval` would notice.
+"""What do accuracy and distance lose to a deliberately broken kernel? Proof that `moesaic eval` would notice.
 
-    python benchmarks/sensitivity.py [--limit 20]
+    python benchmarks/sensitivity.py [--limit 8]
 
-Each fault is put into the running model's ops, and nothing else changes: one expert's output dropped; gate and up
-swapped; the routed scaling factor left out; the correction bias ignored; top-k weights not renormalised; rope with the
-wrong pairs of elements.
+Each fault is put into the ops of a model as it is built, and nothing else changes: one expert's output dropped; gate
+and up swapped; the routed scaling factor left out; the correction bias ignored; top-k weights not renormalised; rope
+with the wrong pairs of elements. Two gauges: accuracy on the tasks, paired with the sound model's, and the KL
+divergence from the sound model along its own answers, which also sees what never changes an answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import torch
 
 from benchmarks.machine import describe, save
-from moesaic import LLM, SamplingParams
+from moesaic import LLM
 from moesaic.assets import embedded_model
+from moesaic.commands._schemes import How, compare
+from moesaic.commands.eval import TASK_TOKENS, of_families
 from moesaic.formats.base import QuantTensor
-from moesaic.tasks import FAMILIES, grade, items
-from moesaic.tasks.score import Score
+from moesaic.kernels.registry import BACKENDS
+from moesaic.tasks import FAMILIES
+
+KEPT = ("right", "count", "accuracy", "accuracy_interval", "families", "lost", "gained", "kl", "logprob", "same")
 
 Wrap = Callable[[Any], Any]
 
@@ -62,8 +69,13 @@ def other_pairing(rotate: Any) -> Any:
     return lambda x, cos, sin, interleaved: rotate(x, cos, sin, not interleaved)
 
 
-FAULTS: dict[str, tuple[str, Wrap] | None] = {
-    "none": None,
+SOUND: dict[str | None, dict[str, Any]] = {
+    None: {"dtype": "float32"},
+    "none, by other kernels": {"dtype": "float32", "deterministic": True},
+    "none, in bfloat16": {"dtype": "bfloat16"},
+}
+"""Options of models without a fault. The first is the measure; the others show what rounding alone amounts to."""
+FAULTS: dict[str, tuple[str, Wrap]] = {
     "one expert of 16 dropped": ("experts", drop_one_expert),
     "gate and up swapped": ("experts", swap_gate_and_up),
     "scaling factor left out": ("route", with_router(scale=1.0)),
@@ -75,38 +87,45 @@ FAULTS: dict[str, tuple[str, Wrap] | None] = {
 }
 
 
-def accuracy(llm: LLM, limit: int) -> tuple[Score, dict[str, float]]:
-    asked = [item for name in FAMILIES for item in items(name, "test", limit)]
-    prompts = [llm.chat_tokens([{"role": "user", "content": item.prompt}]) for item in asked]
-    llm.engine.scheduler.blocks.reset()
-    results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=320))
-    right = [grade(item, result.text) for item, result in zip(asked, results, strict=True)]
-    each = {name: sum(ok for a, ok in zip(asked, right, strict=True) if a.family == name) / limit for name in FAMILIES}
-    return Score("all", sum(right), len(right)), each
+@contextmanager
+def broken(op: str, wrap: Wrap) -> Iterator[None]:
+    """Every backend's version of an op, wrapped: whichever a model takes while it is built."""
+    modules = [import_module(f"moesaic.kernels.{name}") for name in BACKENDS]
+    sound = {module: getattr(module, op) for module in modules if hasattr(module, op)}
+    try:
+        for module, function in sound.items():
+            setattr(module, op, wrap(function))
+        yield
+    finally:
+        for module, function in sound.items():
+            setattr(module, op, function)
+
+
+def open_model(fault: str | None) -> LLM:
+    if fault in SOUND:
+        return LLM(str(embedded_model()), progress=False, **SOUND[fault])
+    with broken(*FAULTS[fault]):
+        return open_model(None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=20, help="items per family")
+    parser.add_argument("--limit", type=int, default=8, help="items per family")
     limit = parser.parse_args().limit
-    llm = LLM(str(embedded_model()), progress=False)
-    ops: Any = llm.launched.built.kernels.ops
-    rows = []
-    print("| fault | accuracy | 95% interval | families that lose |\n|---|---|---|---|")
-    for name, fault in FAULTS.items():
-        if fault is not None:
-            op, wrap = fault
-            sound = getattr(ops, op)
-            setattr(ops, op, wrap(sound))
-        score, each = accuracy(llm, limit)
-        if fault is not None:
-            setattr(ops, op, sound)
-        lose = sum(value < rows[0]["families"][family] for family, value in each.items()) if rows else 0
-        low, high = score.interval
-        rows.append({"fault": name, "accuracy": score.accuracy, "low": low, "high": high, "families": each})
-        print(f"| {name} | {score.accuracy:.1%} | {low:.1%} to {high:.1%} | {lose} of {len(each)} |", flush=True)
-    save("sensitivity", {"what": "sensitivity", "model": "tiny", "items": limit * len(FAMILIES), **describe("torch"),
-                         "rows": rows})  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    print("| fault | accuracy | families that lose | KL, nats per token | same token |\n|---|---|---|---|---|")
+    names = [name for name in SOUND if name] + list(FAULTS)
+    for row in compare(open_model, lambda llm: of_families(llm, FAMILIES, limit), names, How(TASK_TOKENS)):
+        if "error" in row:
+            raise SystemExit(f"{row['scheme']}: {row['error']}")
+        first = rows[0] if rows else row
+        lose = sum(right < first["families"][family] for family, right in row["families"].items())
+        row = {"lost": 0, "gained": 0, "kl": 0.0, "logprob": 0.0, "same": 1.0, **row}
+        rows.append({"fault": row["scheme"] if rows else "none", "lose": lose, **{name: row[name] for name in KEPT}})
+        print(f"| {rows[-1]['fault']} | {row['accuracy']:.1%} | {lose} | {row['kl']:.2g} | "
+              f"{row['same']:.2%} |", flush=True)  # fmt: skip
+    facts = {"what": "sensitivity", "model": "tiny", "dtype": "float32", "items": limit * len(FAMILIES)}
+    save("sensitivity", {**facts, **describe("torch"), "rows": rows})
 
 
 if __name__ == "__main__":

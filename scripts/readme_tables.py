@@ -1,16 +1,22 @@
-"""Fills the generated tables of README.md from benchmarks/results/*.json.
+"""Fills the generated tables of README.md and docs/accuracy.md, and draws docs/accuracy.svg, from benchmarks/results.
 
-    python -m scripts.readme_tables [--check]     (--check: exit 1 where README.md is stale)
+    python -m scripts.readme_tables [--check]     (--check: exit 1 where one of them is stale)
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moesaic.commands import _scheme_table
+from scripts import draw_accuracy
+
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/accuracy.md")
+PLOT = ROOT / "docs" / "accuracy.svg"
 
 
 def cpu_generate(result: dict[str, Any]) -> str:
@@ -33,13 +39,83 @@ def cpu_generate(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"cpu-generate": cpu_generate}
+def schemes(result: dict[str, Any]) -> str:
+    """What each number format costs."""
+    return f"`{result['model']}`: {_scheme_table.text(result)}\n\n{origin(result)}"
+
+
+def sensitivity(result: dict[str, Any]) -> str:
+    """What the two gauges say of broken kernels."""
+    lines = [
+        f"`{result['model']}`, {result['items']} items; computed in {result['dtype']} unless said. {origin(result)}",
+        "",
+        "| fault | accuracy | 95% interval | families that lose | KL, nats per token | same token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        low, high = row["accuracy_interval"]
+        lines.append(
+            f"| {row['fault']} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} | {row['lose']} of "
+            f"{len(row['families'])} | {row['kl']:.1e} | {row['same']:.3%} |"
+        )
+    return "\n".join(lines)
+
+
+def kv_b_proj(result: dict[str, Any]) -> str:
+    """The two paths of MLA for every way to keep kv_b_proj."""
+    first = result["rows"][0]
+    lines = [
+        f"`{result['model']}`, along {first['tokens']:,} tokens of {first['texts']} answers. {origin(result)}",
+        "",
+        "| computed in | scheme | kv_b_proj | W_k that changes | by | KL between the paths | logits apart "
+        "| KL from bf16, plain | absorbed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['dtype']} | {row['scheme']} | {row['way']} | {row['w_k_elements']:.2%} | {row['w_k_error']:.1e} | "
+            f"{row['between']['kl']:.1e} | {row['between']['logits']:.1e} | {row['plain']['kl']:.1e} | "
+            f"{row['absorbed']['kl']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def rounding(result: dict[str, Any]) -> str:
+    """Rounding rules, and layers."""
+    lines = [
+        f"`{result['model']}` in {result['dtype']}, along {result['tokens']:,} tokens of {result['texts']} answers. "
+        f"{origin(result)}",
+        "",
+        "| part | what | weights apart | KL | log-prob | answers that change |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        apart = "" if row["error"] is None else f"{row['error']:.2%}"
+        lines.append(
+            f"| {row['part']} | {row['what']} | {apart} | {row['kl']:.1e} | {row['logprob']:.1e} | {row['others']} |"
+        )
+    return "\n".join(lines)
+
+
+def origin(result: dict[str, Any]) -> str:
+    return f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}."
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu-generate": cpu_generate,
+    "schemes": schemes,
+    "sensitivity": sensitivity,
+    "kv-b-proj": kv_b_proj,
+    "rounding": rounding,
+}
 
 
 def filled(text: str) -> str:
-    """The README with every table made anew; a table without a result file stays empty."""
+    """A page with each of its tables made anew; a table without a result file stays empty."""
     for name, render in TABLES.items():
         begin, end = f"<!-- table:{name} begin -->", f"<!-- table:{name} end -->"
+        if begin not in text:
+            continue
         file = ROOT / "benchmarks" / "results" / f"{name}.json"
         body = render(json.loads(file.read_text())) + "\n" if file.exists() else ""
         head, _, rest = text.partition(begin)
@@ -48,13 +124,19 @@ def filled(text: str) -> str:
     return text
 
 
+def outputs() -> dict[Path, str]:
+    """What the generated files should hold."""
+    found = {ROOT / page: filled((ROOT / page).read_text(encoding="utf-8")) for page in PAGES}
+    file = ROOT / "benchmarks" / "results" / "schemes.json"
+    return found | ({PLOT: draw_accuracy.svg(json.loads(file.read_text()))} if file.exists() else {})
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old)
+    stale = [path for path, text in outputs().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv[1:]:
-        return 0 if new == old else 1
-    readme.write_text(new, encoding="utf-8")
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(outputs()[path], encoding="utf-8")
     return 0
 
 

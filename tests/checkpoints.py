@@ -15,7 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_layers import MtpModel
+from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -30,12 +35,35 @@ MLA: dict[str, Any] = {
     "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
 }  # fmt: skip
 GQA: dict[str, Any] = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+V3: dict[str, Any] = {**SIZES, **MLA, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {**SIZES, **MLA, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0},
+    "deepseek_v3": V3,
+    "kimi_k2": V3,
+    "glm4_moe": {
+        **SIZES, **GQA, "head_dim": 24, "moe_intermediate_size": 32, "n_routed_experts": 8, "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0},
     "deepseek_v2": {**SIZES, **MLA},
     "qwen3_moe": {**SIZES, **GQA, "head_dim": 24, "moe_intermediate_size": 32, "num_experts": 8},
     "mixtral": {**SIZES, **GQA, "intermediate_size": 32, "num_local_experts": 8},
-}
+    "gpt_oss": {
+        **SIZES, **GQA, "intermediate_size": 32, "num_local_experts": 8, "head_dim": 24, "num_hidden_layers": 4,
+        "sliding_window": 16},
+}  # fmt: skip
+
+
+class KimiK2Config(DeepseekV3Config):
+    """`transformers` has no such type: the checkpoint's own (remote) code is DeepSeek-V3's under this name."""
+
+    model_type = "kimi_k2"
+
+
+class KimiK2ForCausalLM(DeepseekV3ForCausalLM):
+    config_class = KimiK2Config
+
+
+AutoConfig.register("kimi_k2", KimiK2Config)
+AutoModelForCausalLM.register(KimiK2Config, KimiK2ForCausalLM)
+register_checkpoint_conversion_mapping("kimi_k2", get_checkpoint_conversion_mapping("deepseek_v3"))
 
 
 def random_model(model_type: str, seed: int = 0, **config: Any) -> PreTrainedModel:
@@ -69,7 +97,8 @@ def randomise(module: nn.Module, config: PreTrainedConfig, seed: int) -> None:
     embeddings the final norm is negative, or each token would be answered with itself.
     """
     generator = torch.Generator().manual_seed(seed)
-    into_residual = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
+    into_residual, gates = ("o_proj.weight", "down_proj.weight", "experts.down_proj"), ("gate.weight", "router.weight")
+    transposed = getattr(config, "model_type", "") == "gpt_oss"  # its experts are [E, inputs, outputs]
     depth = sum(name.endswith("o_proj.weight") for name, _ in module.named_parameters())
     factor = getattr(config, "routed_scaling_factor", 1.0)
     for name, weight in [*module.named_parameters(), *module.named_buffers()]:
@@ -78,12 +107,14 @@ def randomise(module: nn.Module, config: PreTrainedConfig, seed: int) -> None:
         noise = torch.randn(weight.shape, generator=generator)
         if "embed_tokens" in name:
             value = noise
-        elif weight.ndim > 1:
-            gain = (2 * depth) ** -0.5 if name.endswith(into_residual) else 2.0 if name.endswith("gate.weight") else 1.0
-            gain = gain / factor if name.endswith("experts.down_proj") else gain
-            value = gain * noise * weight.shape[-1] ** -0.5
         elif name.endswith("bias"):
             value = 0.1 * noise
+        elif name.endswith("sinks"):
+            value = 1 + noise
+        elif weight.ndim > 1:
+            gain = (2 * depth) ** -0.5 if name.endswith(into_residual) else 2.0 if name.endswith(gates) else 1.0
+            gain = gain / factor if name.endswith("experts.down_proj") else gain
+            value = gain * noise * weight.shape[-2 if transposed and weight.ndim == 3 else -1] ** -0.5
         else:
             sign = -1 if name == "model.norm.weight" and config.tie_word_embeddings else 1
             value = sign * (1 + 0.2 * noise)
@@ -153,6 +184,8 @@ def old_spelling(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.46.3"

@@ -17,6 +17,12 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton decides when it is imported whether kernels are interpreted: everywhere but in the GPU ring."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device; torch is imported only if there are such tests."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -94,6 +94,44 @@ V2 = [
         "first_k_dense_replace": 2, "rope_parameters": yarn(attention_factor=0.9)}),
 ]  # fmt: skip
 
+KIMI = [
+    Case("kimi as released", "kimi_k2", {
+        "q_lora_rank": 24, "n_routed_experts": 16, "num_experts_per_tok": 4, "routed_scaling_factor": 2.827,
+        "n_shared_experts": 1,
+        "rope_parameters": yarn(rope_theta=50000.0, mscale=1.0, mscale_all_dim=1.0, beta_fast=1.0, beta_slow=1.0)},
+        stored="bfloat16", shard="100KB", old={**RELEASED_V3, "pretraining_tp": 1, "aux_loss_alpha": 0.001}),
+    Case("kimi thinking, biases that choose", "kimi_k2", {
+        "q_lora_rank": 24, "n_routed_experts": 16, "num_experts_per_tok": 4, "routed_scaling_factor": 2.827,
+        "n_shared_experts": 1, "rms_norm_eps": 1e-5, "num_hidden_layers": 4,
+        "rope_parameters": yarn(rope_theta=50000.0, mscale=1.0, mscale_all_dim=1.0)}, bias="swallow"),
+]  # fmt: skip
+
+GLM4 = [
+    Case("glm as released", "glm4_moe", {
+        "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+        stored="bfloat16", shard="100KB", old={}, drafts=1),
+    Case("glm air as released", "glm4_moe", {
+        "use_qk_norm": False, "attention_bias": True, "num_key_value_heads": 1, "num_experts_per_tok": 3,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+        stored="bfloat16", old={}, seed=1),
+    Case("glm groups, two shared, tied", "glm4_moe", {
+        **GROUPS, "first_k_dense_replace": 2, "n_shared_experts": 2, "norm_topk_prob": False, "use_qk_norm": True,
+        "tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 16}, seed=7),
+    Case("glm negative bias, whole rope", "glm4_moe", {
+        **GROUPS, "topk_group": 3, "first_k_dense_replace": 0, "routed_scaling_factor": 2.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+        bias="negative"),
+    Case("glm swallowing bias, quarter rope with yarn", "glm4_moe", {
+        **GROUPS, "head_dim": 32, "use_qk_norm": True, "rope_parameters": yarn(partial_rotary_factor=0.25)},
+        bias="swallow"),
+    Case("glm default part, linear rope, two drafts", "glm4_moe", {
+        "use_qk_norm": True, "num_hidden_layers": 4, "num_nextn_predict_layers": 2,
+        "rope_parameters": dict(LINEAR)},  # transformers writes into it
+        drafts=2, seed=1),
+]  # fmt: skip
+
 QWEN3 = [
     Case("qwen3 renormalised", "qwen3_moe", {"norm_topk_prob": True}, stored="bfloat16"),
     Case("qwen3 multi-query, dense layer, tied", "qwen3_moe", {
@@ -121,5 +159,24 @@ MIXTRAL = [
         "num_key_value_heads": 1, "num_experts_per_tok": 1, "num_local_experts": 5, "rope_parameters": LINEAR}, seed=1),
 ]  # fmt: skip
 
-CASES: dict[str, list[Case]] = {"deepseek_v3": V3, "deepseek_v2": V2, "qwen3_moe": QWEN3, "mixtral": MIXTRAL}
+GPT_OSS = [
+    Case("gpt-oss as released", "gpt_oss", {
+        "num_local_experts": 16, "num_experts_per_tok": 4,
+        "rope_parameters": yarn(rope_theta=150000.0, truncate=False)},
+        stored="bfloat16", shard="100KB", old={"initial_context_length": 64, "experts_per_token": 4}),
+    Case("gpt-oss narrow clamp, window of 1 block + 1", "gpt_oss", {
+        "swiglu_limit": 0.75, "swiglu_alpha": 1.0, "sliding_window": 17, "num_key_value_heads": 1, "head_dim": 16,
+        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}}, seed=15),
+    Case("gpt-oss wide window, no attention bias, top-1", "gpt_oss", {
+        "sliding_window": 200, "attention_bias": False, "num_key_value_heads": 4, "num_experts_per_tok": 1,
+        "num_local_experts": 5, "rope_parameters": dict(LINEAR)}),
+    Case("gpt-oss full first, two of three slide", "gpt_oss", {
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "num_hidden_layers": 3,
+        "num_experts_per_tok": 3, "rope_parameters": yarn(rope_theta=150000.0)}, stored="bfloat16"),
+]  # fmt: skip
+
+CASES: dict[str, list[Case]] = {
+    "deepseek_v3": V3, "deepseek_v2": V2, "kimi_k2": KIMI, "glm4_moe": GLM4, "qwen3_moe": QWEN3, "mixtral": MIXTRAL,
+    "gpt_oss": GPT_OSS,
+}  # fmt: skip
 EVERY = [case for cases in CASES.values() for case in cases]

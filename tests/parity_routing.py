@@ -44,7 +44,7 @@ class Choices:
 @contextmanager
 def watched(model: PreTrainedModel) -> Iterator[Callable[[], list[Choices]]]:
     """Watches the gates of an oracle. The value, when called, gives one `Choices` per forward pass since."""
-    gates = [module for name, module in model.named_modules() if name.endswith(".gate")]
+    gates = [module for name, module in model.named_modules() if name.endswith((".gate", ".mlp.router"))]
     ids: list[Tensor] = []
     found: list[Tensor] = []
 
@@ -95,12 +95,14 @@ class Gates:
             return routing
         ids_TA, weights_TA = routing.ids_TA.clone(), routing.weights_TA.clone()
         ids_TA[rows] = wanted_TA[rows].to(ids_TA.dtype)
-        weights_TA[rows] = weights(x_TD[rows].float() @ router.weight_ED.T, wanted_TA[rows], router.spec)
+        weights_TA[rows] = weights(router.logits(x_TD[rows]), wanted_TA[rows], router.spec)
         return Routing(ids_TA, weights_TA)
 
 
 def weights(logits_RE: Tensor, ids_RA: Tensor, spec: RouterSpec) -> Tensor:
     """The weights that given experts would have had."""
+    if spec.scoring == "softmax_topk":
+        return spec.scale * logits_RE.gather(1, ids_RA).softmax(-1)
     scores_RE = logits_RE.softmax(-1) if spec.scoring == "softmax" else logits_RE.sigmoid()
     chosen_RA = scores_RE.gather(1, ids_RA)
     return spec.scale * (chosen_RA / chosen_RA.sum(-1, keepdim=True) if spec.renormalize else chosen_RA)
@@ -112,6 +114,8 @@ def gate_margins(gate: torch.nn.Module, x: Tensor, config: Any) -> Tensor:
     weight_ED = gate.weight.double()
     x_RD = x.reshape(-1, weight_ED.shape[1]).double()
     logits_RE = x_RD @ weight_ED.T
+    if isinstance(own_bias_E := getattr(gate, "bias", None), Tensor):
+        logits_RE = logits_RE + own_bias_E.double()
     noise_RE = x_RD.square().mean(-1, keepdim=True).sqrt() * weight_ED.norm(dim=-1)
     choice_RE = logits_RE  # softmax keeps the order, of experts and of groups by their maximum
     bias_E = getattr(gate, "e_score_correction_bias", None)

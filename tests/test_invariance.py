@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -10,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.contracts.contract import Need
+from moesaic.assets import embedded_model
+from moesaic.contracts.plan import Wishes
 from moesaic.contracts.spec import SILU, RouterSpec, Scoring
+from moesaic.hardware import local_cpu
 from moesaic.kernels import cpu, cpu_invariant
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
-from moesaic.kernels.registry import select
+from moesaic.models.build import plan_here, spec_of
 from tests.operands import expert_weights, plain_rows
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -91,11 +94,16 @@ def test_attention_in_any_chunking(view: KVView, window: int | None, dtype: torc
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deterministic_builds_use_invariant_ops_only(dtype: str) -> None:
-    selection = select(Need("cpu", dtype, batch_invariant=True))
-    for choice in selection.choices:
-        contracts = import_module(f"moesaic.kernels.{choice.chosen}").CONTRACTS
-        assert next(c for c in contracts if c.op == choice.op).batch_invariant, choice
-        assert choice.rejected, "every other candidate is kept with its reason"
+    spec = spec_of(json.loads((embedded_model() / "config.json").read_text()))
+    made = plan_here(spec, local_cpu(), dtype, Wishes(deterministic=True))
+    chosen = [(choice.op, choice.chosen, choice.rejected) for choices in made.ops.values() for choice in choices]
+    for layer in made.layers:
+        chosen += [("experts", cell.path.stage("experts").kernel, cell.rejected) for cell in layer.cells]
+    assert {op for op, _, _ in chosen} >= {"linear", "route", "experts", "attend_paged"}
+    for op, backend, rejected in chosen:
+        contracts = import_module(f"moesaic.kernels.{backend}").CONTRACTS
+        assert next(c for c in contracts if c.op == op).batch_invariant, (op, backend)
+        assert rejected, "every other candidate is kept with its reason"
 
 
 def test_the_plain_backend_is_not_invariant_where_it_says_so() -> None:

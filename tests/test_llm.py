@@ -185,10 +185,15 @@ def test_one_long_context_does_not_inflate_the_others() -> None:
 
 
 def test_the_choice_of_kernels_explains_itself(llm: LLM) -> None:
-    text = llm.launched.built.kernels.explain()
-    assert "experts: cpu\n" in text
-    assert "not reference: cpu is preferred" in text
-    wished = LLM(progress=False, experts="reference").launched.built.kernels.explain()
-    assert "experts: reference\n" in wished
+    text = llm.launched.built.plan.explain()
+    assert "experts, layers 1-5, decode: cpu\n" in text
+    assert "not reference with local: cpu with local is preferred" in text
+    wished = LLM(progress=False, experts="reference").launched.built.plan.explain()
+    assert "experts, layers 1-5, decode: reference\n" in wished
     with pytest.raises(OptionError, match="deterministic"):
         LLM(progress=False, experts="cpu", deterministic=True)
+
+
+def test_an_unknown_option_of_chat_is_named(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"max_tokens: unknown option of chat.*SamplingParams"):
+        llm.chat([{"role": "user", "content": "hello"}], max_tokens=5)

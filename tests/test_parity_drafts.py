@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from moesaic.contracts.contract import Need
+from moesaic.contracts.plan import Wishes
 from moesaic.errors import CheckpointError
+from moesaic.hardware import local_cpu
 from moesaic.kernels.ops import AttentionBatch, Span
 from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.step import StepInput
-from moesaic.models.build import build, spec_of
+from moesaic.models.build import build, plan_here, spec_of
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.decoder import Decoder
 from moesaic.models.loading import Slot
@@ -57,7 +58,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 
 def load(path: Path, dtype: str = "float32", *, deterministic: bool = False) -> Decoder:
     with Checkpoint.open(path) as checkpoint:
-        return build(checkpoint, spec_of(checkpoint.config), Need("cpu", dtype, deterministic), 128).model
+        spec = spec_of(checkpoint.config)
+        plan = plan_here(spec, local_cpu(), dtype, Wishes(deterministic=deterministic))
+        return build(checkpoint, spec, plan, 128).model
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moesaic.contracts.spec import GQASpec, MLASpec, ModelSpec, MoESpec
+from moesaic.contracts.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, MoESpec
 from moesaic.models.build import architectures, spec_of
 from tests.checkpoints import random_model, save
 from tests.parity_cases import CASES, EVERY, Case
@@ -49,22 +49,29 @@ def gqa(spec: ModelSpec) -> GQASpec:
     return spec.layers[0].attention
 
 
+def gqa_of(layer: LayerSpec) -> GQASpec:
+    assert isinstance(layer.attention, GQASpec)
+    return layer.attention
+
+
 def mla(spec: ModelSpec) -> MLASpec:
     assert isinstance(spec.layers[0].attention, MLASpec)
     return spec.layers[0].attention
 
 
-DEEPSEEK: dict[str, tuple[Callable[[ModelSpec], Any], set[Any]]] = {
-    "q-LoRA": (lambda s: mla(s).q_a is not None, {False, True}),
-    "yarn": (lambda s: mla(s).rope.yarn is not None, {False, True}),
-    "attention bias": (lambda s: mla(s).kv_a.bias, {False, True}),
-    "tied": (lambda s: s.tied, {False, True}),
+DEEPSEEK_MIXTURE: dict[str, tuple[Callable[[ModelSpec], Any], set[Any]]] = {
     "dense first": (lambda s: dense(s), {(), (0,), (0, 1)}),
     "shared experts": (lambda s: mixture(s).shared.gate.outputs // mixture(s).gate.outputs, {1, 2}),  # type: ignore[union-attr]
     "grouped": (lambda s: mixture(s).router.groups, {1, 4}),
     "kept groups": (lambda s: mixture(s).router.top_groups, {1, 2, 3}),
     "factor": (lambda s: mixture(s).router.scale, {1.0, 2.5}),
 }
+DEEPSEEK: dict[str, tuple[Callable[[ModelSpec], Any], set[Any]]] = {
+    "q-LoRA": (lambda s: mla(s).q_a is not None, {False, True}),
+    "yarn": (lambda s: mla(s).rope.yarn is not None, {False, True}),
+    "attention bias": (lambda s: mla(s).kv_a.bias, {False, True}),
+    "tied": (lambda s: s.tied, {False, True}),
+} | DEEPSEEK_MIXTURE
 GROUPED: dict[str, tuple[Callable[[ModelSpec], Any], set[Any]]] = {
     "query heads per kv head": (lambda s: gqa(s).heads // gqa(s).kv_heads, {1, 2, 4}),
     "window": (lambda s: gqa(s).window is not None, {False, True}),
@@ -78,12 +85,34 @@ SWITCHES = {
         "draft layers": (lambda s: len(s.drafts), {0, 1, 2}),
     },
     "deepseek_v2": DEEPSEEK,
+    "kimi_k2": {
+        "yarn": (lambda s: mla(s).rope.yarn is not None, {True}),
+        "grouped": (lambda s: mixture(s).router.groups, {1}),
+    },
+    "glm4_moe": GROUPED | {
+        "window": (lambda s: gqa(s).window is not None, {False}),
+        "norms of heads": (lambda s: (bool(gqa(s).q_norm), bool(gqa(s).k_norm)), {(False, False), (True, True)}),
+        "attention bias": (lambda s: (gqa(s).q.bias, gqa(s).o.bias), {(False, False), (True, False)}),
+        "rotated part": (lambda s: gqa(s).rope.dim / gqa(s).head_dim, {0.25, 0.5, 1.0}),
+        "yarn": (lambda s: gqa(s).rope.yarn is not None, {False, True}),
+        "renormalised": (lambda s: mixture(s).router.renormalize, {False, True}),
+        "draft layers": (lambda s: len(s.drafts), {0, 1, 2}),
+    } | DEEPSEEK_MIXTURE,
     "qwen3_moe": GROUPED | {
         "renormalised": (lambda s: mixture(s).router.renormalize, {False, True}),
         "attention bias": (lambda s: gqa(s).q.bias, {False, True}),
         "dense": (lambda s: dense(s), {(), (1,), (0, 2)}),
     },
     "mixtral": GROUPED,
+    "gpt_oss": GROUPED | {
+        "windows": (lambda s: tuple(w.window for w in map(gqa_of, s.layers)), {
+            (16, None, 16, None), (17, None, 17, None), (200, None, 200, None), (None, 16, 16)}),
+        "attention bias": (lambda s: (gqa(s).q.bias, gqa(s).o.bias), {(False, False), (True, True)}),
+        "yarn": (lambda s: s.ropes[0].yarn and s.ropes[0].yarn.truncate, {None, False, True}),
+        "chosen": (lambda s: mixture(s).router.top_k, {1, 2, 3, 4}),
+        "clamp and slope": (lambda s: (mixture(s).activation.limit, mixture(s).activation.alpha), {
+            (7.0, 1.702), (0.75, 1.0)}),
+    },
 }  # fmt: skip
 
 
@@ -113,6 +142,13 @@ WRONG: list[tuple[str, str, Any]] = [
     ("v3 yarn without", "rope_parameters.truncate", True),
     ("v3 yarn without", "rope_parameters.original_max_position_embeddings", 128),
     ("v3 plain", "rms_norm_eps", 0.01),
+    ("kimi as released", "rope_scaling.beta_fast", 32.0),
+    ("kimi as released", "routed_scaling_factor", 2.5),
+    ("glm as released", "partial_rotary_factor", 1.0),
+    ("glm as released", "routed_scaling_factor", 1.0),
+    ("glm as released", "rms_norm_eps", 0.01),
+    ("glm groups", "norm_topk_prob", True),
+    ("glm groups", "topk_group", 3),
     ("v2 as released", "topk_method", "greedy"),
     ("v2 groups without", "routed_scaling_factor", 2.0),
     ("qwen3 renormalised", "norm_topk_prob", False),
@@ -122,6 +158,14 @@ WRONG: list[tuple[str, str, Any]] = [
     ("mixtral sliding", "sliding_window", 15),
     ("mixtral as released", "rope_theta", 10000.0),
     ("mixtral multi-query", "rope_parameters.factor", 3.0),
+    ("gpt-oss as released", "layer_types", ["full_attention", "sliding_attention"] * 2),
+    ("gpt-oss as released", "sliding_window", 17),
+    ("gpt-oss as released", "rope_scaling.truncate", True),
+    ("gpt-oss as released", "num_experts_per_tok", 3),
+    ("gpt-oss narrow", "swiglu_limit", 7.0),
+    ("gpt-oss narrow", "swiglu_alpha", 1.702),
+    ("gpt-oss narrow", "sliding_window", 16),
+    ("gpt-oss wide", "sliding_window", 40),
 ]
 
 

@@ -235,7 +235,7 @@ def test_no_tokenizer_at_all(tmp_path):
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json", "vocab.json"])
 def test_another_kind_of_tokenizer(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x0a\x0b")
     with pytest.raises(UnsupportedError, match=f"only {name}") as caught:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from moesaic.errors import OptionError
@@ -25,6 +27,7 @@ class EngineConfig:
     max_num_seqs: requests running at once.  max_num_batched_tokens: tokens per step, hence the prefill chunk.
     prefix_cache: reuse the KV of shared prompt beginnings.
     deterministic: a request's tokens do not depend on what runs beside it, on chunking, preemption or prefix hits.
+    quantization: a scheme in which weights are held, quantised while they are loaded; None or "none": as stored.
     seed: of requests that bring none.  experts: backend of the expert product, or `auto`.
     revision: of a hub model.  progress: show progress bars.
     """
@@ -39,6 +42,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     prefix_cache: bool = True
     deterministic: bool = False
+    quantization: str | None = None
     seed: int = 0
     experts: str = "auto"
     revision: str | None = None
@@ -69,6 +73,14 @@ class EngineConfig:
             if name not in known:
                 raise OptionError("unknown option", where=name, remedy=f"Known: {', '.join(sorted(known))}.")
         return cls(**options)
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: MOESAIC_CACHE, else `moesaic` in the user's cache folder."""
+    if own := os.environ.get("MOESAIC_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path(os.path.expanduser("~")) / ".cache") / "moesaic"
 
 
 def flag(name: str) -> str:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 import sys
@@ -148,7 +149,12 @@ class LLM:
         return deltas
 
     def chat_tokens(self, messages: Sequence[Message], **template: Any) -> list[int]:
-        """The prompt of a conversation, by the checkpoint's own template."""
+        """The prompt of a conversation, by the checkpoint's own template. Raises RequestError for an unknown option."""
+        known = list(inspect.signature(self.template.render).parameters)[1:]
+        for name in template:
+            if name not in known:
+                remedy = f"Options of a template: {', '.join(known)}. How to sample belongs into SamplingParams."
+                raise RequestError("unknown option of chat", where=name, remedy=remedy)
         text = self.template.render(messages, **template)
         return self.tokenizer.encode(text, add_special_tokens=False, max_tokens=self.max_model_len)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from moesaic.assets import embedded_model
 from moesaic.config import DEVICES, DTYPES, EngineConfig, flag, parse_bytes
+from moesaic.contracts.scheme import SCHEMES
 from moesaic.engine.params import SamplingParams
 from moesaic.errors import OptionError
 
@@ -58,6 +59,13 @@ def bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=ADDEND, such as 42=-5") from None
 
 
+def scheme(text: str) -> str:
+    """The name of a scheme, or `none`."""
+    if text != "none" and text not in SCHEMES:
+        raise argparse.ArgumentTypeError(f"unknown scheme {text!r:.40}; known: none, {', '.join(SCHEMES)}")
+    return text
+
+
 ENGINE: Mapping[str, Hint] = {
     "dtype": Hint("what is computed in; auto: the checkpoint's own where the hardware has it", choices=DTYPES),
     "device": Hint("where to compute", choices=DEVICES),
@@ -69,6 +77,9 @@ ENGINE: Mapping[str, Hint] = {
     "max_num_batched_tokens": Hint("tokens per step, hence the largest prefill chunk", "TOKENS"),
     "prefix_cache": Hint("do not reuse the KV cache of shared prompt beginnings", default="reuse"),
     "deterministic": Hint("an answer never depends on what runs beside it", default="off"),
+    "quantization": Hint(
+        f"scheme to quantise to while loading: {', '.join(SCHEMES)}; none is as stored", "S", "none", parse=scheme
+    ),
     "seed": Hint("seeds sampling: the same command gives the same answers", "N"),
     "experts": Hint("kernel backend of the expert product", "NAME"),
     "revision": Hint("branch, tag or commit of a hub model", "NAME", "its main branch"),
@@ -177,8 +188,10 @@ def load(args: argparse.Namespace) -> LLM:
 def announce(args: argparse.Namespace, llm: LLM) -> None:
     """Says on stderr what runs."""
     print(f"moesaic: {args.model or embedded_model()}: {llm.launched.summary()}", file=sys.stderr, flush=True)
+    for note in llm.launched.built.model.spec.notes:
+        print(f"moesaic: note: {note}", file=sys.stderr, flush=True)
     if args.explain:
-        print(llm.launched.built.kernels.explain(), file=sys.stderr, flush=True)
+        print(llm.launched.built.plan.explain(), file=sys.stderr, flush=True)
 
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:

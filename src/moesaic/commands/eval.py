@@ -1,15 +1,21 @@
-"""`moesaic eval`: accuracy on fixed tasks, or on a file of questions; how the router and the draft layer did."""
+"""`moesaic eval`: accuracy on fixed tasks, or on a file of questions; how the router and the draft layer did.
+
+With --schemes: what each number format costs in accuracy, in distance from the model as stored, and in bytes.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.commands import _scheme_table
 from moesaic.commands._options import add_model_options, announce, load
+from moesaic.contracts.scheme import SCHEMES
 from moesaic.engine.params import SamplingParams
 from moesaic.errors import OptionError
 from moesaic.tasks import FAMILIES, Item, grade, items
@@ -19,6 +25,8 @@ if TYPE_CHECKING:
     from moesaic.llm import LLM, Result
 
 ITEMS, TASK_TOKENS, FILE_TOKENS = 500, 320, 512
+SCHEME_ITEMS = 223
+"""Per family where schemes are compared: 4,014 in all."""
 
 EPILOG = """\
 Without --file: the task families that the embedded model is trained on, held-out items, fixed seeds, greedy decoding.
@@ -28,6 +36,7 @@ examples:
   moesaic eval                                       the table of the model card
   moesaic eval --tasks chain,weekday --limit 50
   moesaic eval org/model --file gsm8k.jsonl --shots 8 --json
+  moesaic eval --schemes all --dtype float32         what each number format costs
 """
 
 
@@ -53,12 +62,17 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--file", type=Path, metavar="F", help="questions with numeric answers (default: the tasks)")
     group.add_argument("--shots", type=int, default=0, metavar="K", help="worked examples per question (default: 0)")
     group.add_argument("--shots-file", type=Path, metavar="F", help="where they come from (default: first K of --file)")
-    group.add_argument("--limit", type=int, metavar="N", help=f"items per family, or questions (default: {ITEMS}; all)")
+    group.add_argument("--limit", type=int, metavar="N", help=f"items per family, or questions (default: {ITEMS}, "
+                       f"{SCHEME_ITEMS} with --schemes; all)")  # fmt: skip
     group.add_argument(
         "--max-tokens", type=int, metavar="TOKENS",
         help=f"most tokens of an answer (default: {TASK_TOKENS}; {FILE_TOKENS} with --file)",
     )  # fmt: skip
     group.add_argument("--raw", action="store_true", help="no chat template (default: use it, but with --shots)")
+    group.add_argument(
+        "--schemes", metavar="A,B",
+        help=f"quantise the weights as they are loaded, and compare: all, or of: {', '.join(SCHEMES)} (default: no)",
+    )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print one JSON object (default: a table)")
     parser.set_defaults(run=run)
 
@@ -66,17 +80,42 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     check(args)
     questions = read_questions(args.file) if args.file else None
-    llm = load(args)
-    announce(args, llm)
-    asked = file_prompts(llm, args, questions) if questions else task_prompts(llm, args)
     limit = args.max_tokens or (FILE_TOKENS if args.file else TASK_TOKENS)
     stop = ("\nQuestion:", "\n\nQuestion") if args.file and (args.raw or args.shots) else ()
+    if args.schemes is not None:
+        return run_schemes(args, questions, limit, stop)
+    llm = load(args)
+    announce(args, llm)
+    asked = prompts(llm, args, questions)
     llm.launched.built.model.meter.start()
     began = time.perf_counter()
     results = llm.generate([a.prompt for a in asked], SamplingParams(temperature=0, max_tokens=limit, stop=stop))
     report = summarise(llm, asked, results, time.perf_counter() - began)
     print(json.dumps(report) if args.json else table(report))
     return 1 if report["failed"] else 0
+
+
+def run_schemes(args: argparse.Namespace, questions: list[Question] | None, limit: int, stop: tuple[str, ...]) -> int:
+    """The same items in one scheme after another. 1 if a scheme that was asked for by name could not be measured."""
+    from moesaic.commands import _schemes
+
+    def open_model(scheme: str | None) -> LLM:
+        if scheme is not None and SCHEMES[scheme].activation.static:
+            raise OptionError(
+                "needs scales of activations that nothing has measured at load", where=scheme,
+                remedy=f"Run `moesaic quantize --scheme {scheme} --calibrate FILE`, then eval what it wrote.",
+            )  # fmt: skip
+        chosen = argparse.Namespace(**vars(args) | ({} if scheme is None else {"quantization": scheme}))
+        llm = load(chosen)
+        if scheme is None:
+            announce(args, llm)
+        return llm
+
+    how = _schemes.How(limit, stop, progress=getattr(args, "progress", True))
+    rows = list(_schemes.compare(open_model, lambda llm: prompts(llm, args, questions), schemes(args), how))
+    report = _scheme_table.report(rows, args.model or "tiny")
+    print(json.dumps(report) if args.json else _scheme_table.text(report))
+    return 1 if args.schemes != "all" and any("error" in row for row in rows) else 0
 
 
 def check(args: argparse.Namespace) -> None:
@@ -92,19 +131,40 @@ def check(args: argparse.Namespace) -> None:
         raise OptionError("needs --shots", where="--shots-file", remedy="Say how many, for example --shots 8.")
     if args.shots < 0:
         raise OptionError("must not be negative", where="--shots", remedy="8 is usual.")
-    unknown = [name for name in families(args) if name not in FAMILIES]
+    known(families(args), FAMILIES, "family", "--tasks")
+    if args.schemes is not None:
+        known(schemes(args), SCHEMES, "scheme", "--schemes")
+        if getattr(args, "quantization", None) is not None:
+            raise OptionError("excludes --quantization", where="--schemes", remedy="Drop one of them.")
+
+
+def known(names: list[str], legal: Collection[str], what: str, where: str) -> None:
+    unknown = [name for name in names if name not in legal]
     if unknown:
-        known = ", ".join(FAMILIES)
-        raise OptionError(f"no such family: {', '.join(unknown)}", where="--tasks", remedy=f"Known: {known}.")
+        raise OptionError(f"no such {what}: {', '.join(unknown)}", where=where, remedy=f"Known: {', '.join(legal)}.")
 
 
 def families(args: argparse.Namespace) -> list[str]:
     return list(FAMILIES) if args.tasks is None else list(dict.fromkeys(args.tasks.split(",")))
 
 
+def schemes(args: argparse.Namespace) -> list[str]:
+    return list(SCHEMES) if args.schemes == "all" else list(dict.fromkeys(args.schemes.split(",")))
+
+
+def prompts(llm: LLM, args: argparse.Namespace, questions: list[Question] | None) -> list[Asked]:
+    return file_prompts(llm, args, questions) if questions else task_prompts(llm, args)
+
+
 def task_prompts(llm: LLM, args: argparse.Namespace) -> list[Asked]:
-    found = [(name, item) for name in families(args) for item in items(name, "test", args.limit or ITEMS)]
-    return [Asked(name, encode(llm, item.prompt, args.raw), item) for name, item in found]
+    count = args.limit or (ITEMS if args.schemes is None else SCHEME_ITEMS)
+    return of_families(llm, families(args), count, raw=args.raw)
+
+
+def of_families(llm: LLM, names: Iterable[str], count: int, *, raw: bool = False) -> list[Asked]:
+    """So many held-out items of each family."""
+    found = [(name, item) for name in names for item in items(name, "test", count)]
+    return [Asked(name, encode(llm, item.prompt, raw), item) for name, item in found]
 
 
 def file_prompts(llm: LLM, args: argparse.Namespace, questions: list[Question]) -> list[Asked]:

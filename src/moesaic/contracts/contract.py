@@ -1,22 +1,88 @@
-"""What a kernel promises and what a build asks for, as data; and the record of why one was chosen.
+"""What a kernel, a router or a dispatcher promises, and what a layer asks for, as data.
 
-A backend declares one `Contract` per op it implements. `kernels/registry.py` matches contracts with a `Need` once, when
-a model is built. Nothing asks again at run time.
+A backend declares one `Contract` per op and variant. The planner matches contracts with a `Need` once, when a model is
+built; nothing asks again at run time. Fields that do not concern an op keep their defaults and are not looked at.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
+
+Duty = Literal["route", "weights", "factor", "reduce", "shared"]
+"""What must be done exactly once on the path of a mixture: choose experts; apply the top-k weights; apply
+`routed_scaling_factor`; sum over the top-k; add the shared expert."""
+
+Layout = Literal["tokens", "sorted", "slotted"]
+"""`tokens` [T, H] plus ids; `sorted` by expert, groups padded to an alignment; `slotted` [E_local, capacity, H]."""
+
+FLOATS16 = frozenset({"float32", "bfloat16"})
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """What a stage of the mixture's path takes and leaves.
+
+    layout, emits: of its rows before and after.  align: rows to which a `sorted` group is padded.
+    ids: id space of the expert ids that it takes (dispatchers: that it emits).  counts: where slot counts live.
+    does: duties that it always discharges; can: those it takes over on request.
+    routes: it takes router logits instead of ids and weights.
+    combines: layouts that a dispatcher's way back takes; combine_does: the duties of that way back.
+    encodes: a dispatcher that takes rows in the model's dtype and encodes them itself for the wire.
+    """
+
+    layout: Layout = "tokens"
+    emits: Layout = "tokens"
+    align: int = 1
+    ids: Literal["local", "global"] = "local"
+    counts: Literal["host", "device"] = "device"
+    does: frozenset[Duty] = frozenset()
+    can: frozenset[Duty] = frozenset()
+    routes: bool = False
+    combines: frozenset[Layout] = frozenset({"tokens"})
+    combine_does: frozenset[Duty] = frozenset()
+    encodes: bool = False
+
+
+def path_of(op: str) -> Path:
+    """What our own ops do on the path, as `kernels/ops.py` defines them."""
+    does: dict[str, frozenset[Duty]] = {
+        "route": frozenset({"route", "factor"}),
+        "experts": frozenset({"weights", "reduce"}),
+    }
+    return Path(does=does.get(op, frozenset()))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes that a stage insists on. Multiples are of elements; None is no limit.
+
+    hidden_in: the only hidden sizes.  parallel: it needs more than one rank (a dispatcher), or at most one.
+    """
+
+    hidden_multiple: int = 1
+    width_multiple: int = 1
+    hidden_in: frozenset[int] = frozenset()
+    max_top_k: int | None = None
+    max_tokens: int | None = None
+    max_groups_kept: int | None = None
+    min_ranks: int = 1
+    max_ranks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Contract:
     """One op of one backend.
 
-    dtypes: activation dtypes it computes in, by name.  batch_invariant: a row's result does not depend on which other
-    rows run beside it.  requires: hardware features by name (see `hardware.py`).  rank: lower is preferred.
-    formats, encodings: of the weights and rows that it multiplies.  activations: kinds that it applies.
-    expert_bias: takes experts with biases.  sinks: attention takes sink logits.
+    dtypes: what it computes in (of unquantised rows and of its output).  batch_invariant: a row's result does not
+    depend on which other rows run beside it.  rank: lower is preferred among equals.  requires: hardware features by
+    name (see `hardware.py`).  arch: inclusive range of CUDA compute capability times ten, 90 being Hopper.
+    package, versions: what must be installed.  built: False where Moesaic knows the kernel and cannot run it yet.
+    broken: why it cannot run on this very machine, found by trying; empty where it can, or where nobody tried.
+    formats, encodings: of the weights and rows that it multiplies; pairs, where given, lists the only combinations.
+    gate_up: order of the rows of the first product as the kernel wants them; packing: of its scales.
+    activations, expert_bias, sinks: as the names say.  scorings, logits, router_bias, groups: of routing, by name and
+    dtype.  capturable: it can stand in a CUDA graph.  workspace: bytes per token and element of width, roughly.
     """
 
     op: str
@@ -31,31 +97,60 @@ class Contract:
     activations: frozenset[str] = frozenset({"silu"})
     expert_bias: bool = False
     sinks: bool = False
+    pairs: frozenset[tuple[str, str]] | None = None
+    arch: tuple[int, int] | None = None
+    package: str | None = None
+    versions: str = ""
+    built: bool = True
+    broken: str = ""
+    capturable: bool = True
+    gate_up: Literal["halves", "swapped", "interleaved"] = "halves"
+    packing: str = "plain"
+    scorings: frozenset[str] = frozenset({"softmax", "sigmoid", "softmax_topk"})
+    logits: frozenset[str] = FLOATS16
+    router_bias: frozenset[str] = frozenset({"float32"})
+    groups: bool = True
+    path: Path = Path()
+    limits: Limits = Limits()
+    workspace: int = 0
 
     def misses(self, need: Need) -> str | None:
         """The first reason why this kernel cannot serve the need, or None where it can."""
+        if self.broken:
+            return self.broken
         if need.device not in self.devices:
-            return f"runs on {sorted(self.devices)}, not on {need.device}"
+            return f"runs on {listed(self.devices)}, not on {need.device}"
+        if self.arch and not self.arch[0] <= need.arch <= self.arch[1]:
+            return f"is for compute capability {self.arch[0]} to {self.arch[1]}, not {need.arch}"
         if need.dtype not in self.dtypes:
-            return f"computes in {sorted(self.dtypes)}, not in {need.dtype}"
+            return f"computes in {listed(self.dtypes)}, not in {need.dtype}"
         if need.batch_invariant and not self.batch_invariant:
             return "its result for a row depends on the other rows, which --deterministic forbids"
         if lacking := self.requires - need.features:
-            return f"needs {sorted(lacking)}, which this hardware lacks"
+            return f"needs {listed(lacking)}, which this hardware lacks"
+        if need.capturable and not self.capturable:
+            return "cannot stand in a CUDA graph"
         return self.misses_operands(need)
 
     def misses_operands(self, need: Need) -> str | None:
         """The same for what one layer brings; each op looks only at what it meets."""
         multiplies, routed = self.op in ("linear_quant", "experts"), self.op == "experts"
         if multiplies and need.format not in self.formats:
-            return f"takes weights in {sorted(self.formats)}, not in {need.format}"
+            return f"takes weights in {listed(self.formats)}, not in {need.format}"
         if (multiplies or self.op == "encode") and need.encoding not in self.encodings:
-            return f"takes rows in {sorted(self.encodings)}, not in {need.encoding}"
+            return f"takes rows in {listed(self.encodings)}, not in {need.encoding}"
+        if multiplies and self.pairs is not None and (need.format, need.encoding) not in self.pairs:
+            return f"does not multiply {need.format} weights with rows in {need.encoding}"
         if (routed or self.op == "activate") and need.activation not in self.activations:
-            return f"applies {sorted(self.activations)}, not {need.activation}"
+            return f"applies {listed(self.activations)}, not {need.activation}"
         if routed and need.expert_bias and not self.expert_bias:
             return "takes no expert biases"
         return "takes no attention sinks" if need.sinks and self.op.startswith("attend") and not self.sinks else None
+
+
+def listed(names: frozenset[str]) -> str:
+    """`a`, `a or b`, in alphabetical order."""
+    return " or ".join(sorted(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +161,8 @@ class Need:
     dtype: str
     batch_invariant: bool = False
     features: frozenset[str] = frozenset()
+    arch: int = 0
+    capturable: bool = False
     format: str = "bf16"
     encoding: str = "bf16"
     activation: str = "silu"
@@ -87,7 +184,7 @@ class Choice:
 
     op: str
     chosen: str
-    rejected: tuple[Rejection, ...] = field(default=())
+    rejected: tuple[Rejection, ...] = ()
 
     def explain(self) -> str:
         """One line per candidate, the chosen one first."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 
-Scoring = Literal["softmax", "sigmoid"]
+Scoring = Literal["softmax", "sigmoid", "softmax_topk"]
 GroupScore = Literal["max", "top2_sum"]
 
 
@@ -78,7 +78,8 @@ class LinearSpec:
 class GQASpec:
     """Grouped-query attention. `window`: how many last positions a query sees, itself included; None is all.
 
-    `q_norm` / `k_norm`: checkpoint names of per-head RMS norms applied before rope, or None.
+    `q_norm` / `k_norm`: checkpoint names of per-head RMS norms applied before rope, or None. `sinks`: tensor name of a
+    logit per head that joins the softmax's denominator and carries no value (arXiv 2309.17453), or None.
     """
 
     heads: int
@@ -93,6 +94,7 @@ class GQASpec:
     q_norm: str | None = None
     k_norm: str | None = None
     window: int | None = None
+    sinks: str | None = None
 
     @property
     def kv_width(self) -> int:
@@ -145,8 +147,9 @@ class MLPSpec:
 class RouterSpec:
     """How tokens choose experts. `weight` and `bias` are tensor names; the bias corrects selection, never weights.
 
-    Order: score -> + bias -> keep `top_groups` of `groups` by `group_score` -> top-k -> weights are the unbiased
-    scores -> divided by their sum if `renormalize` -> times `scale`.
+    Order: logits, + `logit_bias` (a tensor name too) -> score -> + bias -> keep `top_groups` of `groups` by
+    `group_score` -> top-k -> weights are the unbiased scores -> divided by their sum if `renormalize` -> times `scale`.
+    `softmax_topk`: the score is the logit, and the weights are the softmax of the chosen ones.
     """
 
     experts: int
@@ -159,11 +162,31 @@ class RouterSpec:
     groups: int = 1
     top_groups: int = 1
     group_score: GroupScore = "max"
+    logit_bias: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """How a checkpoint keeps all experts of a layer in one tensor per product.
+
+    gate_up, down: tensors [E, 2I, D] and [E, D, I], or, where `transposed`, [E, D, 2I] and [E, I, D].
+    biases: their tensors, [E, 2I] and [E, D], where the experts have them.
+    interleaved: gate and up take turns along 2I, gate first; otherwise the first half is gate.
+    """
+
+    gate_up: str
+    down: str
+    biases: tuple[str, str] | None = None
+    transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class MoESpec:
-    """A mixture layer. Expert names hold `{e}`; `shared` is added unscaled to the routed sum."""
+    """A mixture layer. Expert names hold `{e}`; `shared` is added unscaled to the routed sum.
+
+    fused: how an unquantised checkpoint stores the experts, where they are not modules of their own.
+    """
 
     router: RouterSpec
     gate: LinearSpec
@@ -171,6 +194,7 @@ class MoESpec:
     down: LinearSpec
     shared: MLPSpec | None = None
     activation: Activation = SILU
+    fused: FusedExperts | None = None
 
     @property
     def intermediate(self) -> int:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.config import EngineConfig
-from moesaic.contracts.contract import Need
+from moesaic.contracts.plan import Wishes
 from moesaic.contracts.spec import ModelSpec
 from moesaic.engine.blocks import BlockManager
 from moesaic.engine.engine import Engine
 from moesaic.engine.runner import Runner
 from moesaic.engine.scheduler import Scheduler, SchedulerConfig
 from moesaic.errors import CapacityError, OptionError
+from moesaic.formats.dialects.modules import linears
 from moesaic.hardware import Hardware, local_cpu
 from moesaic.layers.kv_pool import KVPool, block_bytes
-from moesaic.models.build import Built, build, choose_dtype, spec_of
+from moesaic.models.build import Built, build, choose_dtype, plan_here, stored_spec
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.hold import hold_online
 from moesaic.text.tokenizer import Tokenizer
 
 CHUNK = 256
@@ -40,31 +42,33 @@ class Launched:
         spec, report = self.built.model.spec, self.built.report
         dtype = str(self.built.dtype).removeprefix("torch.")
         pool = self.engine.runner.pool
+        held = ", ".join(dict.fromkeys(part.runs.name for part, _ in linears(spec) if part.runs.quantized))
+        weights = f"{dtype}, projections in {held}," if held else dtype
         return (
             f"{spec.architecture}, {len(spec.layers)} layers + {len(spec.drafts)} draft, "
             f"{report.bytes / 2**20:.1f} MiB read in {report.seconds:.2f} s; "
-            f"{dtype} on {self.hardware.name}; KV pool {pool.nbytes / 2**20:.0f} MiB = {self.blocks * pool.block_size} "
-            f"tokens; longest request {self.max_model_len}"
+            f"{weights} on {self.hardware.name}; KV pool {pool.nbytes / 2**20:.0f} MiB = "
+            f"{self.blocks * pool.block_size} tokens; longest request {self.max_model_len}"
         )
 
 
 def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | None) -> Launched:
     """Builds the engine of an open checkpoint. Raises the typed errors of every stage."""
-    spec, hardware = spec_of(checkpoint.config), local_cpu()
+    spec, hardware = hold_online(stored_spec(checkpoint)[0], config.quantization), local_cpu()
     dtype = choose_dtype(config.dtype, spec, hardware)
-    need = Need(hardware.device, dtype, config.deterministic, hardware.features)
     length = min(config.max_model_len or spec.max_length, spec.max_length)
     if config.max_model_len and config.max_model_len > spec.max_length:
         raise OptionError(
             f"{config.max_model_len} tokens exceed the model's {spec.max_length}",
             where="--max-model-len", remedy=f"Use {spec.max_length} or less.",
         )  # fmt: skip
-    wishes = {} if config.experts == "auto" else {"experts": config.experts}
-    built = build(checkpoint, spec, need, length, wishes=wishes, progress=config.progress)
+    experts = None if config.experts == "auto" else config.experts
+    wishes = Wishes(experts=experts, deterministic=config.deterministic, max_batch=config.max_num_seqs)
+    built = build(checkpoint, spec, plan_here(spec, hardware, dtype, wishes), length, progress=config.progress)
     blocks = count_blocks(config, built, length)
     if config.max_model_len is None:
         length = min(length, (blocks - 1) * config.block_size)
-    like = torch.empty(0, dtype=built.dtype, device=need.device)
+    like = torch.empty(0, dtype=built.dtype, device=hardware.device)
     pool = KVPool(built.model.kv_widths(), blocks, config.block_size, like)
     runner = Runner(built.model, pool, like.device, count_near_ties=not config.deterministic)
     scheduler = Scheduler(limits(config, length), BlockManager(blocks, config.block_size, config.prefix_cache))

@@ -2,7 +2,7 @@
 
 A weight `[..., N, K]` in a format is a handful of tensors. Each of them is a *field*: one element per so many rows and
 so many columns of the weight. From that alone follow sizes, shapes, the seams of stacked projections, and where a cut
-for tensor parallelism is legal. A format file adds only the arithmetic: `FIELDS`, `quantize` and `dequantize`.
+for tensor parallelism is legal. A format file adds only the arithmetic: `fields`, `quantize` and `dequantize`.
 
 A stacked weight (gate over up; q over k over v) is a tuple of row *segments*. Fields of one element per tensor have one
 per segment, and blocks of rows start anew at every segment, so nothing is lost where segments were scaled apart.

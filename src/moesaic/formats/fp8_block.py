@@ -39,9 +39,11 @@ def _tiles(x: Tensor) -> Tensor:
     rows, columns = x.shape[-2:]
     if rows % BLOCK or columns % BLOCK:
         x = pad(x, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    return x.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    tiles: Tensor = x.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    return tiles
 
 
 def _crop(tiles: Tensor, shape: tuple[int, int]) -> Tensor:
     """`_tiles` undone."""
-    return tiles.flatten(-4, -3).flatten(-2)[..., : shape[0], : shape[1]].contiguous()
+    whole = tiles.flatten(-4, -3).flatten(-2)
+    return whole.narrow(-2, 0, shape[0]).narrow(-1, 0, shape[1]).contiguous()

@@ -60,9 +60,12 @@ def _codes(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _stored(scale: Tensor, form: WeightFormat) -> Tensor:
-    """The scale as stored, never -0; where its dtype cannot hold it (float16), the largest that it can."""
+    """The scale as stored, never -0; where its dtype cannot hold it (float16), the largest that it can.
+
+    That of a group with Inf becomes NaN, lest the limit hide it.
+    """
     dtype = _scale_dtype(form)
-    return scale.abs_().clamp_(max=torch.finfo(dtype).max).to(dtype)
+    return scale.abs_().masked_fill_(scale == torch.inf, torch.nan).clamp_(max=torch.finfo(dtype).max).to(dtype)
 
 
 def _scale_dtype(form: WeightFormat) -> torch.dtype:

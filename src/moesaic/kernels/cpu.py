@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.contracts.contract import Contract
+from moesaic.contracts.contract import Contract, path_of
 from moesaic.contracts.scheme import Encoding
 from moesaic.contracts.spec import Activation, RouterSpec
 from moesaic.formats.encodings import Rows
 from moesaic.kernels.ops import AttentionBatch, Context, ExpertWeights, KVView
-from moesaic.kernels.reference import keep_best_groups, visible
+from moesaic.kernels.reference import keep_best_groups, scores, visible
 
 PADDING = 2.5
 """Rows computed over rows wanted, up to which batched products beat one by one (measured: two cores, width 128)."""
@@ -26,7 +26,7 @@ ROW_WISE = ("rms_norm", "add_rms_norm", "rotate")
 BATCHED = ("linear", "activate", "route", "experts", "attend_paged", "attend_dense")
 CONTRACTS = (
     *(Contract(op, "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=op in ROW_WISE,
-               rank=10, activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True)
+               rank=10, activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op))
       for op in ROW_WISE + BATCHED),
     Contract("encode", "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=10),
 )  # fmt: skip
@@ -77,18 +77,18 @@ def activate(gate_up_TI: Tensor, activation: Activation) -> Tensor:
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    logits = logits_TE.float()
-    scores_TE = torch.softmax(logits, -1) if spec.scoring == "softmax" else torch.sigmoid(logits)
-    return choose(scores_TE, bias_E, spec)
+    return choose(scores(logits_TE.float(), spec.scoring), bias_E, spec)
 
 
 def choose(scores_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Scores -> (ids INT32 [T, A], weights FP32 [T, A]); only comparisons and correctly rounded arithmetic."""
+    """Scores -> (ids INT32 [T, A], weights FP32 [T, A]); nothing here looks beyond a row."""
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if spec.groups > 1:
         choice_TE = keep_best_groups(choice_TE, spec)
     ids_TA = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
     weights_TA = scores_TE.gather(1, ids_TA)
+    if spec.scoring == "softmax_topk":
+        weights_TA = torch.softmax(weights_TA, -1)
     if spec.renormalize:
         weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True).add_(1e-20)
     if spec.scale != 1.0:

@@ -16,18 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.contracts.contract import Contract
+from moesaic.contracts.contract import Contract, path_of
 from moesaic.contracts.spec import Activation, RouterSpec
 from moesaic.formats.encodings import Rows
 from moesaic.kernels.cpu import choose, context, sort_rows
 from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView
+from moesaic.kernels.reference import scores
 
 FLOOR = 16
 BLOCK = 256
 PIECE = 1 << 14  # elements; torch splits a loop between threads from 2^15 on, at any element
 CONTRACTS = tuple(
     Contract(op, "cpu_invariant", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=20,
-             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True)
+             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op))
     for op in ("linear", "activate", "route", "experts", "attend_paged", "attend_dense")
 )  # fmt: skip
 
@@ -56,8 +57,8 @@ def activate(gate_up_TI: Tensor, activation: Activation) -> Tensor:
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     logits = logits_TE.float()
-    softmax = spec.scoring == "softmax"
-    return choose(torch.softmax(logits, -1) if softmax else in_vectors(torch.sigmoid, logits), bias_E, spec)
+    sigmoid = spec.scoring == "sigmoid"
+    return choose(in_vectors(torch.sigmoid, logits) if sigmoid else scores(logits, spec.scoring), bias_E, spec)
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesaic.contracts.contract import Contract
+from moesaic.contracts.contract import Contract, path_of
 from moesaic.contracts.scheme import ENCODINGS, FORMATS, Encoding
-from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.contracts.spec import Activation, RouterSpec, Scoring
 from moesaic.formats import encodings
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
@@ -20,7 +20,7 @@ VARIANT = ("linear", "encode", "linear_quant", "experts", "attend_paged", "atten
 CONTRACTS = tuple(
     Contract(op, "reference", frozenset({"cpu", "cuda"}), frozenset({"float32", "bfloat16", "float64"}),
              batch_invariant=op not in VARIANT, rank=1000, formats=frozenset(FORMATS), encodings=frozenset(ENCODINGS),
-             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True)
+             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op))
     for op in OP_NAMES
 )  # fmt: skip
 
@@ -81,17 +81,25 @@ def activate(gate_up_TI: Tensor, activation: Activation) -> Tensor:
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    logits = wide(logits_TE)
-    scores_TE = torch.softmax(logits, -1) if spec.scoring == "softmax" else torch.sigmoid(logits)
+    scores_TE = scores(wide(logits_TE), spec.scoring)
     choice_TE = scores_TE if bias_E is None else scores_TE + wide(bias_E)
     if spec.groups > 1:
         choice_TE = keep_best_groups(choice_TE, spec)
     # A stable descending sort puts equal scores in order of id; torch.topk promises no order.
     ids_TA = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
     weights_TA = scores_TE.gather(1, ids_TA)
+    if spec.scoring == "softmax_topk":
+        weights_TA = torch.softmax(weights_TA, -1)
     if spec.renormalize:
         weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + 1e-20)
     return ids_TA.to(torch.int32), weights_TA.float() * spec.scale
+
+
+def scores(logits_TE: Tensor, scoring: Scoring) -> Tensor:
+    """What experts are chosen by."""
+    if scoring == "softmax_topk":
+        return logits_TE
+    return torch.softmax(logits_TE, -1) if scoring == "softmax" else torch.sigmoid(logits_TE)
 
 
 def keep_best_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:

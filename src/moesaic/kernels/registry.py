@@ -1,101 +1,92 @@
-"""Choosing a backend for every op, once, when a model is built; and being able to say why.
+"""The backends: their contracts as a catalogue to plan with, and their functions, bound as a plan says.
 
-The choice is a function of contracts (data) and a need. A user's explicit wish that cannot be honoured is an error that
-names the reason and what works; it is never overridden.
+A backend is a file of this folder, or a module that another package announces under the entry point
+`moesaic.kernels`. It has `CONTRACTS`, one function per op that it declares, and, where it needs more than torch,
+`probe() -> str | None`: why it cannot run on this machine (it tries, rather than looks), or None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
-from moesaic.contracts.contract import Choice, Contract, Need, Rejection
-from moesaic.errors import OptionError
-from moesaic.kernels.ops import OP_NAMES, Ops
+from moesaic.contracts.contract import Contract
+from moesaic.contracts.plan import ModelPlan, Phase
+from moesaic.kernels import declared
+from moesaic.kernels.ops import Ops
 
-BACKENDS = ("cpu", "cpu_invariant", "reference")
+BACKENDS = ("cpu", "cpu_invariant", "cpu_quant", "triton", "reference")
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
+ENTRY_POINTS = "moesaic.kernels"
+
+
+@cache
+def backends() -> Mapping[str, ModuleType]:
+    """The backend modules by name, ours and those of installed packages."""
+    found = {name: import_module(f"moesaic.kernels.{name}") for name in BACKENDS}
+    return found | {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+
+
+def catalogue() -> tuple[Contract, ...]:
+    """Every contract, of built backends and of those that are only known. Nothing is probed: good for any hardware."""
+    built = tuple(contract for module in backends().values() for contract in module.CONTRACTS)
+    return built + declared.CONTRACTS
+
+
+@cache
+def local_catalogue() -> tuple[Contract, ...]:
+    """The same for this machine: contracts of a backend that fails its probe carry the reason."""
+    found: list[Contract] = []
+    for module in backends().values():
+        reason = module.probe() if hasattr(module, "probe") else None
+        found += [replace(contract, broken=reason or "") for contract in module.CONTRACTS]
+    return (*found, *declared.CONTRACTS)
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The chosen ops and the reason for each choice."""
+class BoundCell:
+    """The ops of a mixture for one phase, up to so many tokens."""
 
+    phase: Phase
+    tokens: int
     ops: Ops
-    choices: tuple[Choice, ...]
-
-    def explain(self) -> str:
-        return "\n".join(choice.explain() for choice in self.choices)
 
 
 class Kernels:
-    """The ops of one model: chosen once for what every layer has in common, and anew for what a layer asks beyond it.
+    """The functions that a plan chose. Layers that ask for the same get the same object."""
 
-    Ops chosen for the same asks are the same object, whichever layer asked.
-    """
-
-    def __init__(self, need: Need, wishes: Mapping[str, str] | None = None) -> None:
-        """`wishes`: op -> the backend that the user demands. Raises OptionError as `select` does."""
-        self.need, self.wishes = need, wishes
-        self._selections: dict[Need, Selection] = {}
+    def __init__(self, plan: ModelPlan) -> None:
+        self.plan = plan
+        self._bound: dict[Any, Ops] = {}
         self.ops = self.under()
 
     def under(self, **asks: Any) -> Ops:
-        """The ops for a layer. asks: fields of `Need` from `format` on. Raises OptionError where none serves it."""
-        need = replace(self.need, **asks)
-        if need not in self._selections:
-            self._selections[need] = select(need, self.wishes)
-        return self._selections[need].ops
+        """The ops for a layer. asks: fields of `Need` from `format` on. KeyError: no such layer was planned."""
+        need = replace(self.plan.base, **asks)
+        if need not in self._bound:
+            chosen = {choice.op: choice.chosen for choice in self.plan.ops[self.plan.base]}
+            chosen |= {choice.op: choice.chosen for choice in self.plan.ops[need]}
+            self._bound[need] = bind(chosen)
+        return self._bound[need]
 
-    def explain(self) -> str:
-        """Every op with its reasons; where layers ask for more, only the ops that are chosen otherwise for them."""
-        base = self._selections[self.need]
-        lines = [base.explain()]
-        usual = {choice.op: choice.chosen for choice in base.choices}
-        for need, selection in self._selections.items():
-            other = [choice for choice in selection.choices if choice.chosen != usual.get(choice.op)]
-            if other:
-                lines.append(f"with {need.format} weights and {need.encoding} rows:")
-                lines += [choice.explain() for choice in other]
-        return "\n".join(lines)
-
-
-def select(need: Need, wishes: Mapping[str, str] | None = None) -> Selection:
-    """The best backend of each op for this need. `wishes` maps an op to the backend that the user demands.
-
-    Raises OptionError for a wish that names no backend or one that cannot serve the need.
-    """
-    modules = {name: import_module(f"moesaic.kernels.{name}") for name in BACKENDS}
-    wishes = wishes or {}
-    ops = [op for op in OP_NAMES if op != "linear_quant" or need.format != "bf16"]
-    choices = [choose(op, candidates(op, modules), need, wishes.get(op)) for op in ops]
-    chosen = {choice.op: getattr(modules[choice.chosen], choice.op) for choice in choices}
-    return Selection(cast(Ops, SimpleNamespace(**chosen)), tuple(choices))
+    def mixture(self, layer: int, **asks: Any) -> tuple[BoundCell, ...]:
+        """The cells of a mixture layer, in the plan's order: of each phase the smallest first."""
+        need = replace(self.plan.base, **asks)
+        encode = next(choice.chosen for choice in self.plan.ops[need] if choice.op == "encode")
+        bound = []
+        for cell in next(each for each in self.plan.layers if layer in each.layers).cells:
+            names = (encode, cell.path.stage("experts").kernel)
+            if names not in self._bound:
+                self._bound[names] = bind({"encode": names[0], "experts": names[1]})
+            bound.append(BoundCell(cell.phase, cell.tokens, self._bound[names]))
+        return tuple(bound)
 
 
-def candidates(op: str, modules: Mapping[str, ModuleType]) -> list[Contract]:
-    """The contracts of an op, best rank first."""
-    every = (contract for module in modules.values() for contract in module.CONTRACTS if contract.op == op)
-    return sorted(every, key=lambda contract: contract.rank)
-
-
-def choose(op: str, contracts: list[Contract], need: Need, wish: str | None) -> Choice:
-    """The first contract without a miss, or the wished-for one; every other with its reason."""
-    misses = {contract.backend: contract.misses(need) for contract in contracts}
-    able = [name for name, miss in misses.items() if miss is None]
-    if wish is not None and wish not in able:
-        reason = misses.get(wish) or f"there is no such backend for {op!r}"
-        remedy = f"Works here: {', '.join(able)}."
-        raise OptionError(f"{wish!r} cannot be used: {reason}", where=f"--{op}", remedy=remedy)
-    if not able:
-        raise OptionError(f"no kernel for {op!r}: {misses}", where=f"{need.device}/{need.dtype}")
-    chosen = wish or able[0]
-    rejected = tuple(
-        Rejection(name, miss or ("another was asked for" if wish else f"{chosen} is preferred"))
-        for name, miss in misses.items()
-        if name != chosen
-    )
-    return Choice(op, chosen, rejected)
+def bind(chosen: Mapping[str, str]) -> Ops:
+    """op -> backend, as an object with the functions."""
+    return cast(Ops, SimpleNamespace(**{op: getattr(backends()[name], op) for op, name in chosen.items()}))

@@ -7,7 +7,7 @@ or calibrated differently, are multiplied apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
-from moesaic.contracts.spec import LinearSpec
+from moesaic.contracts.spec import LinearSpec, MoESpec
 from moesaic.formats.base import QuantTensor
 from moesaic.kernels.ops import Ops
 from moesaic.kernels.registry import Kernels
@@ -27,6 +27,7 @@ class Stored:
 
     name: the checkpoint's module.  part: what it is.  weight: one segment of storage, in the format that is held.
     input_scale: FP32 [1], where the held scheme has a static one.  settle: to be called once everything is filled.
+    together: the experts among which it is, where a checkpoint may keep them in common tensors.
     """
 
     name: str
@@ -34,6 +35,19 @@ class Stored:
     weight: QuantTensor
     input_scale: Tensor | None
     settle: Callable[[], None]
+    together: Together | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """All experts of a layer.  weights: storage of `gate`, `up` and `down`, [E, rows, columns] each.
+
+    biases: theirs, [E, rows], where they have any.
+    """
+
+    spec: MoESpec
+    weights: Mapping[str, QuantTensor]
+    biases: Mapping[str, Tensor]
 
 
 Sources = Iterator[tuple[str, Tensor] | Stored]

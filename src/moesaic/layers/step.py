@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moesaic.contracts.plan import Phase
 from moesaic.contracts.spec import RopeSpec
 from moesaic.kernels.ops import AttentionBatch
 from moesaic.layers.kv_pool import KVPool
@@ -23,6 +24,11 @@ class StepInput:
     slots_T: Tensor
     attention: AttentionBatch
     pool: KVPool
+
+    @property
+    def phase(self) -> Phase:
+        """Decode if and only if every sequence decodes."""
+        return "decode" if self.attention.decodes == len(self.attention.spans) else "prefill"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -11,24 +11,29 @@ from typing import Any
 
 import torch
 
-from moesaic.contracts.contract import Need
+from moesaic.contracts.contract import Contract
+from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
 from moesaic.contracts.spec import ModelSpec
-from moesaic.errors import CheckpointError, UnsupportedError
-from moesaic.formats.checkpoint import read_quantization
+from moesaic.errors import CheckpointError, OptionError, UnsupportedError
+from moesaic.formats.checkpoint import Dialect, read_quantization
 from moesaic.hardware import Hardware
-from moesaic.kernels.registry import Kernels
+from moesaic.kernels.registry import Kernels, local_catalogue
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.decoder import Decoder
 from moesaic.models.loading import LoadReport, load, match
 from moesaic.models.weights import settle, slots_of
+from moesaic.moe.dispatch import contracts as dispatch_contracts
+from moesaic.planning.plan import plan
+
+FREE = Wishes()
 
 
 @dataclass(frozen=True)
 class Built:
-    """A loaded model, the reasons for its kernels, and what loading it took."""
+    """A loaded model, the plan that it was built from, and what loading it took."""
 
     model: Decoder
-    kernels: Kernels
+    plan: ModelPlan
     report: LoadReport
     dtype: torch.dtype
 
@@ -67,14 +72,39 @@ def choose_dtype(wish: str, spec: ModelSpec, hardware: Hardware) -> str:
     return "bfloat16" if half else "float32"
 
 
-def build(checkpoint: Checkpoint, spec: ModelSpec, need: Need, length: int, *,
-          wishes: Mapping[str, str] | None = None, progress: bool = False) -> Built:  # fmt: skip
-    """Allocates, loads and returns the model of a checkpoint. length: positions that it will be asked for."""
-    spec, dialect = without_absent_drafts(spec, checkpoint), read_quantization(checkpoint.config)
-    kernels = Kernels(need, wishes)
+def plan_here(spec: ModelSpec, hardware: Hardware, dtype: str, wishes: Wishes = FREE,
+              catalogue: Sequence[Contract] | None = None) -> ModelPlan:  # fmt: skip
+    """The plan of a model on this machine's own hardware, with kernels that were tried on it (or a given catalogue).
+
+    Raises OptionError where the user's wishes stand in the way, else UnsupportedError.
+    """
+    known = local_catalogue() if catalogue is None else tuple(catalogue)
+    made = plan(spec, hardware, (*known, *dispatch_contracts()), wishes, dtype)
+    if isinstance(made, ModelPlan):
+        return made
+    raise refused(made, wishes)
+
+
+def refused(refusal: Refusal, wishes: Wishes) -> OptionError | UnsupportedError:
+    """A refusal as the error that a user sees: the nearest plan that works, or why each candidate does not."""
+    reasons = "; ".join(f"{each.candidate}: {each.reason}" for each in refusal.reasons)
+    remedy = f"Works here: {refusal.nearest}." if refusal.nearest else ""
+    kind = OptionError if refusal.nearest or wishes != FREE else UnsupportedError
+    return kind(f"{refusal.what} ({reasons})" if reasons else refusal.what, where=refusal.where, remedy=remedy or None)
+
+
+def build(checkpoint: Checkpoint, spec: ModelSpec, plan: ModelPlan, length: int, *,
+          kernels: Kernels | None = None, progress: bool = False) -> Built:  # fmt: skip
+    """Allocates, loads and returns the model of a checkpoint. length: positions that it will be asked for.
+
+    kernels: those of the plan, where they are wrapped to look at what they compute.
+    """
+    spec, (_, dialect) = without_absent_drafts(spec, checkpoint), stored_spec(checkpoint)
+    kernels, need = kernels or Kernels(plan), plan.base
     dtype: torch.dtype = getattr(torch, need.dtype)
     like = torch.empty(0, dtype=dtype, device=need.device)
-    ignored = [*spec.ignore, *([re.escape(f"{spec.head}.weight")] if spec.tied else [])]
+    ignored = [*spec.ignore, *(dialect.ignore if dialect else ())]
+    ignored += [re.escape(f"{spec.head}.weight")] if spec.tied else []
     pattern = re.compile("|".join(f"(?:{each})" for each in ignored) or r"(?!)")
 
     def ignore(name: str) -> bool:
@@ -86,7 +116,16 @@ def build(checkpoint: Checkpoint, spec: ModelSpec, need: Need, length: int, *,
     report = load(checkpoint, slots_of(model.sources(), dialect), ignore=ignore, progress=progress)
     settle(model.sources())
     check_tied_head(checkpoint, model)
-    return Built(model, kernels, report, dtype)
+    return Built(model, plan, report, dtype)
+
+
+def stored_spec(checkpoint: Checkpoint) -> tuple[ModelSpec, Dialect | None]:
+    """The spec of a checkpoint, by its config and its headers, and how it stores what is quantised."""
+    spec, dialect = without_absent_drafts(spec_of(checkpoint.config), checkpoint), read_quantization(checkpoint.config)
+    if dialect is None:
+        return spec, None
+    settled = dialect.settle(spec, {name: stored.info.dtype for name, stored in checkpoint.tensors().items()})
+    return replace(settled.spec, notes=(*spec.notes, *settled.notes)), settled.dialect
 
 
 def without_absent_drafts(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:

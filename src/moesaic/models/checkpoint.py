@@ -112,6 +112,16 @@ class Checkpoint:
         return self._tensors[name]
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether it has the form `org/name`."""
+    return _HUB_ID.fullmatch(model) is not None
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A JSON object of bounded size. Raises CheckpointError naming the file."""
+    return _read_json(path, MAX_CONFIG_BYTES)
+
+
 def _fail(where: Path | str, what: str, remedy: str) -> NoReturn:
     raise CheckpointError(what, where=str(where), remedy=remedy) from None
 

@@ -47,7 +47,7 @@ class Block:
             else GQA(spec.attention, parts.eps, spec.index, kernels, like)
         )
         self.mlp = (
-            MoELayer(spec.mlp, parts.place[spec.index], kernels, LocalDispatcher(), parts.meter, like)
+            MoELayer(spec.mlp, spec.index, parts.place[spec.index], kernels, LocalDispatcher(), parts.meter, like)
             if isinstance(spec.mlp, MoESpec)
             else MLP(spec.mlp, kernels, like)
         )
@@ -56,7 +56,8 @@ class Block:
         """(output not yet added, residual)."""
         h_TD, residual_TD = self.input_norm.after_add(x_TD, residual_TD)
         h_TD, residual_TD = self.post_norm.after_add(self.attention(h_TD, at), residual_TD)
-        return self.mlp(h_TD), residual_TD
+        y_TD = self.mlp(h_TD, at.step.phase) if isinstance(self.mlp, MoELayer) else self.mlp(h_TD)
+        return y_TD, residual_TD
 
     def sources(self) -> Sources:
         for part in (self.input_norm, self.attention, self.post_norm, self.mlp):

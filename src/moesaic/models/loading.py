@@ -52,7 +52,8 @@ class Take:
     """One tensor that is handed over instead of copied: it must be converted, or is needed beside others.
 
     take: is called with the whole tensor, on the CPU as stored, in a reader's thread (two run at once), and may raise
-    CheckpointError. shape, dtypes: what the checkpoint must hold.
+    CheckpointError. shape, dtypes: what the checkpoint must hold; `also` are shapes that mean the same. index: where
+    given, only that part along the first axis is read and handed over.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Take:
     dtypes: tuple[torch.dtype, ...]
     take: Callable[[torch.Tensor], None]
     optional: bool = False
+    index: int | None = None
+    also: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def load(
     jobs = match(checkpoint, list(slots), ignore)
     if any(isinstance(slot, Slot) and slot.dest.device.type == "meta" for _, slot in jobs):
         raise ValueError("a destination has no storage")
-    total = sum(stored.info.nbytes for stored, _ in jobs)
+    total = sum(_nbytes(*job) for job in jobs)
     with _Progress(total if progress else None) as bar:
         _Readers(jobs, check_finite, bar.advance).run()
     return LoadReport(time.perf_counter() - began, total, len({stored.info.name for stored, _ in jobs}))
@@ -144,7 +147,7 @@ def _report(checkpoint: Checkpoint, names: list[str], what: str, remedy: str) ->
 def _check_fit(stored: StoredTensor, slot: Slot | Take) -> None:
     info = stored.info
     shape = tuple(slot.dest.shape) if isinstance(slot, Slot) else slot.shape
-    if shape != info.shape:
+    if info.shape not in (shape, *(slot.also if isinstance(slot, Take) else ())):
         raise CheckpointError(
             f"its shape is {list(info.shape)}; the model expects {list(shape)}",
             where=_where(stored),
@@ -229,19 +232,26 @@ def _serve(stored: StoredTensor, slot: Slot | Take, staging: _Staging, check: bo
     if isinstance(slot, Slot):
         yield from _fill(stored, slot.dest, staging, check)
         return
-    whole = torch.empty(stored.info.shape, dtype=stored.info.dtype)
-    yield from _fill(stored, whole, staging, check)
-    slot.take(whole)
+    shape, index = stored.info.shape, slot.index
+    taken = torch.empty(shape if index is None else shape[1:], dtype=stored.info.dtype)
+    yield from _fill(stored, taken, staging, check, (index or 0) * taken.numel())
+    slot.take(taken)
 
 
-def _fill(stored: StoredTensor, dest: torch.Tensor, staging: _Staging, check: bool) -> Iterator[int]:
-    """Read one tensor into `dest` piece by piece; yields the bytes read after each piece."""
+def _nbytes(stored: StoredTensor, slot: Slot | Take) -> int:
+    """What a job reads."""
+    part = isinstance(slot, Take) and slot.index is not None
+    return stored.info.nbytes // stored.info.shape[0] if part else stored.info.nbytes
+
+
+def _fill(stored: StoredTensor, dest: torch.Tensor, staging: _Staging, check: bool, start: int = 0) -> Iterator[int]:
+    """Read a tensor, from element `start` on, into `dest` piece by piece; yields the bytes read after each piece."""
     info, dest = stored.info, dest.detach()
     direct = dest.device.type == "cpu" and dest.dtype == info.dtype and dest.is_contiguous()
     if direct:
         dest = dest.view(-1)
-    for piece, first in _pieces(dest, STAGING_BYTES // info.dtype.itemsize):
-        nbytes = piece.numel() * info.dtype.itemsize
+    for piece, offset in _pieces(dest, STAGING_BYTES // info.dtype.itemsize):
+        first, nbytes = start + offset, piece.numel() * info.dtype.itemsize
         raw = piece.view(torch.uint8) if direct else staging.get(nbytes)
         raw_bytes: NDArray[np.uint8] = raw.numpy()
         stored.file.read_bytes(info, first * info.dtype.itemsize, raw_bytes.data)

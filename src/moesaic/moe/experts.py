@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moesaic.contracts.plan import Phase
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 from moesaic.contracts.spec import LinearSpec, MoESpec
 from moesaic.formats.base import QuantTensor
-from moesaic.kernels.ops import ExpertWeights
+from moesaic.kernels.ops import ExpertWeights, Ops
 from moesaic.kernels.registry import Kernels
-from moesaic.layers.linear import Sources, Stored
+from moesaic.layers.linear import Sources, Stored, Together
 from moesaic.moe.values import Dispatched
 
 
@@ -23,11 +24,11 @@ class Experts:
     input scale of a product is the largest over experts, gate and up: nothing saturates that the checkpoint foresaw.
     """
 
-    def __init__(self, spec: MoESpec, kernels: Kernels, like: Tensor) -> None:
+    def __init__(self, spec: MoESpec, layer: int, kernels: Kernels, like: Tensor) -> None:
         self.spec, self.scheme = spec, common_scheme(spec)
         how, form = self.scheme.activation, self.scheme.weight
         asks = {"activation": spec.activation.kind, "expert_bias": spec.gate.bias}
-        self.ops = kernels.under(format=form.name, encoding=how.name, **asks)
+        self.cells = kernels.mixture(layer, format=form.name, encoding=how.name, **asks)
         count, width, hidden = spec.router.experts, spec.intermediate, spec.gate.inputs
         w13 = QuantTensor.empty(form, (width, width), hidden, like, (count,))
         w2 = QuantTensor.empty(form, (hidden,), width, like, (count,))
@@ -44,19 +45,32 @@ class Experts:
             self.input_scale = largest_3[:2].amax()
             self.weights = replace(self.weights, between_scale=largest_3[2])
 
-    def __call__(self, sent: Dispatched) -> Tensor:
-        rows = self.ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
-        return self.ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
+    def __call__(self, sent: Dispatched, phase: Phase) -> Tensor:
+        ops = self.ops_for(phase, len(sent.x_TD))
+        rows = ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
+        return ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
+
+    def ops_for(self, phase: Phase, tokens: int) -> Ops:
+        """Of the phase's cells the first that is large enough; the last is planned for any number."""
+        fitting = [cell for cell in self.cells if cell.phase == phase]
+        return next((cell.ops for cell in fitting if tokens <= cell.tokens), fitting[-1].ops)
 
     def sources(self) -> Sources:
         spec, (w13, w2) = self.spec, (self.weights.w13, self.weights.w2)
-        gate_up = [w13.segment(0), w13.segment(1)]
+        gate_up, together = [w13.segment(0), w13.segment(1)], self.together() if self.spec.fused else None
         for e in range(spec.router.experts):
             parts = ((spec.gate, gate_up[0][e]), (spec.up, gate_up[1][e]), (spec.down, w2[e]))
             for i, (part, weight) in enumerate(parts):
                 scale = None if self.input_scales_E3 is None else self.input_scales_E3[e, i : i + 1]
-                yield Stored(part.name.format(e=e), part, weight, scale, self.settle)
+                yield Stored(part.name.format(e=e), part, weight, scale, self.settle, together)
             yield from self.biases_of(e)
+
+    def together(self) -> Together:
+        (w13, w2), biases = (self.weights.w13, self.weights.w2), {}
+        if self.weights.biases:
+            gate, up = self.weights.biases[0].split(self.spec.intermediate, 1)
+            biases = {"gate": gate, "up": up, "down": self.weights.biases[1]}
+        return Together(self.spec, {"gate": w13.segment(0), "up": w13.segment(1), "down": w2}, biases)
 
     def biases_of(self, e: int) -> Sources:
         if self.weights.biases:

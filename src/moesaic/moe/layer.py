@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moesaic.contracts.plan import Phase
 from moesaic.contracts.spec import MLPSpec, MoESpec
 from moesaic.kernels.registry import Kernels
 from moesaic.layers.linear import Linear, Sources
@@ -30,20 +31,20 @@ class MLP:
 
 
 class MoELayer:
-    """`place`: index among the model's mixture layers, for the load meter."""
+    """`layer`: its index in the plan.  `place`: among the model's mixture layers, for the load meter."""
 
-    def __init__(self, spec: MoESpec, place: int, kernels: Kernels, dispatcher: Dispatcher, meter: LoadMeter,
-                 like: Tensor) -> None:  # fmt: skip
+    def __init__(self, spec: MoESpec, layer: int, place: int, kernels: Kernels, dispatcher: Dispatcher,
+                 meter: LoadMeter, like: Tensor) -> None:  # fmt: skip
         self.place, self.dispatcher, self.meter = place, dispatcher, meter
         self.route = Router(spec.router, spec.gate.inputs, kernels.ops, like)
-        self.experts = Experts(spec, kernels, like)
+        self.experts = Experts(spec, layer, kernels, like)
         self.shared = MLP(spec.shared, kernels, like) if spec.shared else None
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, phase: Phase) -> Tensor:
         routing = self.route(x_TD)
         self.meter.count(self.place, routing.ids_TA)
         sent = self.dispatcher.dispatch(x_TD, routing)
-        y = self.experts(sent)
+        y = self.experts(sent, phase)
         y_TD = self.dispatcher.combine(y, sent)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD)
 

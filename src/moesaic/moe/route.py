@@ -22,12 +22,18 @@ class Router:
         self.spec, self.ops = spec, ops
         self.weight_ED = like.new_empty(spec.experts, hidden, dtype=torch.float32)
         self.bias_E = like.new_empty(spec.experts, dtype=torch.float32) if spec.bias else None
+        self.logit_bias_E = like.new_empty(spec.experts, dtype=torch.float32) if spec.logit_bias else None
 
     def __call__(self, x_TD: Tensor) -> Routing:
-        logits_TE = self.ops.linear(x_TD.float(), self.weight_ED)
-        return Routing(*self.ops.route(logits_TE, self.bias_E, self.spec))
+        return Routing(*self.ops.route(self.logits(x_TD), self.bias_E, self.spec))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """FP32 [T, E]."""
+        return self.ops.linear(x_TD.float(), self.weight_ED, self.logit_bias_E)
 
     def sources(self) -> Sources:
         yield self.spec.weight, self.weight_ED
         if self.spec.bias and self.bias_E is not None:
             yield self.spec.bias, self.bias_E
+        if self.spec.logit_bias and self.logit_bias_E is not None:
+            yield self.spec.logit_bias, self.logit_bias_E

@@ -21,12 +21,16 @@ class SpecialTokens:
 
     extra: further special tokens.
 
-    declared: every added token with its flags, in id order, as the side files list them.
+    by_id: every added token with its flags, in id order, as the side files list them.
     """
 
     named: Mapping[str, str]
     extra: tuple[str, ...]
-    declared: tuple[AddedToken, ...]
+    by_id: Mapping[int, AddedToken]
+
+    @property
+    def declared(self) -> tuple[AddedToken, ...]:
+        return tuple(self.by_id.values())
 
 
 def read_special_tokens(directory: Path, config: Mapping[str, Any]) -> SpecialTokens:
@@ -55,7 +59,7 @@ def read_special_tokens(directory: Path, config: Mapping[str, Any]) -> SpecialTo
     more = tuple(_content(item, "additional_special_tokens", where) for item in extra)
     if decoder is None:
         by_id = _legacy_added(directory / "added_tokens.json", {*named.values(), *more})
-    return SpecialTokens(named, more, tuple(by_id[index] for index in sorted(by_id)))
+    return SpecialTokens(named, more, {index: by_id[index] for index in sorted(by_id)})
 
 
 def _legacy_added(path: Path, special: set[str]) -> dict[int, AddedToken]:

@@ -15,8 +15,10 @@ from moesaic.text.bounds import max_bytes_per_token
 from moesaic.text.decoders import Stage, build_stages, byte_level_bytes, byte_token_value, run_stages
 from moesaic.text.files import parse_object, read_object, read_text
 from moesaic.text.special import SpecialTokens, read_special_tokens
+from moesaic.text.tiktoken_file import NAME as TIKTOKEN
+from moesaic.text.tiktoken_file import tokenizer_json
 
-OTHER_KINDS = ("tokenizer.model", "tiktoken.model", "tekken.json", "vocab.json", "spiece.model")
+OTHER_KINDS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
 SLICE_CHARS = 200_000  # what a long prompt is probed by; about 0.3 s of one core
 
 T = TypeVar("T")
@@ -56,22 +58,26 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Read tokenizer.json and the files beside it.
+        """Read tokenizer.json, or else tiktoken.model, and the files beside it.
 
         Raises CheckpointError (nothing there, malformed) or UnsupportedError (another kind of tokenizer).
         """
         directory = Path(path)
-        file = directory / "tokenizer.json"
-        if not file.is_file():
+        config = read_object(directory / "tokenizer_config.json")
+        special = read_special_tokens(directory, config)
+        file = next((directory / n for n in ("tokenizer.json", TIKTOKEN) if (directory / n).is_file()), None)
+        if file is None:
             raise _missing(directory)
-        text = read_text(file)
-        spec = parse_object(text, file)
+        if file.name == TIKTOKEN:
+            spec = tokenizer_json(file, config, special)
+            text = json.dumps(spec)
+        else:
+            text = read_text(file)
+            spec = parse_object(text, file)
         native = _native_call(
             lambda: tokenizers.Tokenizer.from_str(text),
             lambda why: CheckpointError(f"not a tokenizer ({why})", where=str(file), remedy="Download the file again."),
         )
-        config = read_object(directory / "tokenizer_config.json")
-        special = read_special_tokens(directory, config)
         _configure(native, config, special)
         made = cls(native, spec, str(file))
         made._adopt(special, directory)
@@ -265,12 +271,12 @@ def _missing(directory: Path) -> MoesaicError:
     for name in OTHER_KINDS:
         if (directory / name).is_file():
             return UnsupportedError(
-                f"only {name} is there, and Moesaic reads tokenizer.json",
+                f"only {name} is there, and Moesaic reads tokenizer.json and {TIKTOKEN}",
                 where=str(directory),
                 remedy="Convert it once with Hugging Face transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes tokenizer.json.",
             )
-    looked = ", ".join(("tokenizer.json", *OTHER_KINDS))
+    looked = ", ".join(("tokenizer.json", *OTHER_KINDS, TIKTOKEN))
     return CheckpointError(
         f"no tokenizer (looked for {looked})",
         where=str(directory),

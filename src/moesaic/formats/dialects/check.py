@@ -1,8 +1,7 @@
 """What the numbers of a quantised checkpoint may be. A scale that is not one is an error here, not noise in an answer.
 
-Refused: NaN codes in the data; scales that are negative, infinite or NaN; a zero where one scale stands for a whole
-tensor, since kernels divide by it; zero points beyond 15. A zero *block* scale is legal: a block of tiny weights
-rounds to it, and its values are 0.
+Refused: NaN codes in the data; scales that are negative, infinite or NaN; an input scale of zero, since activations are
+divided by it; zero points beyond 15. A weight's scale may be zero: blocks of zeros, or of tiny weights, have it.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import CheckpointError
-
-_SINGLE = ("global_scale", "input_scale")
 
 
 def check_field(name: str, field: str | None, value: Tensor) -> None:
@@ -29,7 +26,7 @@ def check_field(name: str, field: str | None, value: Tensor) -> None:
     elif value.dtype == torch.uint8:
         _refuse(name, value == 255, value, "a scale of 255, which is NaN")
     else:
-        _check_scale(name, value, positive=field in _SINGLE or (field == "scale" and value.numel() == 1))
+        _check_scale(name, value, positive=field == "input_scale")
 
 
 def _check_scale(name: str, value: Tensor, *, positive: bool) -> None:
@@ -37,8 +34,9 @@ def _check_scale(name: str, value: Tensor, *, positive: bool) -> None:
     low, high = torch.aminmax(wide)  # NaN comes through both
     if bool((low >= 0) & (high < torch.inf)) and not (positive and bool(low == 0)):
         return
+    what = "an input scale that is not positive and finite" if positive else "a scale that is negative or not finite"
     wrong = ~((wide >= 0) & (wide < torch.inf)) | (positive & (wide == 0))
-    _refuse(name, wrong, wide, "a scale that is not a positive number" if positive else "a scale that is no number >= 0")
+    _refuse(name, wrong, wide, what)
 
 
 def _bad_data(value: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ Convert = Callable[[Tensor, LinearSpec], Tensor]
 class Source:
     """One checkpoint tensor of one projection.
 
-    field: the canonical field that it fills (see `formats/base.py`), or `input_scale`, or None where it is only checked.
+    field: the canonical field that it fills (`formats/base.py`), or `input_scale`, or None where it is only checked.
     shape, dtypes: what the checkpoint must hold; `also` are other shapes that mean the same (a scalar, a column).
     convert: pure, (tensor as stored, projection) -> the field; None where the tensor is the field.
     optional: the checkpoint may lack it.
@@ -54,8 +54,8 @@ class Source:
 class FusedSource:
     """One checkpoint tensor that holds a field of many experts.
 
-    take: (tensor as stored, expert) -> {(projection, field): view}, projection being gate, up or down, field a canonical
-    one or `bias`. Views only: nothing is copied until it is put where it belongs.
+    take: (tensor as stored, expert) -> {(projection, field): view}; a projection is gate, up or down, a field is a
+    canonical one or `bias`. Views only: nothing is copied until it is put where it belongs.
     """
 
     name: str
@@ -66,15 +66,16 @@ class FusedSource:
     def check(self, tensor: Tensor) -> None:
         """Shape, dtype and values of the whole tensor. Raises CheckpointError naming it."""
         check_stored(self.name, tensor, (self.shape,), self.dtypes)
-        for (_, field), view in (self.take(tensor, 0) if self.shape[0] else {}).items():
-            check_field(self.name, "data" if field == "bias" else field, tensor if view.dtype == tensor.dtype else view)
+        for field in {field for _, field in self.take(tensor, 0)}:
+            check_field(self.name, "data" if field == "bias" else field, tensor)
 
 
 def check_stored(name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...],
                  dtypes: tuple[torch.dtype, ...]) -> None:  # fmt: skip
     if tuple(tensor.shape) not in shapes:
+        meant = " or ".join(str(list(shape)) for shape in shapes)
         raise CheckpointError(
-            f"its shape is {list(tensor.shape)}; its quantization_config means {' or '.join(str(list(s)) for s in shapes)}",
+            f"its shape is {list(tensor.shape)}; its quantization_config means {meant}",
             where=name, remedy="Check the sizes in config.json, or download the checkpoint again.",
         )  # fmt: skip
     if tensor.dtype not in dtypes:

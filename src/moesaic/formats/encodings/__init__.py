@@ -16,6 +16,9 @@ from torch import Tensor
 from moesaic.contracts.scheme import ENCODINGS, Encoding
 from moesaic.errors import UnsupportedError
 
+STATIC = ("fp8_tensor", "nvfp4")
+"""The encodings that have a tensor-wide scale, which may come with the checkpoint."""
+
 
 class Coder(Protocol):
     """A file of this folder that bears the name of an encoding."""
@@ -58,7 +61,12 @@ def coder_of(encoding: Encoding) -> Coder:
 
 
 def encode(x: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Rows:
-    """scale: see `Coder.encode`; given if and only if the encoding is static."""
+    """scale: see `Coder.encode`; given if and only if the encoding is static.
+
+    Raises UnsupportedError for a static encoding that has no tensor-wide scale, and where its blocks do not divide K.
+    """
     if encoding.static != (scale is not None):
         raise ValueError(f"{encoding} and a scale of {scale} do not go together")
+    if encoding.static and encoding.name not in STATIC:
+        raise UnsupportedError(f"{encoding} has no tensor-wide scale", remedy=f"Those that have: {', '.join(STATIC)}.")
     return Rows(encoding, coder_of(encoding).encode(x, scale), x.dtype)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from moesaic.contracts.contract import Contract
 from moesaic.moe.values import Dispatched, Routing
 
 
@@ -19,3 +22,9 @@ class Dispatcher(Protocol):
     def combine(self, y_TD: Tensor, sent: Dispatched) -> Tensor:
         """The experts' output -> one row per token of this rank, [T, D]."""
         ...
+
+
+def contracts() -> tuple[Contract, ...]:
+    """Of every dispatcher file of this folder."""
+    files = sorted(Path(__file__).parent.glob("[a-z]*.py"))
+    return tuple(import_module(f"moesaic.moe.dispatch.{file.stem}").CONTRACT for file in files)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moesaic.contracts.contract import FLOATS16, Contract, Limits, Path
 from moesaic.moe.values import Dispatched, Routing
+
+CONTRACT = Contract("dispatch", "local", frozenset({"cpu", "cuda", "hip"}), FLOATS16, batch_invariant=True, rank=0,
+                    encodings=frozenset({"bf16"}), path=Path(ids="global"), limits=Limits(max_ranks=1))  # fmt: skip
 
 
 class LocalDispatcher:

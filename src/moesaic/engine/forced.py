@@ -1,0 +1,114 @@
+"""Teacher forcing: what a model says along texts that are given, and how far two models are apart there.
+
+The gauge sees what accuracy does not: every position counts, whether or not its most likely token changes.
+
+    KL(p || q) = sum over the vocabulary of p (log p - log q)        p the sound model's, q the other's, in nats
+
+Letters: T tokens, D hidden size, A answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import UnsupportedError
+from moesaic.kernels.ops import AttentionBatch, Span
+from moesaic.layers.kv_pool import KVPool
+from moesaic.layers.step import StepInput
+from moesaic.models.decoder import Decoder
+
+Text = tuple[Sequence[int], Sequence[int]]
+"""(prompt, answer): token ids, neither empty."""
+
+
+def forced_logits(model: Decoder, texts: Sequence[Text], budget: int = 2048) -> Iterator[Tensor]:
+    """For each text, in order, FP32 logits [A, V]: row a is what the model says before answer token a.
+
+    Texts go through the model together, whole, as many as fit into `budget` tokens a pass.
+    Raises UnsupportedError where the logits are not finite.
+    """
+    for batch in packed(texts, budget):
+        yield from run_batch(model, batch)
+
+
+@torch.inference_mode()
+def run_batch(model: Decoder, texts: Sequence[Text]) -> list[Tensor]:
+    sequences = [[*prompt, *answer][:-1] for prompt, answer in texts]  # nobody asks what follows the last token
+    hidden_TD, at, found = model(whole_sequences(model, sequences)), 0, []
+    for (_, answer), sequence in zip(texts, sequences, strict=True):
+        at += len(sequence)
+        found.append(model.logits(hidden_TD[at - len(answer) : at]))
+        if not bool(torch.isfinite(found[-1]).all()):
+            raise UnsupportedError("the model produces logits that are not finite", where=model.spec.architecture)
+    return found
+
+
+def packed(texts: Sequence[Text], budget: int) -> Iterator[list[Text]]:
+    """Consecutive texts of at most `budget` tokens together; a longer text goes alone."""
+    batch: list[Text] = []
+    room = budget
+    for text in texts:
+        size = len(text[0]) + len(text[1]) - 1
+        if batch and size > room:
+            yield batch
+            batch, room = [], budget
+        batch.append(text)
+        room -= size
+    if batch:
+        yield batch
+
+
+def whole_sequences(model: Decoder, sequences: Sequence[Sequence[int]]) -> StepInput:
+    """Sequences from their beginnings, with a KV pool of their own. Slot 0 stays zero: padding points at it."""
+    like = model.embed.weight_VD
+    lengths = [len(sequence) for sequence in sequences]
+    total = sum(lengths)
+    ends = torch.tensor(lengths, device=like.device).cumsum(0)
+    firsts_S = ends - torch.tensor(lengths, device=like.device)
+    spans = tuple(Span(int(first), count, count) for first, count in zip(firsts_S.tolist(), lengths, strict=True))
+    slots_SL = 1 + firsts_S[:, None] + torch.arange(max(lengths), device=like.device)
+    positions_T = torch.cat([torch.arange(count, device=like.device) for count in lengths])
+    tokens_T = torch.tensor([token for sequence in sequences for token in sequence], device=like.device)
+    pool = KVPool(model.kv_widths(), 1, total + 1, like)
+    slots_T = torch.arange(1, total + 1, device=like.device)
+    return StepInput(tokens_T, positions_T, slots_T, AttentionBatch.of(spans, 0, slots_SL), pool)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a model is from the sound one, as sums over answer tokens. Adding two gives that of both texts.
+
+    kl: nats.  logprob: magnitudes of the differences of the answer tokens' log-probabilities.  same: positions where
+    both have the same most likely token.
+    """
+
+    tokens: int = 0
+    kl: float = 0.0
+    logprob: float = 0.0
+    same: int = 0
+
+    def __add__(self, other: Distance) -> Distance:
+        return Distance(
+            self.tokens + other.tokens, self.kl + other.kl, self.logprob + other.logprob, self.same + other.same
+        )
+
+    def means(self) -> dict[str, float]:
+        """Per token: `kl` and `logprob` in nats, `same` as a share."""
+        count = max(1, self.tokens)
+        return {"kl": self.kl / count, "logprob": self.logprob / count, "same": self.same / count}
+
+
+def distance(sound_AV: Tensor, other_AV: Tensor, answer: Sequence[int]) -> Distance:
+    """Between the logits of two models along one answer. In FP64: small divergences are differences of near-equals."""
+    p_AV, q_AV = (torch.log_softmax(logits.double(), -1) for logits in (sound_AV, other_AV))
+    answer_A1 = torch.tensor(answer, device=p_AV.device)[:, None]
+    return Distance(
+        tokens=len(answer),
+        kl=float((p_AV.exp() * (p_AV - q_AV)).sum()),
+        logprob=float((p_AV - q_AV).gather(1, answer_A1).abs().sum()),
+        same=int((sound_AV.argmax(-1) == other_AV.argmax(-1)).sum()),
+    )

@@ -1,0 +1,49 @@
+"""Whether one contract, by itself, can serve a mixture layer: the reasons that need no chain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moesaic.contracts.contract import Contract, listed
+from moesaic.contracts.plan import MixtureNeed, Wishes
+
+
+def misses(contract: Contract, need: MixtureNeed, wishes: Wishes) -> str | None:
+    """The first reason against it, or None."""
+    asks = replace(need.need, capturable=need.need.capturable and need.phase == "decode")
+    wish = {"experts": wishes.experts, "dispatch": wishes.dispatch}.get(contract.op)
+    if wish not in (None, contract.backend):
+        return f"{wish} was asked for"
+    unbuilt = None if contract.built or wishes.hypothetical else "is known, but not built into Moesaic yet"
+    return contract.misses(asks) or misses_sizes(contract, need) or misses_routing(contract, need) or unbuilt
+
+
+def misses_sizes(contract: Contract, need: MixtureNeed) -> str | None:
+    limits = contract.limits
+    if need.hidden % limits.hidden_multiple:
+        return f"needs a hidden size that is a multiple of {limits.hidden_multiple}, not {need.hidden}"
+    if limits.hidden_in and need.hidden not in limits.hidden_in:
+        return f"was compiled for hidden sizes {', '.join(map(str, sorted(limits.hidden_in)))}, not {need.hidden}"
+    if contract.op == "experts" and need.width % limits.width_multiple:
+        return f"needs an expert width that is a multiple of {limits.width_multiple}, not {need.width}"
+    if limits.max_top_k is not None and need.top_k > limits.max_top_k:
+        return f"takes at most {limits.max_top_k} experts per token, not {need.top_k}"
+    if limits.max_tokens is not None and need.tokens > limits.max_tokens:
+        return f"takes at most {limits.max_tokens} tokens per rank, not {need.tokens}"
+    if contract.op == "dispatch" and need.ranks < limits.min_ranks:
+        return f"needs {limits.min_ranks} ranks or more, not {need.ranks}"
+    if limits.max_ranks is not None and need.ranks > limits.max_ranks:
+        return f"works on {limits.max_ranks} rank{'s' * (limits.max_ranks > 1)}, not {need.ranks}"
+    return None
+
+
+def misses_routing(contract: Contract, need: MixtureNeed) -> str | None:
+    """Only of those that choose experts."""
+    if not (contract.op == "route" or contract.path.routes):
+        return None
+    if need.scoring not in contract.scorings:
+        return f"scores by {listed(contract.scorings)}, not by {need.scoring}"
+    if need.groups_kept and not contract.groups:
+        return "knows no groups of experts"
+    kept = contract.limits.max_groups_kept
+    return f"keeps at most {kept} groups, not {need.groups_kept}" if kept and need.groups_kept > kept else None

@@ -1,0 +1,194 @@
+"""Planning a model: a pure function of its spec, the hardware, the catalogue of contracts and the user's wishes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from moesaic.contracts.contract import Choice, Contract, Need, Rejection
+from moesaic.contracts.plan import Cell, LayerPlan, LinearPlan, MixtureNeed, ModelPlan, Refusal, Wishes
+from moesaic.contracts.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, MoESpec
+from moesaic.formats.sizes import illegal_cut, weight_bytes
+from moesaic.hardware import Hardware
+from moesaic.planning.mixture import find
+from moesaic.planning.needs import (
+    blocks_of,
+    experts_scheme,
+    layer_needs,
+    mixture_need,
+    schemes_of,
+    stacks_of,
+    under,
+)
+
+COMMON_OPS = ("linear", "encode", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "attend_paged",
+              "attend_dense")  # fmt: skip
+PREFILL = 8192
+"""Tokens of one prefill step for which a path is planned."""
+
+
+class Refused(Exception):
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.what)
+        self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What one call of `plan` works with."""
+
+    spec: ModelSpec
+    hardware: Hardware
+    catalogue: tuple[Contract, ...]
+    wishes: Wishes
+    base: Need
+
+    def ops_for(self, need: Need, wanted: frozenset[str], ops: dict[Need, dict[str, Choice]]) -> None:
+        """Chooses `wanted` under a need, once per need."""
+        chosen = ops.setdefault(need, {})
+        for op in sorted(wanted - set(chosen)):
+            chosen[op] = choose(op, need, self.catalogue, self.wishes)
+
+    def layer(self, blocks: Sequence[LayerSpec]) -> LayerPlan:
+        """Equal blocks, planned once."""
+        block = blocks[0]
+        self.check_cuts(block)
+        linears = []
+        for role, parts in stacks_of(block):
+            for scheme in schemes_of(parts):
+                need = under(self.base, scheme)
+                op = "linear_quant" if scheme.quantized else "linear"
+                kernel = choose(op, need, self.catalogue, self.wishes).chosen
+                size = sum(weight_bytes(p.runs.weight, p.outputs, p.inputs) for p in parts if p.runs == scheme)
+                linears.append(LinearPlan(role, scheme, kernel, size // self.wishes.tp))
+        attend = choose("attend_paged", replace(self.base, sinks=has_sinks(block)), self.catalogue, self.wishes)
+        mixture = block.mlp if isinstance(block.mlp, MoESpec) else None
+        kv_b = block.attention.kv_b if isinstance(block.attention, MLASpec) else None
+        nbytes = sum(each.nbytes for each in linears)
+        nbytes += 2 * kv_b.inputs * kv_b.outputs // self.wishes.tp if kv_b else 0
+        if mixture is None:
+            return LayerPlan(tuple(b.index for b in blocks), attend.chosen, tuple(linears), None, (), nbytes)
+        return LayerPlan(
+            tuple(b.index for b in blocks), attend.chosen, tuple(linears), experts_scheme(mixture),
+            self.cells(mixture, block.index), nbytes + self.expert_bytes(mixture),
+        )  # fmt: skip
+
+    def cells(self, mixture: MoESpec, index: int) -> tuple[Cell, ...]:
+        """Decode up to the largest batch, prefill up to one long step."""
+        cells = []
+        for phase, tokens in (("decode", self.wishes.max_batch), ("prefill", PREFILL)):
+            need = mixture_need(mixture, self.base, self.wishes, phase, tokens)  # type: ignore[arg-type]
+            path, rejected = find(need, self.catalogue, self.wishes)
+            if path is None:
+                raise Refused(self.refusal(need, index, rejected))
+            cells.append(Cell(need.phase, tokens, path, tuple(rejected)))
+        return tuple(cells)
+
+    def refusal(self, need: MixtureNeed, index: int, rejected: list[Rejection]) -> Refusal:
+        """Why a mixture has no path; whether one is known that is not built; and what would work instead."""
+        where = f"layer {index}, {need.phase}"
+        free = replace(self.wishes, experts=None, dispatch=None, wire=None, router_dtype=None)
+        works, _ = find(need, self.catalogue, free)
+        kind = "not_built" if find(need, self.catalogue, replace(self.wishes, hypothetical=True))[0] else "impossible"
+        nearest = None
+        if works is not None:
+            nearest = f"--experts {works.stage('experts').kernel} --dispatch {works.stage('dispatch').kernel}"
+        form = f"{need.need.format} weights with {need.need.encoding} rows"
+        return Refusal(f"no path for {form} on {self.hardware.name}", where, kind, tuple(rejected), nearest)  # type: ignore[arg-type]
+
+    def expert_bytes(self, mixture: MoESpec) -> int:
+        form = experts_scheme(mixture).weight
+        parts = (mixture.gate, mixture.up, mixture.down)
+        each = sum(weight_bytes(form, part.outputs, part.inputs) for part in parts)
+        return mixture.router.experts * each // (self.wishes.ep if self.wishes.ep > 1 else self.wishes.tp)
+
+    def check_cuts(self, block: LayerSpec) -> None:
+        """Tensor parallelism cuts outputs of the first projections and inputs of the last, block by block."""
+        ways = self.wishes.tp
+        mixture = block.mlp if isinstance(block.mlp, MoESpec) else None
+        if mixture and mixture.router.experts % self.wishes.ep:
+            what = f"{mixture.router.experts} experts cannot be shared by {self.wishes.ep} ranks"
+            raise Refused(Refusal(what, f"layer {block.index}", "impossible"))
+        if ways == 1:
+            return
+        cut = mixture is not None and self.wishes.ep == 1  # expert parallelism keeps experts whole
+        sides = [(mixture.gate, 0), (mixture.up, 0), (mixture.down, 1)] if mixture and cut else []
+        sides += [(part, 1 if role in ("o", "mlp_down") else 0) for role, parts in stacks_of(block) for part in parts
+                  if role != "down"]  # fmt: skip
+        for part, axis in sides:
+            size = part.inputs if axis else part.outputs
+            if reason := illegal_cut(part.runs.weight, size, ways, axis):
+                raise Refused(Refusal(f"--tp {ways}: {reason}", part.name, "impossible"))
+
+
+def plan(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], wishes: Wishes,
+         dtype: str = "bfloat16") -> ModelPlan | Refusal:  # fmt: skip
+    """How the model runs on `hardware`, or why it cannot. Pure: no tensor, no GPU, nothing read or remembered."""
+    base = Need(hardware.device, dtype, wishes.deterministic, hardware.features, hardware.arch)
+    planner = Planner(spec, hardware, tuple(catalogue), wishes, base)
+    try:
+        return planned(planner)
+    except Refused as refused:
+        return refused.refusal
+
+
+def planned(planner: Planner) -> ModelPlan:
+    spec, base = planner.spec, planner.base
+    ops: dict[Need, dict[str, Choice]] = {}
+    planner.ops_for(base, frozenset(COMMON_OPS), ops)
+    groups: dict[object, list[LayerSpec]] = {}
+    for block in blocks_of(spec):
+        groups.setdefault(kind_of(block), []).append(block)
+    layers = []
+    for blocks in groups.values():
+        layers.append(planner.layer(blocks))
+        for need, wanted in layer_needs(blocks[0], base):
+            planner.ops_for(need, wanted - {"experts"}, ops)
+    for draft in spec.drafts:
+        if draft.join.runs.quantized:
+            planner.ops_for(under(base, draft.join.runs), frozenset({"encode", "linear_quant"}), ops)
+    outside = 2 * spec.vocab * spec.hidden * (1 if spec.tied else 2)
+    return ModelPlan(
+        spec.architecture, planner.hardware.name, base, planner.wishes, tuple(layers),
+        {need: tuple(chosen.values()) for need, chosen in ops.items()}, spec.notes,
+        outside + sum(each.nbytes * len(each.layers) for each in layers),
+        2 * sum(block.attention.kv_width for block in spec.layers),
+    )  # fmt: skip
+
+
+def kind_of(block: LayerSpec) -> object:
+    """Equal for blocks that are planned alike: everything but names and index."""
+    mlp = block.mlp
+    stacks = tuple((role, tuple((p.inputs, p.outputs, p.runs) for p in parts)) for role, parts in stacks_of(block))
+    routed = (replace(mlp.router, weight="", bias=bool(mlp.router.bias) or None), experts_scheme(mlp),  # type: ignore[arg-type]
+              mlp.intermediate, mlp.shared is None) if isinstance(mlp, MoESpec) else None  # fmt: skip
+    return (stacks, routed, block.attention.window, has_sinks(block))
+
+
+def has_sinks(block: LayerSpec) -> bool:
+    return isinstance(block.attention, GQASpec) and bool(getattr(block.attention, "sinks", None))
+
+
+def choose(op: str, need: Need, catalogue: Sequence[Contract], wishes: Wishes) -> Choice:
+    """The best contract of an op, or the wished-for one; every other with its reason. Raises Refused."""
+    wish = {"experts": wishes.experts, "attend_paged": wishes.attention, "linear_quant": wishes.linear}.get(op)
+    misses: dict[str, str | None] = {}
+    for contract in sorted((c for c in catalogue if c.op == op), key=lambda c: c.rank):
+        reason = contract.misses(need)
+        if reason is None and not (contract.built or wishes.hypothetical):
+            reason = "is known, but not built into Moesaic yet"
+        if contract.backend not in misses or misses[contract.backend] is not None:
+            misses[contract.backend] = reason  # of several variants of one backend, one that fits is enough
+    able = [name for name, miss in misses.items() if miss is None]
+    if not able or (wish is not None and wish not in able):
+        reasons = tuple(Rejection(name, miss) for name, miss in misses.items() if miss)
+        what = f"no kernel for {op} of {need.format} weights with {need.encoding} rows in {need.dtype}"
+        if wish is not None and able:
+            what = f"{wish!r} cannot be used for {op}: {misses.get(wish) or 'there is no such backend'}"
+        raise Refused(Refusal(what, op, "impossible", reasons, f"--{op} {able[0]}" if able else None))
+    chosen = wish or able[0]
+    rejected = tuple(
+        Rejection(name, miss or ("another was asked for" if wish else f"{chosen} is preferred"))
+        for name, miss in misses.items() if name != chosen
+    )  # fmt: skip
+    return Choice(op, chosen, rejected)

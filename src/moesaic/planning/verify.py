@@ -1,0 +1,229 @@
+"""Is a plan sound? Found by walking it, with no code of `plan.py` or `mixture.py`: the second pair of eyes.
+
+The walk carries what travels (dtype of the logits, encoding, layout, id space) and a tally of duties, and compares each
+stage with the contract of the kernel that it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moesaic.contracts.contract import Contract
+from moesaic.contracts.plan import MixtureNeed, MixturePath, Stage
+
+OWN = frozenset({"gate", "cast", "encode", "requantise", "decode", "gather", "localise", "scale", "shared"})
+"""Stages that are ours and have no contract."""
+PLAIN = frozenset({"route", "experts", "finish", "combine", "scale", "shared"})
+"""Stages that leave rows in the model's own dtype."""
+ROUNDING_ASKED = {"bf16": ("bf16",), "fp8_group128": ("bf16", "fp8_group128"), "fp8_token": ("bf16", "fp8_token"),
+                  "fp8_tensor": ("bf16", "fp8_tensor", "fp8_group128"), "mxfp8": ("bf16", "mxfp8"),
+                  "nvfp4": ("bf16", "nvfp4")}  # fmt: skip
+
+
+def verify(path: MixturePath, need: MixtureNeed, catalogue: Sequence[Contract], lossy: bool = False) -> list[str]:
+    """Everything that is wrong with a path, in words; empty if it is sound."""
+    walk = Walk(path, need, catalogue, lossy)
+    for stage in path.stages:
+        walk.step(stage)
+    return walk.end()
+
+
+class Walk:
+    def __init__(self, path: MixturePath, need: MixtureNeed, catalogue: Sequence[Contract], lossy: bool) -> None:
+        self.path, self.need, self.catalogue, self.lossy = path, need, catalogue, lossy
+        self.wrong: list[str] = []
+        self.seen: list[str] = []
+        self.tally: dict[str, int] = {}
+        self.logits: str | None = None
+        self.rows = ("bf16", "tokens", "none")  # encoding, layout, ids
+        self.sent: str | None = None
+
+    def say(self, text: str) -> None:
+        self.wrong.append(text)
+
+    def step(self, stage: Stage) -> None:
+        for duty in stage.does:
+            self.tally[duty] = self.tally.get(duty, 0) + 1
+        if stage.role in OWN:
+            getattr(self, f"on_{stage.role}")(stage)
+        else:
+            self.on_kernel(stage)
+        if stage.role in PLAIN and stage.encoding != "bf16":
+            self.say(f"{stage.role} leaves {stage.encoding} rows, where rows are plain")
+        if stage.role not in ("gate", "cast"):
+            self.rows = (stage.encoding, stage.layout, stage.ids)
+        if not stage.exact and not self.lossy and stage.role not in ("cast",):
+            self.say(f"{stage.role} rounds, and nobody asked for it")
+        self.seen.append(stage.role)
+
+    # --- our own stages ---
+
+    def on_gate(self, stage: Stage) -> None:
+        self.logits = stage.encoding
+
+    def on_cast(self, stage: Stage) -> None:
+        if self.logits == stage.encoding or "cast" in self.seen:
+            self.say("a cast of the logits that changes nothing, or a second one")
+        self.logits = stage.encoding
+
+    def on_encode(self, stage: Stage) -> None:
+        self.keeps(stage, layout=True)
+        if self.rows[0] != "bf16" or stage.encoding == "bf16":
+            self.say(f"encodes {self.rows[0]} rows as {stage.encoding}")
+
+    def on_requantise(self, stage: Stage) -> None:
+        self.keeps(stage, layout=True)
+        if (self.rows[0], stage.encoding) != ("fp8_group128", "fp8_tensor"):
+            self.say(f"cannot requantise {self.rows[0]} as {stage.encoding}")
+
+    def on_decode(self, stage: Stage) -> None:
+        self.keeps(stage, layout=True)
+        if stage.encoding != "bf16" or self.rows[0] == "bf16":
+            self.say(f"decodes {self.rows[0]} to {stage.encoding}")
+        if self.rows[0] != "mxfp8" and stage.exact:
+            self.say(f"decoding {self.rows[0]} to BF16 rounds, but is called exact")
+
+    def on_gather(self, stage: Stage) -> None:
+        self.keeps(stage, encoding=True)
+        if self.rows[1] != "tokens" or stage.layout == "tokens":
+            self.say(f"gathers {self.rows[1]} rows as {stage.layout}")
+
+    def on_localise(self, stage: Stage) -> None:
+        self.keeps(stage, encoding=True, layout=True, ids=False)
+        if self.rows[2] != "global" or stage.ids != "local":
+            self.say(f"turns {self.rows[2]} ids into {stage.ids} ones")
+
+    def on_scale(self, stage: Stage) -> None:
+        self.after_combine(stage)
+
+    def on_shared(self, stage: Stage) -> None:
+        self.after_combine(stage)
+
+    def after_combine(self, stage: Stage) -> None:
+        if "combine" not in self.seen:
+            self.say(f"{stage.role} before the rows are back")
+
+    def keeps(self, stage: Stage, encoding: bool = False, layout: bool = False, ids: bool = True) -> None:
+        names = ("encoding", "layout", "ids")
+        now = (stage.encoding, stage.layout, stage.ids)
+        for name, held, before, after in zip(names, (encoding, layout, ids), self.rows, now, strict=True):
+            if held and before != after:
+                self.say(f"{stage.role} changes {name} from {before} to {after}")
+
+    # --- stages that a contract describes ---
+
+    def on_kernel(self, stage: Stage) -> None:
+        op = "dispatch" if stage.role == "combine" else stage.role
+        named = [c for c in self.catalogue if c.op == op and c.backend == stage.kernel]
+        if not named:
+            self.say(f"{stage.role}: no contract of {stage.kernel}")
+            return
+        reasons = [self.against(stage, contract) for contract in named]
+        if all(reasons):
+            self.say(min((reason for reason in reasons if reason), key=len))
+        if stage.role == "dispatch":
+            self.sent = stage.kernel
+
+    def against(self, stage: Stage, contract: Contract) -> str | None:
+        """Why this variant of the kernel cannot be what the stage says; None if it can."""
+        path, need = contract.path, self.need
+        check = {"route": self.route, "dispatch": self.dispatch, "experts": self.experts, "finish": self.finish,
+                 "combine": self.combine}[stage.role]  # fmt: skip
+        does, can = path.combine_does if stage.role == "combine" else path.does, path.can
+        if stage.role == "dispatch":
+            does, can = frozenset(), frozenset()
+        duties = need.duties()
+        if not does & duties <= stage.does or not stage.does <= (does | can):
+            return f"{stage.role} {stage.kernel} does {sorted(stage.does)}, its contract says {sorted(does)}"
+        if stage.role != "combine" and (reason := contract.misses(need.need)) and "CUDA graph" not in reason:
+            return f"{stage.kernel} {reason}"
+        return self.sizes(stage, contract) or check(stage, contract)
+
+    def sizes(self, stage: Stage, contract: Contract) -> str | None:
+        limits, need = contract.limits, self.need
+        bounds = ((need.top_k, limits.max_top_k), (need.tokens, limits.max_tokens), (need.ranks, limits.max_ranks),
+                  (need.groups_kept if contract.path.routes else 0, limits.max_groups_kept))  # fmt: skip
+        if any(most is not None and value > most for value, most in bounds) or need.ranks < limits.min_ranks:
+            return f"{stage.kernel} is not made for these sizes"
+        whole = need.hidden % limits.hidden_multiple == 0 and need.width % limits.width_multiple == 0
+        if not whole or (limits.hidden_in and need.hidden not in limits.hidden_in):
+            return f"{stage.kernel} does not take {need.hidden} x {need.width}"
+        return None
+
+    def route(self, stage: Stage, contract: Contract) -> str | None:
+        if self.logits not in contract.logits:
+            return f"{stage.kernel} does not take logits in {self.logits}"
+        if stage.ids != "global":
+            return "routing gives global ids"
+        if self.need.scoring not in contract.scorings or (self.need.groups_kept and not contract.groups):
+            return f"{stage.kernel} does not route this way"
+        bias = self.need.router_bias
+        return f"{stage.kernel} would misread a bias in {bias}" if bias and bias not in contract.router_bias else None
+
+    def dispatch(self, stage: Stage, contract: Contract) -> str | None:
+        path, need, wire = contract.path, self.need, stage.encoding
+        if wire not in contract.encodings:
+            return f"{stage.kernel} does not carry {wire}"
+        if not self.lossy and wire not in ROUNDING_ASKED[need.need.encoding]:
+            return f"a wire in {wire} for rows in {need.need.encoding}"
+        if self.rows[0] != ("bf16" if path.encodes else wire):
+            return f"{stage.kernel} is given {self.rows[0]} for a wire in {wire}"
+        if stage.layout != path.emits or self.rows[1] != "tokens":
+            return f"{stage.kernel} leaves {path.emits} rows, not {stage.layout}"
+        left = path.ids if need.ranks > 1 else "local"  # one rank's global ids are its local ones
+        return f"{stage.kernel} leaves {left} ids, not {stage.ids}" if stage.ids != left else None
+
+    def experts(self, stage: Stage, contract: Contract) -> str | None:
+        path, need = contract.path, self.need
+        if path.routes and ("route" in self.seen or self.logits not in contract.logits or need.ranks > 1):
+            return f"{stage.kernel} routes itself and is given something else than its logits"
+        if path.routes and need.router_bias and need.router_bias not in contract.router_bias:
+            return f"{stage.kernel} would misread a bias in {need.router_bias}"
+        if path.routes and need.scoring not in contract.scorings:
+            return f"{stage.kernel} does not route this way"
+        if not path.routes and "route" not in self.seen:
+            return f"{stage.kernel} is given no routing"
+        if self.rows[0] != need.need.encoding:
+            return f"{stage.kernel} is given {self.rows[0]} rows, not {need.need.encoding}"
+        if self.rows[1] != path.layout or stage.layout != path.emits:
+            return f"{stage.kernel} takes {path.layout} rows and leaves {path.emits}"
+        if path.routes and need.groups_kept and not contract.groups:
+            return f"{stage.kernel} knows no groups of experts"
+        if need.ranks > 1 and self.rows[2] != path.ids:
+            return f"{stage.kernel} takes {path.ids} ids and is given {self.rows[2]} ones"
+        return None if stage.ids == self.rows[2] else f"{stage.kernel} changes the id space"
+
+    def finish(self, stage: Stage, contract: Contract) -> str | None:
+        legal = stage.layout == "tokens" and self.rows[1] != "tokens" and "experts" in self.seen
+        legal = legal and stage.ids == self.rows[2]
+        return None if legal else "finishing turns rows of experts into rows of tokens"
+
+    def combine(self, stage: Stage, contract: Contract) -> str | None:
+        if stage.kernel != self.sent:
+            return f"sent by {self.sent}, brought back by {stage.kernel}"
+        if self.rows[1] not in contract.path.combines:
+            return f"{stage.kernel} takes no {self.rows[1]} rows back"
+        return None if (stage.layout, stage.ids) == ("tokens", "none") else "combining leaves token rows"
+
+    # --- the whole ---
+
+    def end(self) -> list[str]:
+        duties = self.need.duties()
+        for duty in sorted(duties | set(self.tally)):
+            if self.tally.get(duty, 0) != (duty in duties):
+                self.say(f"{duty} is done {self.tally.get(duty, 0)} times")
+        order = [role for role in self.seen if role in ("gate", "dispatch", "experts", "combine")]
+        if order != ["gate", "dispatch", "experts", "combine"]:
+            self.say(f"stages out of order: {' '.join(self.seen)}")
+        if self.rows[:2] != ("bf16", "tokens"):
+            self.say(f"ends with {self.rows[0]} {self.rows[1]}")
+        self.shared()
+        return self.wrong
+
+    def shared(self) -> None:
+        """A shared expert among the others weighs 1 where the factor is in the weights, 1/factor where it follows."""
+        fused = any("shared" in stage.does and stage.role == "experts" for stage in self.path.stages)
+        late = any("factor" in stage.does and stage.role == "scale" for stage in self.path.stages)
+        wanted = (1 / self.need.factor if late else 1.0) if fused else None
+        if self.path.shared_weight != wanted:
+            self.say(f"the shared expert weighs {self.path.shared_weight}, not {wanted}")

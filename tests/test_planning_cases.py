@@ -1,0 +1,168 @@
+"""What went wrong in the field, one named test each (kernels.md, last section): the plan must not be able to do it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from moesaic.contracts.plan import MixtureNeed, Refusal, Wishes
+from moesaic.errors import OptionError
+from moesaic.hardware import GPUS
+from moesaic.models.build import refused as as_error
+from moesaic.models.build import spec_of
+from moesaic.planning.mixture import find
+from moesaic.planning.plan import plan
+from tests.planning_support import CATALOGUE, HYPOTHETICAL, need, path_of, roles
+
+TRTLLM = replace(HYPOTHETICAL, experts="flashinfer_trtllm")
+
+
+def routing_itself(wanted: MixtureNeed, **wishes: str) -> list[str]:
+    """The stages with a kernel that routes itself: the twin that is given routing is taken out of the catalogue."""
+    own = [c for c in CATALOGUE if c.op != "experts" or c.path.routes]
+    path, rejected = find(wanted, own, replace(TRTLLM, **wishes))
+    assert path is not None, rejected
+    return [f"{stage.role}:{stage.encoding}" for stage in path.stages]
+
+
+def no_bias(scheme: str) -> MixtureNeed:
+    """In-kernel routing reads a BF16 bias; ours is FP32, so these cases route without one."""
+    return need(scheme, "b200", router_bias=None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_logits_reach_a_kernel_that_takes_them_uncast(dtype: str) -> None:
+    stages = routing_itself(no_bias("mxfp8"), router_dtype=dtype)
+    assert f"gate:{dtype}" in stages
+    assert not any(stage.startswith("cast") for stage in stages)
+
+
+def test_a_kernel_that_takes_bf16_logits_only_gets_exactly_one_cast() -> None:
+    stages = routing_itself(no_bias("fp8_tensor"), router_dtype="float32")
+    assert [stage for stage in stages if stage.startswith(("gate", "cast"))] == ["gate:float32", "cast:bfloat16"]
+    free = routing_itself(no_bias("fp8_tensor"))
+    assert [stage for stage in free if stage.startswith(("gate", "cast"))] == ["gate:bfloat16"], "none if it may choose"
+
+
+def test_an_fp32_bias_never_reaches_a_bf16_argument() -> None:
+    own = [c for c in CATALOGUE if c.op != "experts" or c.path.routes]
+    path, rejected = find(need("mxfp8", "b200"), own, TRTLLM)
+    assert path is None
+    assert any("router bias in bfloat16, not float32" in each.reason for each in rejected)
+    assert "route" in roles(path_of(need("mxfp8", "b200"), TRTLLM)), "with the bias, we route and hand over the result"
+
+
+def test_given_routing_gets_scaled_weights_and_in_kernel_routing_scales_itself() -> None:
+    given = path_of(need("mxfp8", "b200"), TRTLLM)
+    assert "factor" in given.stage("route").does
+    assert "factor" not in given.stage("experts").does
+    own = [c for c in CATALOGUE if c.op != "experts" or c.path.routes]
+    inside, _ = find(no_bias("mxfp8"), own, TRTLLM)
+    assert inside is not None
+    assert {"route", "factor"} <= inside.stage("experts").does
+    softmax, _ = find(replace(no_bias("mxfp8"), scoring="softmax", groups_kept=0), own, TRTLLM)
+    assert softmax is not None
+    assert "factor" not in softmax.stage("experts").does, "its softmax routing ignores the factor"
+    assert softmax.stage("scale").does == {"factor"}, "so somebody else must apply it"
+
+
+def test_every_owner_is_single_whatever_the_scheme() -> None:
+    for scheme in ("bf16", "fp8", "mxfp8", "nvfp4", "w4afp8"):
+        for factor in (1.0, 2.5):
+            for on in ("h100", "b200", "cpu"):
+                path = path_of(need(scheme, on, factor=factor))
+                done = [duty for stage in path.stages for duty in stage.does]
+                assert len(done) == len(set(done))
+                assert ("factor" in done) == (factor != 1.0)
+
+
+LOW_LATENCY = replace(HYPOTHETICAL, dispatch="deepep_low_latency")
+
+
+def test_a_low_latency_wire_is_fp8_and_requantised_for_w4afp8() -> None:
+    path = path_of(need("w4afp8", ranks=8, width=2048), LOW_LATENCY)
+    assert path.stage("dispatch").encoding == "fp8_group128"
+    assert path.stage("requantise").encoding == "fp8_tensor"
+    assert path.stage("experts").kernel == "cutlass_w4afp8"
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "wna16", "mxfp8a16"])
+def test_the_same_wire_stays_bf16_for_unquantised_and_weight_only_layers(scheme: str) -> None:
+    lossless, _ = find(need(scheme, ranks=8), CATALOGUE, LOW_LATENCY)
+    if lossless is not None:
+        assert lossless.stage("dispatch").encoding == "bf16"
+        assert not [stage for stage in lossless.stages if not stage.exact]
+    forced, rejected = find(need(scheme, ranks=8), CATALOGUE, replace(LOW_LATENCY, wire="fp8_group128"))
+    assert forced is None, "a rounding that the scheme does not ask for needs the user's word"
+    assert rejected
+
+
+def test_the_way_back_of_low_latency_applies_the_weights_once() -> None:
+    path = path_of(need("fp8", ranks=8), LOW_LATENCY)
+    assert {"weights", "reduce"} <= path.stage("combine").does
+    assert not path.stage("experts").does
+
+
+def test_global_and_local_expert_ids_never_meet() -> None:
+    """all_gather leaves global ids: a kernel that takes local ones gets an adapter, trtllm (global) gets none."""
+    gather = replace(HYPOTHETICAL, dispatch="all_gather")
+    assert "localise" not in roles(path_of(need("mxfp8", "b200", ranks=8), replace(gather, experts="flashinfer_trtllm")))
+    for kernel in [c for c in CATALOGUE if c.op == "experts" and c.path.layout == "tokens" and c.path.ids == "local"]:
+        wanted = need(on="h100", ranks=8)
+        path, _ = find(wanted, CATALOGUE, replace(gather, experts=kernel.backend))
+        assert path is None or "localise" in roles(path)
+    ep = replace(HYPOTHETICAL, dispatch="all_to_all", experts="flashinfer_trtllm")
+    path, rejected = find(need("mxfp8", "b200", ranks=8), CATALOGUE, ep)
+    assert path is None
+    assert any("local expert ids" in each.reason for each in rejected)
+
+
+def test_a_bf16_draft_beside_an_nvfp4_target_keeps_bf16() -> None:
+    """Experts and wire are planned per layer."""
+    target, draft = need("nvfp4", "b200", ranks=8), need("bf16", "b200", ranks=8)
+    sent = {name: path_of(each).stage("dispatch").encoding for name, each in (("target", target), ("draft", draft))}
+    assert sent["draft"] == "bf16"
+    assert path_of(draft).stage("experts").encoding == "bf16"
+    assert not [stage for stage in path_of(draft).stages if stage.role == "encode"]
+
+
+def test_a_fused_shared_expert_weighs_one_or_one_over_the_factor() -> None:
+    """One where the factor is in the weights, 1/factor where it is applied to the sum."""
+    base = [c for c in CATALOGUE if c.op != "experts"]
+    fusing = next(c for c in CATALOGUE if c.op == "experts" and c.backend == "reference")
+    fusing = replace(fusing, path=replace(fusing.path, can=frozenset({"shared"})))
+    routers = [c for c in base if c.op == "route"]
+    late = [replace(c, path=replace(c.path, does=frozenset({"route"}))) for c in routers]
+    rest = [c for c in base if c.op != "route"]
+    for chosen, weight in ((routers, 1.0), (late, 1 / 2.5)):
+        paths = {}
+        for fused in (True, False):
+            kernel = fusing if fused else replace(fusing, path=replace(fusing.path, can=frozenset()))
+            paths[fused], _ = find(need(on="cpu"), [*rest, *chosen, kernel], Wishes())
+        assert paths[False] is not None
+        assert paths[False].shared_weight is None
+        from moesaic.planning.mixture import chains
+
+        found = [path for _, path in chains(need(on="cpu"), (fusing, local()), [*rest, *chosen, fusing], Wishes(), [])]
+        assert {path.shared_weight for path in found} == {None, weight}
+
+
+def local():  # type: ignore[no-untyped-def]
+    return next(c for c in CATALOGUE if c.op == "dispatch" and c.backend == "local")
+
+
+def test_flashinfer_trtllm_on_an_h100_is_an_error_that_names_what_works() -> None:
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "vocab_size": 1000, "num_hidden_layers": 2,
+        "max_position_embeddings": 4096, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "intermediate_size": 6144,
+    }  # fmt: skip
+    wishes = replace(HYPOTHETICAL, experts="flashinfer_trtllm")
+    made = plan(spec_of(config), GPUS["h100"], CATALOGUE, wishes)
+    assert isinstance(made, Refusal)
+    error = as_error(made, wishes)
+    assert isinstance(error, OptionError)
+    assert "compute capability 100 to 103, not 90" in str(error)
+    assert "Works here: --experts" in str(error)

@@ -1,0 +1,185 @@
+"""Compiles kernels for a GPU that is not here: every launch of a call on `meta` tensors, as PTX and machine code.
+
+Meta tensors have shapes and no memory, so the launchers run at production shapes, and with them every choice of tile,
+stage and warp that they make; a launcher that waited for a value of the device would fail here. Run as a program:
+
+    python tests/triton_ahead.py ARCH CASE...       prints one JSON object per compiled kernel
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme
+from moesaic.contracts.spec import SILU, Activation, RouterSpec
+from moesaic.formats.base import QuantTensor
+from moesaic.formats.encodings import Rows
+from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Span
+
+PRODUCTS = r"(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\S*?\.(e4m3|bf16|tf32|kind::\w+)\b"
+LIKE = torch.empty(0, dtype=torch.bfloat16, device="meta")
+
+
+class NoDevice:
+    """Triton's view of a machine that has the target's compiler and nothing else."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def collect(arch: int, call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Everything that a call would launch, compiled."""
+    found: list[dict[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=(1, 1, 1), warmup=True, **kwargs)
+        found.append(report(self.fn.__name__, kernel))
+        return kernel
+
+    driver.set_active(NoDevice(arch))
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+    return found
+
+
+def report(name: str, kernel: Any) -> dict[str, Any]:
+    """shared bytes; registers and spilled bytes per thread; which tensor-core instructions the PTX has."""
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    products = sorted(set(re.findall(PRODUCTS, ptx)))
+    return {
+        "kernel": name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        "products": [f"{op} {kind}" for op, kind in products if kind],
+    }  # fmt: skip
+
+
+def weight(scheme: Scheme, segments: tuple[int, ...], columns: int, *lead: int) -> QuantTensor:
+    return QuantTensor.empty(scheme.weight, segments, columns, LIKE, lead)
+
+
+def static_scale(encoding: Encoding) -> Tensor | None:
+    return meta(dtype=torch.float32) if encoding.static else None
+
+
+def encoded(tokens: int, size: int, encoding: Encoding) -> Rows:
+    from moesaic.kernels._triton.encode import encode
+
+    return encode(meta(tokens, size), encoding, static_scale(encoding))
+
+
+def experts(name: str, tokens: int, shape: tuple[int, int, int, int] = (128, 2048, 768, 8), oai: bool = False) -> None:
+    from moesaic.kernels._triton.experts import experts
+
+    (count, hidden, width, top_k), scheme = shape, SCHEMES[name]
+    activation = Activation("swiglu_oai") if oai else SILU
+    biases = (meta(count, 2 * width), meta(count, hidden)) if oai else None
+    w = ExpertWeights(weight(scheme, (width, width), hidden, count), weight(scheme, (hidden,), width, count),
+                      activation, scheme.activation, static_scale(scheme.activation), biases)  # fmt: skip
+    ids = meta(tokens, top_k, dtype=torch.int32)
+    experts(encoded(tokens, hidden, scheme.activation), w, ids, meta(tokens, top_k, dtype=torch.float32))
+
+
+def linear_quant(name: str, tokens: int) -> None:
+    from moesaic.kernels._triton.linear_quant import linear_quant
+
+    scheme = SCHEMES[name]
+    linear_quant(encoded(tokens, 2048, scheme.activation), weight(scheme, (4096, 512, 512), 2048))
+
+
+def attend(view: KVView, heads: int, sequences: int, count: int, window: int | None = None) -> None:
+    from moesaic.kernels._triton.attend_paged import attend_paged
+
+    spans = tuple(Span(s * count, count, 1024) for s in range(sequences))
+    batch = AttentionBatch(spans, sequences if count == 1 else 0, meta(sequences, 1024, dtype=torch.int64),
+                           meta(sequences, dtype=torch.int64), meta(sequences, 1024, dtype=torch.float32))  # fmt: skip
+    width = max(view.kv_heads * view.key_dim, view.value_at + view.kv_heads * view.value_dim)
+    sinks = meta(heads, dtype=torch.float32) if window else None
+    attend_paged(meta(sequences * count, heads, view.key_dim), meta(65536, width), batch, view, 0.1, window, sinks)
+
+
+def row_wise(tokens: int) -> None:
+    from moesaic.kernels._triton.activate import activate
+    from moesaic.kernels._triton.add_rms_norm import add_rms_norm
+    from moesaic.kernels._triton.requantize import requantize_slots
+    from moesaic.kernels._triton.rotate import rotate
+    from moesaic.kernels._triton.route import route
+
+    add_rms_norm(meta(tokens, 7168), meta(tokens, 7168), meta(7168), 1e-6)
+    rotate(meta(tokens, 32, 128), meta(tokens, 64, dtype=torch.float32), meta(tokens, 64, dtype=torch.float32), False)
+    activate(meta(tokens, 4096), SILU)
+    spec = RouterSpec(256, 8, "sigmoid", "w", "b", True, 2.5, 8, 4, "top2_sum")
+    route(meta(tokens, 256, dtype=torch.float32), meta(256, dtype=torch.float32), spec)
+    slots = meta(8, 64, 2048, dtype=torch.float8_e4m3fn)
+    requantize_slots(slots, meta(8, 64, 16, dtype=torch.float32), meta(8, dtype=torch.int32),
+                     meta(dtype=torch.float32))  # fmt: skip
+
+
+LATENT, GROUPED = KVView(1, 576, 0, 512), KVView(4, 128, 512, 128)
+DEEPSEEK = (256, 7168, 2048, 8)
+CASES: dict[str, Callable[[], object]] = {
+    "row wise": lambda: row_wise(64),
+    "latent decode": lambda: attend(LATENT, 128, 8, 1),
+    "latent prefill": lambda: attend(LATENT, 128, 1, 256),
+    "grouped decode": lambda: attend(GROUPED, 32, 64, 1),
+    "grouped prefill": lambda: attend(GROUPED, 32, 1, 256),
+    "sinks": lambda: attend(KVView(8, 64, 512, 64), 64, 8, 1, 128),
+    "sinks prefill": lambda: attend(KVView(8, 64, 512, 64), 64, 1, 512, 128),
+    "oai": lambda: experts("mxfp4", 16, (128, 2880, 2880, 4), True),
+}
+for _name in SCHEMES:
+    for _tokens in (1, 64, 1024, 4096):
+        CASES[f"experts {_name} {_tokens}"] = lambda name=_name, tokens=_tokens: experts(name, tokens)
+        if _name != "bf16":
+            CASES[f"linear {_name} {_tokens}"] = lambda name=_name, tokens=_tokens: linear_quant(name, tokens)
+
+
+def main(arch: int, names: list[str]) -> None:
+    for name in names:
+        for each in collect(arch, CASES[name]):
+            print(json.dumps({"case": name, **each}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
