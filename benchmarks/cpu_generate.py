@@ -5,7 +5,7 @@
 The same prompts, the same number of new tokens (end tokens ignored), greedy, batch 1 / 16 / 64. Peers: `transformers`
 on the same files with its experts implementations {eager, grouped_mm} in {FP32, BF16}, left-padded, its own cache.
 Peers and we take turns in one process; each figure is the median of the repeats of the whole generation, prefill
-included. Ends with where our own time goes: the share of a step that is not inside a torch operator.
+included. Ends with where our own decoding time goes: native kernels, torch operators, Python.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ import torch
 from benchmarks.machine import describe, save
 from moesaic import LLM, SamplingParams
 from moesaic.assets import embedded_model
+from moesaic.kernels import cpu_native
+from moesaic.kernels._native import spent
 from moesaic.tasks import FAMILIES, items
 
 BATCHES = (1, 16, 64)
@@ -83,30 +85,46 @@ def median_rates(
     return {name: {"median": statistics.median(r), "min": min(r), "max": max(r)} for name, r in rates.items()}
 
 
-def overhead(llm: LLM, asked: list[list[int]], tokens: int) -> float:
-    """The part of decoding time in which no torch operator ran: Python, and torch's own calling of operators not.
+def causes(llm: LLM, asked: list[list[int]], tokens: int) -> dict[str, float]:
+    """Shares of a decoding step, by median: each native kernel, torch's operators, and the rest, which is Python.
 
-    The profiler slows what it measures, so it only gives operator time per step; a run without it gives the total.
+    Native kernels are timed by themselves. The profiler that times torch's operators slows what it measures, so it
+    gives only those; a run without it gives the rest.
     """
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     steps: list[float] = []
-    inside: list[float] = []
-    for profiled in (False, True):
-        llm.engine.scheduler.blocks.reset()
-        for i, prompt in enumerate(asked):
-            llm.engine.add(f"profile-{profiled}-{i}", prompt, params)
-        while any(state.request.num_output == 0 for state in llm.engine.states.values()):
+    shares: dict[str, list[float]] = {}
+    for _ in decode(llm, asked, tokens):
+        before, began = native(), time.perf_counter()
+        llm.engine.step()
+        steps.append(time.perf_counter() - began)
+        for name, seconds in native().items():
+            shares.setdefault(name, []).append((seconds - before[name]) / steps[-1])
+    again = decode(llm, asked, tokens)
+    next(again)  # the prompts are read before the profile begins
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        llm.engine.step()
+        for _ in again:
             llm.engine.step()
-        while llm.engine.has_work:
-            if not profiled:
-                began = time.perf_counter()
-                llm.engine.step()
-                steps.append(time.perf_counter() - began)
-                continue
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                llm.engine.step()
-            inside.append(operator_seconds(profile))
-    return max(0.0, 1 - statistics.median(inside) / statistics.median(steps))
+    median = {name: statistics.median(each) for name, each in shares.items()}
+    median["torch operators"] = operator_seconds(profile) / len(steps) / statistics.median(steps)
+    return {name: share for name, share in median.items() if share > 0} | {"python": max(0.0, 1 - sum(median.values()))}
+
+
+def decode(llm: LLM, asked: list[list[int]], tokens: int) -> Iterator[None]:
+    """Starts the prompts from a cold prefix cache; then yields before each step of decoding."""
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    llm.engine.scheduler.blocks.reset()
+    for i, prompt in enumerate(asked):
+        llm.engine.add(f"decode-{i}", prompt, params)
+    while any(state.request.num_output == 0 for state in llm.engine.states.values()):
+        llm.engine.step()
+    while llm.engine.has_work:
+        yield
+
+
+def native() -> dict[str, float]:
+    """Seconds spent so far in each native kernel; nothing where there are none."""
+    return {} if cpu_native.probe() else spent()
 
 
 def operator_seconds(profile: Any) -> float:
@@ -126,16 +144,17 @@ def main() -> None:
     runs = {f"transformers {e} {d}": peer(args.model, e, d) for e, d in PEERS}
     runs[f"moesaic {dtype}"] = lambda asked, tokens: ours(llm, asked, tokens)
     rows = []
-    print("| batch | moesaic tokens/s | fastest transformers | tokens/s | ratio | not in operators |")
+    print("| batch | moesaic tokens/s | fastest transformers | tokens/s | ratio | Python |")
     print("|---|---|---|---|---|---|")
     for batch in BATCHES:
         asked = prompts(llm, batch)
         rates = median_rates(runs, asked, args.tokens, args.repeats)
         mine = rates.pop(f"moesaic {dtype}")
         best = max(rates, key=lambda name: rates[name]["median"])
+        shares = causes(llm, asked, args.tokens)
         row = {
             "batch": batch, "moesaic": mine, "peers": rates, "best_peer": best,
-            "ratio": mine["median"] / rates[best]["median"], "overhead": overhead(llm, asked, args.tokens),
+            "ratio": mine["median"] / rates[best]["median"], "overhead": shares["python"], "causes": shares,
         }  # fmt: skip
         rows.append(row)
         print(f"| {batch} | {mine['median']:.0f} | {best} | {rates[best]['median']:.0f} | {row['ratio']:.2f} | "

@@ -39,6 +39,13 @@ def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 30) -> floa
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]
+    milliseconds = time_replays(graph, repeats) / len(calls)
+    del kept
+    return milliseconds
+
+
+def time_replays(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:
+    """The median, in milliseconds."""
     for _ in range(3):
         graph.replay()
     times = []
@@ -49,8 +56,7 @@ def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 30) -> floa
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    del kept
-    return statistics.median(times) / len(calls)
+    return statistics.median(times)
 
 
 def ceilings() -> dict[str, float]:

@@ -28,7 +28,7 @@ from moesaic import LLM, SamplingParams
 from moesaic.assets import embedded_model
 from moesaic.commands.eval import TASK_TOKENS, of_families
 from moesaic.contracts.scheme import WeightFormat
-from moesaic.engine.forced import Distance, Text, distance, forced_logits
+from moesaic.engine.forced import Distance, Text, distance, forced_logits, means
 from moesaic.formats import mx
 from moesaic.formats.base import QuantTensor, Rule
 from moesaic.formats.encodings import mxfp8 as mxfp8_rows
@@ -101,11 +101,11 @@ def rows_by(rule: Rule) -> Iterator[None]:
 
 def measure(model: Decoder, texts: Sequence[Text], truth: Sequence[Tensor]) -> dict[str, Any]:
     """Distance per token, and how many answers would not be the same to the last token."""
-    total, others = Distance(), 0
+    found, others = list[Distance](), 0
     for sound, logits, (_, answer) in zip(truth, forced_logits(model, texts), texts, strict=True):
-        total += distance(sound, logits, answer)
+        found.append(distance(sound, logits, answer))
         others += logits.argmax(-1).tolist() != list(answer)
-    return {**total.means(), "others": others}
+    return {**means(found), "others": others}
 
 
 def main() -> None:
@@ -120,12 +120,14 @@ def main() -> None:
     model = llm.launched.built.model
     truth = list(forced_logits(model, texts))
     rows: list[dict[str, Any]] = []
-    print("| part | what | weights apart | KL | log-prob | other answers |\n|---|---|---|---|---|---|")
+    print("| part | what | weights apart | logits apart | KL | log-prob | other answers |\n"
+          "|---|---|---|---|---|---|---|")  # fmt: skip
 
     def add(part: str, what: str, error: float | None, on: Decoder) -> None:
         rows.append({"part": part, "what": what, "error": error, **measure(on, texts, truth)})
         row, shown = rows[-1], "" if error is None else f"{error:.2%}"
-        print(f"| {part} | {what} | {shown} | {row['kl']:.1e} | {row['logprob']:.1e} | {row['others']} |", flush=True)
+        print(f"| {part} | {what} | {shown} | {row['logits']:.2%} | {row['kl']:.1e} | {row['logprob']:.1e} | "
+              f"{row['others']} |", flush=True)  # fmt: skip
 
     weights = Weights(model)
     for name, (form, rule) in FORMATS.items():

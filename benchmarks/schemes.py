@@ -79,6 +79,14 @@ def earlier(settings: dict[str, Any], keep: bool) -> dict[str, dict[str, Any]]:
     return {row["scheme"]: row for row in rows if "error" not in row}
 
 
+def write(result: dict[str, Any]) -> None:
+    """All at once: a run that is killed leaves the old file or the new one."""
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    new = FILE.with_suffix(".tmp")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(FILE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=SCHEME_ITEMS, help="items per family")
@@ -97,9 +105,9 @@ def main() -> None:
         models, how = Models(Path(folder)), How(TASK_TOKENS, progress=True)
         for row in compare(models.open, lambda llm: of_families(llm, FAMILIES, args.limit), names, how, done):
             rows.append(row)
-            result = {**settings, "cores": machine["cores"], **_scheme_table.report(rows, "tiny")}
-            FILE.parent.mkdir(parents=True, exist_ok=True)
-            FILE.write_text(json.dumps(result, indent=1) + "\n")
+            done.pop(row["scheme"], None)
+            result = {**settings, "cores": machine["cores"], **_scheme_table.report([*rows, *done.values()], "tiny")}
+            write(result)
     print(_scheme_table.text(result))
     print(f"{time.perf_counter() - began:.0f} s")
     save("schemes", result)

@@ -14,6 +14,8 @@ from typing import Any
 
 Row = dict[str, Any]
 
+BARS = {8: 0.5, 4: 3.0}
+"""Points that a scheme may lose, by the bits of its weights."""
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 900, 320, 64, 60, 52, 40
 EIGHT, FOUR, PLAIN = "#1f6f8b", "#b5541c", "#555555"
 NEAR = 60  # pixels between points whose labels share a column
@@ -92,8 +94,7 @@ def accuracy(first: Row, others: Sequence[Row], x: Axis, top: int) -> list[str]:
     base = 100 * first["accuracy"]
     spans = [[min(100.0, base + 100 * bound) for bound in row["interval"]] for row in others]
     ends = [end for span in spans for end in span]
-    bars = [(base - 0.5, "0.5 points lost"), (base - 3, "3 points lost")]
-    shown = [bar for bar in bars if bar[0] >= min(*ends, base - 0.6)]
+    shown = [(base - bar, f"{bar:g} points lost") for bar in BARS.values() if base - bar >= min(*ends, base - 0.6)]
     y = linear([*ends, base, base - 0.6], top + HEIGHT - 34, top + 8, "%")
     out = frame(x, y, top, "accuracy, with the 95% interval of its difference to bf16")
     for value, text in shown:
@@ -171,10 +172,13 @@ def circle(x: float, y: float, colour: str, full: bool, title: str) -> str:
 
 
 def colour_of(row: Row) -> str:
-    weights = row["experts"]
-    if weights == "bf16":
-        return PLAIN
-    return FOUR if "4" in weights.split(" x ")[0].split("_g")[0] else EIGHT
+    return {4: FOUR, 8: EIGHT, 16: PLAIN}[bits(row)]
+
+
+def bits(row: Row) -> int:
+    """Of an expert's weight, by the name of its format."""
+    form = str(row["experts"]).partition(" x ")[0].partition("_g")[0]
+    return 16 if form == "bf16" else 4 if form.endswith("4") else 8
 
 
 def filled(row: Row) -> bool:

@@ -14,7 +14,7 @@ failed=0
 	"$PY" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 	git rev-parse HEAD 2>/dev/null
 } | tee "$OUT/machine.txt"
-"$PY" -m pytest -m gpu -n "$WORKERS" --timeout 600 --durations=10 tests/test_triton_*.py 2>&1 | tee "$OUT/tests.log" || failed=1
+"$PY" -m pytest -m gpu -p no:benchmark -n "$WORKERS" --timeout 600 --durations=10 tests/test_triton_*.py 2>&1 | tee "$OUT/tests.log" || failed=1
 for name in route experts gemm attention; do
 	[ -f "benchmarks/$name.py" ] || continue
 	"$PY" "benchmarks/$name.py" 2>&1 | tee "$OUT/$name.log" || failed=1

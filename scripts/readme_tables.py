@@ -41,7 +41,20 @@ def cpu_generate(result: dict[str, Any]) -> str:
 
 def schemes(result: dict[str, Any]) -> str:
     """What each number format costs."""
-    return f"`{result['model']}`: {_scheme_table.text(result)}\n\n{origin(result)}"
+    return f"{_scheme_table.text(result)}\n\n{verdict(result['rows'])} {origin(result)}"
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Which schemes lose more than they may, and which may do so within their interval."""
+    said = []
+    for bits, bar in draw_accuracy.BARS.items():
+        held = [row for row in rows if "difference" in row and draw_accuracy.bits(row) == bits]
+        missed = [row["scheme"] for row in held if -100 * row["difference"] > bar]
+        unsure = [row["scheme"] for row in held if row["scheme"] not in missed and -100 * row["interval"][0] > bar]
+        said.append(f"{bits}-bit weights may lose {bar:g} points: {len(missed) or 'none'} of {len(held)} lose more")
+        said[-1] += f" ({', '.join(missed)})" if missed else ""
+        said[-1] += f" (the interval of {', '.join(unsure)} reaches beyond)" if unsure else ""
+    return "; ".join(said) + "."
 
 
 def sensitivity(result: dict[str, Any]) -> str:
@@ -49,14 +62,14 @@ def sensitivity(result: dict[str, Any]) -> str:
     lines = [
         f"`{result['model']}`, {result['items']} items; computed in {result['dtype']} unless said. {origin(result)}",
         "",
-        "| fault | accuracy | 95% interval | families that lose | KL, nats per token | same token |",
-        "|---|---|---|---|---|---|",
+        "| fault | accuracy | 95% interval | families that lose | KL, nats per token | logits apart | same token |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         low, high = row["accuracy_interval"]
         lines.append(
             f"| {row['fault']} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} | {row['lose']} of "
-            f"{len(row['families'])} | {row['kl']:.1e} | {row['same']:.3%} |"
+            f"{len(row['families'])} | {divergence(row)} | {row['logits']:.1e} | {row['same']:.3%} |"
         )
     return "\n".join(lines)
 
@@ -73,9 +86,9 @@ def kv_b_proj(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         lines.append(
-            f"| {row['dtype']} | {row['scheme']} | {row['way']} | {row['w_k_elements']:.2%} | {row['w_k_error']:.1e} | "
-            f"{row['between']['kl']:.1e} | {row['between']['logits']:.1e} | {row['plain']['kl']:.1e} | "
-            f"{row['absorbed']['kl']:.1e} |"
+            f"| {row['dtype']} | {row['scheme']} | {row['way']} | {100 * row['w_k_elements']:.2g}% | "
+            f"{row['w_k_error']:.1e} | {divergence(row['between'])} | {row['between']['logits']:.1e} | "
+            f"{divergence(row['plain'])} | {divergence(row['absorbed'])} |"
         )
     return "\n".join(lines)
 
@@ -86,15 +99,21 @@ def rounding(result: dict[str, Any]) -> str:
         f"`{result['model']}` in {result['dtype']}, along {result['tokens']:,} tokens of {result['texts']} answers. "
         f"{origin(result)}",
         "",
-        "| part | what | weights apart | KL | log-prob | answers that change |",
-        "|---|---|---|---|---|---|",
+        "| part | what | weights apart | logits apart | KL | log-prob | answers that change |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         apart = "" if row["error"] is None else f"{row['error']:.2%}"
         lines.append(
-            f"| {row['part']} | {row['what']} | {apart} | {row['kl']:.1e} | {row['logprob']:.1e} | {row['others']} |"
+            f"| {row['part']} | {row['what']} | {apart} | {row['logits']:.2%} | {divergence(row)} | "
+            f"{row['logprob']:.1e} | {row['others']} |"
         )
     return "\n".join(lines)
+
+
+def divergence(row: dict[str, Any]) -> str:
+    """With its standard error."""
+    return f"{row['kl']:.1e} ± {row['kl_error']:.0e}"
 
 
 def origin(result: dict[str, Any]) -> str:

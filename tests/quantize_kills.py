@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import moesaic.models.quantize  # imported once, before the forks
 from moesaic.cli import main
 from moesaic.models.quantize_write import Writer
 
@@ -42,7 +41,7 @@ def arm(point: str, output: Path) -> Callable[[], int]:
             die()
 
     def on_event(event: str, args: tuple[Any, ...]) -> None:
-        if event in TOUCHING and isinstance(args[0], str | os.PathLike) and str(args[0]).startswith(str(output)):
+        if event in TOUCHING and isinstance(args[0], str | os.PathLike) and str(args[0]).startswith(f"{output}"):
             count()
 
     def on_call(frame: FrameType, event: str, _: object) -> None:
@@ -56,31 +55,33 @@ def arm(point: str, output: Path) -> Callable[[], int]:
     return lambda: seen[0]
 
 
-def run(source: str, output: Path, shard: str, point: str) -> tuple[int, int]:
-    """(exit code, or minus the signal; events) of one run in a child."""
-    read, write = os.pipe()
+def quantize(source: str, output: Path, shard: str) -> int:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return main(["quantize", source, str(output), "--scheme", "mxfp8", "--shard-size", shard])
+
+
+def run(source: str, output: Path, shard: str, point: str) -> int:
+    """The exit code, or minus the signal, of one run in a child."""
     child = os.fork()
     if child == 0:
-        seen = arm(point, output)
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = main(["quantize", source, str(output), "--scheme", "mxfp8", "--shard-size", shard])
-        os.write(write, str(seen()).encode())
-        os._exit(code)
-    os.close(write)
-    events = os.read(read, 100)
-    os.close(read)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(events or 0)
+        arm(point, output)
+        os._exit(quantize(source, output, shard))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def tell(**facts: Any) -> None:
+    print(json.dumps({name: str(fact) if isinstance(fact, Path) else fact for name, fact in facts.items()}), flush=True)
 
 
 if __name__ == "__main__":
-    assert moesaic.models.quantize
-    total = 0
-    for number, point in enumerate(["0", *sys.argv[4:]]):
+    source, directory, shard = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    directory.mkdir(exist_ok=True)  # or the first run alone would make it
+    whole = directory / "0"
+    count = arm("0", whole)  # in this process: what is imported on the way is there in every child
+    tell(point="0", output=whole, ended=quantize(source, whole, shard), events=(total := count()))
+    for number, point in enumerate(sys.argv[4:], 1):
         point = str(total + 1 + int(point)) if point.startswith("-") else point
-        output = Path(sys.argv[2]) / f"{number}-{point}"
-        ended, events = run(sys.argv[1], output, sys.argv[3], point)
-        total = total or events
+        output = directory / f"{number}-{point}"
+        ended = run(source, output, shard, point)
         left = sorted(path.name for path in output.iterdir()) if output.exists() else []
-        again = run(sys.argv[1], output, sys.argv[3], "0") if ended else (0, 0)
-        told = {"point": point, "output": str(output), "ended": ended, "events": events, "left": left}
-        print(json.dumps(told | {"again": again[0]}), flush=True)
+        tell(point=point, output=output, ended=ended, left=left, again=run(source, output, shard, "0"))

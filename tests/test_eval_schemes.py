@@ -1,4 +1,4 @@
-"""`moesaic eval --schemes`: the statistics, the replay that saves generating, the distances, what is said of failures."""
+"""`moesaic eval --schemes`: statistics, the replay that saves generating, distances, what is said of failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moesaic.cli import main
 from moesaic.commands import _scheme_table, _schemes
 from moesaic.commands.eval import of_families
 from moesaic.contracts.scheme import SCHEMES
-from moesaic.engine.forced import Distance, distance, forced_logits, packed
+from moesaic.engine.forced import Distance, distance, forced_logits, means, packed
 from moesaic.errors import UnsupportedError
 from moesaic.tasks.paired import Z95, Paired
 from scripts import draw_accuracy, readme_tables
@@ -125,13 +125,26 @@ def test_distances_by_hand() -> None:
     assert found.kl == pytest.approx(kl, rel=1e-6)
     assert found.logprob == pytest.approx(math.log(2), rel=1e-6)
     assert (found.tokens, found.same) == (2, 2)
-    twice = found + found
-    assert twice.means() == pytest.approx({"kl": kl / 2, "logprob": math.log(2) / 2, "same": 1.0})
-    assert Distance().means() == {"kl": 0.0, "logprob": 0.0, "same": 0.0}
     other = distance(p[:1], torch.tensor([[0.0, 1.0, 2.0]]), [1])
     probabilities = torch.softmax(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64), 0)
     wanted = torch.nn.functional.kl_div(probabilities.log(), torch.tensor([0.5, 0.5, 0.0]).double(), reduction="sum")
-    assert other.kl == pytest.approx(float(wanted), rel=1e-6)
+    assert (other.kl, other.same) == (pytest.approx(float(wanted), rel=1e-6), 0)
+    vectors = distance(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[13.0, 11.0, 15.0]]), [0])
+    assert vectors.logits == pytest.approx(math.sqrt(6) / math.sqrt(2))  # (-1, -1, 2) against (1, -1, 0)
+
+
+def test_means_and_their_error_by_hand() -> None:
+    """Two answers of 1 and 3 tokens: kl 0.1 a token and 0.3 a token, so 0.25; residuals -0.15 and +0.15."""
+    found = means([Distance(1, 0.1, 0.5, 0.2, 1), Distance(3, 0.9, 1.5, 0.2, 2)])
+    error = math.sqrt(2 * 0.15**2) / 4
+    assert found == pytest.approx({"kl": 0.25, "kl_error": error, "logprob": 0.5, "logits": 0.1, "same": 0.75})
+    assert set(means([]).values()) == {0.0}
+    draw = random.Random(5)
+    drawn = [Distance(n := draw.randint(1, 60), draw.expovariate(1) * n, 0.0, 0.0, 0) for _ in range(4000)]
+    samples = [means(draw.choices(drawn, k=len(drawn)))["kl"] for _ in range(200)]  # a bootstrap
+    centre = sum(samples) / len(samples)
+    bootstrap = math.sqrt(sum((each - centre) ** 2 for each in samples) / (len(samples) - 1))
+    assert means(drawn)["kl_error"] == pytest.approx(bootstrap, rel=0.2)
 
 
 def test_logits_that_are_no_numbers_are_refused(llm: LLM) -> None:
@@ -156,11 +169,11 @@ def coarse() -> LLM:
 
 def test_a_replay_gives_the_answers_of_generating(llm: LLM, coarse: LLM) -> None:
     """The marks that the replay gives are those of the model's own generation of every answer, from scratch."""
-    asked = of_families(llm, FAMILIES, 5)
-    how = _schemes.How(max_tokens=160)
+    asked = of_families(llm, FAMILIES, 4)
+    how = _schemes.How(max_tokens=100)
     sound, first = _schemes.listen(llm, asked, how)
     row = _schemes.against(coarse, "coarse", sound, how)
-    results = coarse.generate([a.prompt for a in asked], SamplingParams(temperature=0, max_tokens=160))
+    results = coarse.generate([a.prompt for a in asked], SamplingParams(temperature=0, max_tokens=100))
     right = [a.right(r.text) for a, r in zip(asked, results, strict=True)]
     assert row["other_answers"] == sum(r.tokens != s for r, s in zip(results, sound.answers, strict=True)) > 3
     assert row["right"] == sum(right) < first["right"]
@@ -265,7 +278,7 @@ def report() -> dict[str, Any]:
     rows = [first]
     for i, name in enumerate(SCHEMES):
         found = {"scheme": name, "experts": "mxfp4 x mxfp8" if i % 2 else "fp8_block", "others": "fp8_block"}
-        apart = {"kl": 10.0 ** -(3 + i / 4), "logprob": 0.1, "same": 0.9}
+        apart = {"kl": 10.0 ** -(3 + i / 4), "kl_error": 1e-6, "logprob": 0.1, "logits": 0.1, "same": 0.9}
         rows.append({**shared, **pair, **found, **apart, "accuracy": 0.98})
     rows.append({"scheme": "none", "error": "is missing"})
     return _scheme_table.report(rows, "tiny")

@@ -15,7 +15,7 @@ import torch
 from moesaic import LLM, SamplingParams
 from moesaic.assets import embedded_model
 from moesaic.errors import CheckpointError, MoesaicError, OptionError, RequestError
-from moesaic.kernels import cpu
+from moesaic.kernels import cpu, cpu_native
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -185,9 +185,9 @@ def test_one_long_context_does_not_inflate_the_others() -> None:
 
 
 def test_the_choice_of_kernels_explains_itself(llm: LLM) -> None:
-    text = llm.launched.built.plan.explain()
-    assert "experts, layers 1-5, decode: cpu\n" in text
-    assert "not reference with local: cpu with local is preferred" in text
+    text, best = llm.launched.built.plan.explain(), "cpu" if cpu_native.probe() else "cpu_native"
+    assert f"experts, layers 1-5, decode: {best}\n" in text
+    assert f"not reference with local: {best} with local is preferred" in text
     wished = LLM(progress=False, experts="reference").launched.built.plan.explain()
     assert "experts, layers 1-5, decode: reference\n" in wished
     with pytest.raises(OptionError, match="deterministic"):

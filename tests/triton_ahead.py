@@ -133,10 +133,17 @@ def attend(view: KVView, heads: int, sequences: int, count: int, window: int | N
 
     spans = tuple(Span(s * count, count, 1024) for s in range(sequences))
     batch = AttentionBatch(spans, sequences if count == 1 else 0, meta(sequences, 1024, dtype=torch.int64),
-                           meta(sequences, dtype=torch.int64), meta(sequences, 1024, dtype=torch.float32))  # fmt: skip
+                           meta(sequences, dtype=torch.int64), meta(sequences, 1024, dtype=torch.float32),
+                           meta(sequences, 3, dtype=torch.int64))  # fmt: skip
     width = max(view.kv_heads * view.key_dim, view.value_at + view.kv_heads * view.value_dim)
     sinks = meta(heads, dtype=torch.float32) if window else None
     attend_paged(meta(sequences * count, heads, view.key_dim), meta(65536, width), batch, view, 0.1, window, sinks)
+
+
+def gate(tokens: int) -> None:
+    from moesaic.kernels._triton.linear import linear
+
+    linear(meta(tokens, 7168, dtype=torch.float32), meta(256, 7168, dtype=torch.float32))
 
 
 def row_wise(tokens: int) -> None:
@@ -160,6 +167,7 @@ LATENT, GROUPED = KVView(1, 576, 0, 512), KVView(4, 128, 512, 128)
 DEEPSEEK = (256, 7168, 2048, 8)
 CASES: dict[str, Callable[[], object]] = {
     "row wise": lambda: row_wise(64),
+    "gate": lambda: gate(16),
     "latent decode": lambda: attend(LATENT, 128, 8, 1),
     "latent prefill": lambda: attend(LATENT, 128, 1, 256),
     "grouped decode": lambda: attend(GROUPED, 32, 64, 1),
@@ -169,14 +177,14 @@ CASES: dict[str, Callable[[], object]] = {
     "oai": lambda: experts("mxfp4", 16, (128, 2880, 2880, 4), True),
 }
 for _name in SCHEMES:
-    for _tokens in (1, 64, 1024, 4096):
+    for _tokens in (1, 64, 256, 1024, 4096):
         CASES[f"experts {_name} {_tokens}"] = lambda name=_name, tokens=_tokens: experts(name, tokens)
         if _name != "bf16":
             CASES[f"linear {_name} {_tokens}"] = lambda name=_name, tokens=_tokens: linear_quant(name, tokens)
 
 
 def main(arch: int, names: list[str]) -> None:
-    for name in names:
+    for name in names or CASES:
         for each in collect(arch, CASES[name]):
             print(json.dumps({"case": name, **each}), flush=True)
 

@@ -5,6 +5,8 @@ Under TRITON_INTERPRET (see conftest.py) the kernels run on the CPU, a program a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,18 +61,21 @@ def close(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype = BF16
 
 
 def same_codes(mine: Rows, x: Tensor, scale: Tensor | None) -> None:
-    """Bit for bit the reference's codes and scales; and `exact` is what they stand for."""
-    theirs = encodings.encode(x, mine.encoding, scale)
+    """Bit for bit the reference's codes and scales; and `exact` is what they stand for.
+
+    The reference runs on the CPU: on CUDA, torch multiplies by the reciprocal where it is told to divide by a number.
+    """
+    theirs = encodings.encode(x.cpu(), mine.encoding, None if scale is None else scale.cpu())
     for name, part in theirs.parts.items():
-        own = mine.parts[name]
+        own = mine.parts[name].cpu()
         assert own.dtype == part.dtype
         assert own.shape == part.shape
         if part.element_size() == 1:
             own, part = own.view(torch.uint8), part.view(torch.uint8)
         assert torch.equal(own, part), (mine.encoding, name, (own != part).sum())
     if "exact" in mine.parts and len(x):
-        top = mine.parts.get("global_scale", torch.ones((), device=x.device))
-        assert torch.equal(mine.parts["exact"].float() * top, theirs.decode()), mine.encoding
+        top = mine.parts.get("global_scale", torch.ones(()))
+        assert torch.equal(mine.parts["exact"].cpu().float() * top.cpu(), theirs.decode()), mine.encoding
 
 
 def check_encode(encoding: Encoding, tokens: int, size: int, dtype: torch.dtype) -> None:
@@ -111,10 +116,8 @@ def expert_weights(scheme: Scheme, shape: tuple[int, int, int], activation: Acti
 
 def check_experts(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int], how: str = "usual",
                   activation: Activation = SILU) -> None:  # fmt: skip
-    """Stage by stage, each on the kernel's own previous result; then the whole."""
+    """Stage by stage, each on the kernel's own previous result; then the sum."""
     from moesaic.kernels._triton import experts as code
-    from moesaic.kernels._triton.encode import encode_rows
-    from moesaic.kernels._triton.sort import sort
 
     experts, hidden, width, top_k = shape
     w = expert_weights(scheme, (experts, hidden, width), activation)
@@ -125,26 +128,45 @@ def check_experts(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int],
     assert out.dtype == BF16
     if not tokens:
         return
-    blocks = sort(ids, experts, code.height_of(ids.numel(), experts))
-    order = torch.where(ids.flatten() >= 0)[0]
-    order = order[ids.flatten()[order].argsort(stable=True)]
-    used, at = len(order), ids.flatten()[order]
-    assert blocks.order_R is not None
-    assert int(blocks.total) == used
-    assert torch.equal(blocks.order_R[:used].long(), order)
+    blocks, order = code.blocks_of(ids, w), sorted_rows(ids)
+    if blocks.order_R is not None:
+        assert int(blocks.total) == len(order)  # type: ignore[arg-type]
+        assert torch.equal(blocks.order_R[: len(order)].long(), order)
+    else:
+        order = torch.where(ids.flatten() >= 0)[0]
+    second = check_products(rows, w, blocks, order, ids.flatten()[order], top_k)
+    check_sum(out, second, ids, weights)
+
+
+def sorted_rows(ids_TA: Tensor) -> Tensor:
+    """Rows t A + a with an expert, in order of it, stable."""
+    order = torch.where(ids_TA.flatten() >= 0)[0]
+    return order[ids_TA.flatten()[order].argsort(stable=True)]
+
+
+def check_products(rows: Rows, w: ExpertWeights, blocks: Any, order: Tensor, at: Tensor, top_k: int) -> Tensor:
+    """Both products and the encoding between them. order: of sorted rows; at: their experts. -> the second's result."""
+    from moesaic.kernels._triton import experts as code
+    from moesaic.kernels._triton.encode import encode_rows
+
+    used = slice(0, len(order)) if blocks.order_R is not None else order
     first = code.first_product(rows, w, blocks, top_k)
-    x_RD = reference.row_values(in_double(rows))[order // top_k]
+    x_RD = reference.row_values(in_double(flat(rows)))[order // top_k]
     wide = reference.expert_products(x_RD, w.w13, at, w.biases[0] if w.biases else None)
-    close(first[:used], reference.activate(wide, activation), "first product", first.dtype)
+    close(first[used], reference.activate(wide, w.activation), "first product", first.dtype)
     between = encode_rows(first, w.between, w.between_scale, blocks.total, BF16)
-    inside = Rows(between.encoding, {n: p[:used] if p.dim() else p for n, p in between.parts.items()}, BF16)
+    inside = Rows(between.encoding, {n: p[used] if p.dim() else p for n, p in between.parts.items()}, BF16)
     if w.between.name != "bf16":
-        same_codes(inside, first[:used], w.between_scale)
+        same_codes(inside, first[used], w.between_scale)
     second = code.second_product(between, w, blocks)
     h_RI = reference.row_values(in_double(inside))
-    theirs = reference.expert_products(h_RI, w.w2, at, w.biases[1] if w.biases else None)
-    close(second[order], theirs, "second product")
-    check_sum(out, second, ids, weights)
+    close(second[order], reference.expert_products(h_RI, w.w2, at, w.biases[1] if w.biases else None), "second product")
+    return second
+
+
+def flat(x: Rows) -> Rows:
+    """Rows [R, ...] of rows with more axes."""
+    return Rows(x.encoding, {n: p.reshape(-1, p.shape[-1]) if p.dim() else p for n, p in x.parts.items()}, x.dtype)
 
 
 def check_sum(out_TD: Tensor, y_RD: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> None:
@@ -156,21 +178,22 @@ def check_sum(out_TD: Tensor, y_RD: Tensor, ids_TA: Tensor, weights_TA: Tensor) 
 
 def check_slotted(scheme: Scheme, shape: tuple[int, int, int, int], counts: list[int]) -> None:
     """Slots of E experts, capacity C; what lies behind a count is NaN and stays out of everything."""
-    from moesaic.kernels._triton.experts import experts_slotted
+    from moesaic.kernels._triton import experts as code
+    from moesaic.kernels._triton.sort import slots
 
     experts, capacity, hidden, width = shape
     w = expert_weights(scheme, (experts, hidden, width))
     x = randn(experts, capacity, hidden)
     for e, count in enumerate(counts):
         x[e, count:] = float("nan")
-    rows = triton.encode(x, scheme.activation, static_scale(scheme.activation))
-    out = experts_slotted(rows, w, torch.tensor(counts, device=device()))
-    for e, count in enumerate(counts):
-        if count:
-            part = Rows(rows.encoding, {n: p[e, :count] if p.dim() else p for n, p in rows.parts.items()}, BF16)
-            one = torch.full((count, 1), e, dtype=torch.int32, device=device())
-            theirs = reference.experts(in_double(part), w, one, torch.ones(count, 1, device=device()))
-            close(out[e, :count], theirs, f"expert {e}")
+    rows, counts_E = triton.encode(x, scheme.activation, static_scale(scheme.activation)), torch.tensor(counts)
+    out = code.experts_slotted(rows, w, counts_E.to(device()))
+    at_EC = torch.arange(experts)[:, None].expand(experts, capacity)
+    order = torch.where((torch.arange(capacity) < counts_E[:, None]).flatten())[0]
+    blocks = slots(counts_E.to(device()), capacity, code.height_of(experts * capacity, experts))
+    at = at_EC.flatten()[order].to(torch.int32).to(device())
+    second = check_products(rows, w, blocks, order.to(device()), at, 1)
+    assert torch.equal(out.flatten(0, 1)[order.to(device())], second[order.to(device())])
 
 
 def check_paged(view: KVView, heads: int, lengths: tuple[int, ...], counts: tuple[int, ...], window: int | None = None,

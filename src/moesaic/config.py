@@ -12,7 +12,7 @@ from typing import Any
 from moesaic.errors import OptionError
 
 DTYPES = ("auto", "bfloat16", "float32")
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,16 @@ class EngineConfig:
             if name not in known:
                 raise OptionError("unknown option", where=name, remedy=f"Known: {', '.join(sorted(known))}.")
         return cls(**options)
+
+
+OWN_VARIABLES = ("MOESAIC_CACHE",)
+"""Variables that begin like an option's and are none."""
+
+
+def environment_options() -> dict[str, str]:
+    """The options that the environment sets: `MOESAIC_MAX_NUM_SEQS=8` is {"max_num_seqs": "8"}, as text."""
+    names = [name for name in os.environ if name.startswith("MOESAIC_") and name not in OWN_VARIABLES]
+    return {name.removeprefix("MOESAIC_").lower(): os.environ[name] for name in sorted(names)}
 
 
 def cache_folder() -> Path:

@@ -63,6 +63,29 @@ def local_cpu() -> Hardware:
     return Hardware(name, "cpu", available_memory(), frozenset(flags.split()))
 
 
+def local_gpu() -> Hardware | None:
+    """This machine's first CUDA device, with the rates of its kind where GPUS has them; None where there is none.
+
+    Memory is what is free now. Asks torch, which is imported here so that this file stays light.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name, (major, minor) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+    known = next((each for each in GPUS.values() if each.name in name.lower().split()), None)
+    memory, arch = torch.cuda.mem_get_info(0)[0], 10 * major + minor
+    return Hardware(name, "cuda", memory, frozenset(), arch, known.bandwidth if known else 0.0,
+                    known.peaks if known else {})  # fmt: skip
+
+
+def local(device: str) -> Hardware | None:
+    """What `auto` (a GPU where there is one), `cpu` or `cuda` means here; None for a GPU that this machine lacks."""
+    if device == "cpu":
+        return local_cpu()
+    return local_gpu() or (local_cpu() if device == "auto" else None)
+
+
 def available_memory() -> int:
     """Bytes that can be taken without swapping, as far as the system tells."""
     line = key_values(Path("/proc/meminfo")).get("MemAvailable", "")

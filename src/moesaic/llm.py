@@ -81,6 +81,7 @@ class LLM:
         """model: a directory or a hub id; None is the embedded model."""
         self.config = EngineConfig.of(options)
         with Checkpoint.open(model or embedded_model(), self.config.revision) as checkpoint:
+            self.path = checkpoint.path
             self.tokenizer = Tokenizer.from_directory(checkpoint.path)
             self.template = ChatTemplate.from_directory(checkpoint.path, self.tokenizer.special_tokens)
             self.launched = launch(checkpoint, self.config, self.tokenizer)

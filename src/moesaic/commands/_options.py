@@ -110,8 +110,8 @@ SAMPLING: Mapping[str, Hint] = {
 SHAPERS = ("top_k", "top_p", "min_p")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL and the engine's options: one flag per field of EngineConfig."""
+def add_model_options(parser: argparse.ArgumentParser, *, explain: bool = True) -> None:
+    """MODEL and the engine's options: one flag per field of EngineConfig. explain: and --explain."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "model", metavar="MODEL", nargs="?",
@@ -120,7 +120,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine", "how the model is run")
     for field in fields(EngineConfig):
         add_option(engine, field, hints(EngineConfig)[field.name], ENGINE[field.name])
-    engine.add_argument("--explain", action="store_true", help="say which kernel was chosen, and why (default: off)")
+    if explain:
+        text = "say which kernel was chosen, and why (default: off)"
+        engine.add_argument("--explain", action="store_true", help=text)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, without: Collection[str] = (), limit: str = "") -> None:

@@ -9,12 +9,13 @@ Row = dict[str, Any]
 
 HEAD = (
     "| scheme | weights x rows | MiB | of them experts | accuracy | difference, 95% interval | lost, gained | p | KL "
-    "| log-prob | same token |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| log-prob | logits | same token |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 LEGEND = (
     "*Difference* is in points, on the same items; *lost, gained*: items that only the first row, or only this one, "
-    "solves; *p*: McNemar's exact test. *KL*, *log-prob* (mean magnitude of the difference) in nats per token and "
-    "*same token* (most likely) are taken along the answers of the first row."
+    "solves; *p*: McNemar's exact test. Along the answers of the first row, per token: *KL* in nats, with its standard "
+    "error; *log-prob*, the magnitude of its difference in nats; *logits*, relative difference of the whole vector; "
+    "*same token*: the same most likely one."
 )
 
 
@@ -34,10 +35,11 @@ def line(row: Row) -> str:
         low, high = row["interval"]
         cells += [
             f"{points(row['difference'])} ({points(low)} to {points(high)})", f"{row['lost']}, {row['gained']}",
-            f"{row['p_value']:.2g}", f"{row['kl']:.1e}", f"{row['logprob']:.1e}", f"{row['same']:.3%}",
+            f"{row['p_value']:.2g}", f"{row['kl']:.1e} ± {row['kl_error']:.0e}", f"{row['logprob']:.1e}",
+            f"{row['logits']:.2%}", f"{row['same']:.3%}",
         ]  # fmt: skip
     else:
-        cells += [""] * 6
+        cells += [""] * 7
     return "| " + " | ".join(cells) + " |"
 
 

@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moesaic.commands._scheme_table import Row, brief
 from moesaic.commands.eval import Asked
 from moesaic.contracts.scheme import UNQUANTIZED
-from moesaic.engine.forced import Distance, distance, forced_logits
+from moesaic.engine.forced import Distance, distance, forced_logits, means
 from moesaic.engine.params import SamplingParams
 from moesaic.errors import MoesaicError
 from moesaic.layers.linear import Stored
@@ -130,24 +129,24 @@ def against(llm: LLM, name: str, sound: Sound, how: How) -> Row:
     row: Row = {"scheme": name} | weights(llm.launched.built.model) | scores(sound.asked, right)
     row |= {
         "lost": paired.lost, "gained": paired.gained, "difference": paired.difference, "interval": paired.interval,
-        "p_value": paired.p_value, "other_answers": len(ways), **apart.means(),
+        "p_value": paired.p_value, "other_answers": len(ways), **means(apart),
     }  # fmt: skip
     return row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def replay(llm: LLM, name: str, sound: Sound, how: How) -> tuple[Distance, dict[int, list[int]]]:
-    """(distance over the kept answers, {item: tokens up to and with the first of its own} for other answers)."""
+def replay(llm: LLM, name: str, sound: Sound, how: How) -> tuple[list[Distance], dict[int, list[int]]]:
+    """(distances along the kept answers, {item: tokens up to and with the first of its own} for other answers)."""
     from tqdm import tqdm
 
     chosen = [i for i, answer in enumerate(sound.answers) if answer]
     found = forced_logits(
         llm.launched.built.model, [(sound.asked[i].prompt, sound.answers[i]) for i in chosen], budget(llm)
     )
-    apart, ways = Distance(), dict[int, list[int]]()
+    apart, ways = list[Distance](), dict[int, list[int]]()
     show = how.progress and sys.stderr.isatty()
     for i, logits_AV in tqdm(zip(chosen, found, strict=True), name, len(chosen), unit="answer", disable=not show):
         if i in sound.logits:
-            apart += distance(sound.logits[i], logits_AV, sound.answers[i])
+            apart.append(distance(sound.logits[i], logits_AV, sound.answers[i]))
         own, given = logits_AV.argmax(-1).tolist(), sound.answers[i]
         if own != given:
             ways[i] = own[: 1 + next(k for k, (a, b) in enumerate(zip(own, given, strict=True)) if a != b)]
@@ -198,7 +197,7 @@ def weights(model: Decoder) -> Row:
 
     Draft layers count. What is not quantised counts as the checkpoint stores it, in whatever dtype the model computes.
     """
-    plain = torch.finfo(getattr(torch, model.spec.checkpoint_dtype)).bits // 8
+    plain = 4 if model.spec.checkpoint_dtype == "float32" else 2
     blocks = [*model.blocks, *(draft.block for draft in model.drafts)]
     experts = [item for block in blocks if isinstance(block.mlp, MoELayer) for item in block.mlp.experts.sources()]
     routed = {item.name for item in experts if isinstance(item, Stored)}

@@ -5,16 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from moesaic.assets import embedded_model
-from moesaic.contracts.plan import Refusal, Wishes
-from moesaic.contracts.scheme import SCHEMES
-from moesaic.errors import OptionError
+from moesaic.contracts.contract import Contract
+from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
+from moesaic.contracts.scheme import ENCODINGS
+from moesaic.contracts.spec import ModelSpec
+from moesaic.errors import OptionError, UnsupportedError
 from moesaic.hardware import GPUS, Hardware, local_cpu
 
-WIRE = ("bf16", "fp8_tensor", "fp8_token", "fp8_group128", "mxfp8", "nvfp4")
+if TYPE_CHECKING:
+    from moesaic.commands._plan_view import Report
+
+MOST_RANKS = 128
+"""As far as it is sought how many ranks a model needs."""
 EPILOG = """\
 Only config.json and the headers of the safetensors files are read; of a hub model through range requests. Kernels that
 Moesaic knows and cannot run yet are planned with only under --hypothetical.
@@ -41,12 +48,16 @@ def add_parser(subparsers: Any) -> None:
     add("--scheme", metavar="NAME", help="hold weights in this scheme, quantised at load (default: as stored)")
     add("--experts", metavar="NAME", help="demand this expert kernel (default: the best)")
     add("--dispatch", metavar="NAME", help="demand this dispatcher (default: the best)")
-    add("--wire", choices=WIRE, help="demand this encoding between dispatch and experts (default: the cheapest)")
-    add("--router-dtype", choices=("float32", "bfloat16"), help="demand this dtype of the router logits (default: what the kernel takes)")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="that is computed in (default: bfloat16)")
+    add("--wire", choices=ENCODINGS,
+        help="demand this encoding between dispatch and experts (default: the cheapest)")  # fmt: skip
+    add("--router-dtype", choices=("float32", "bfloat16"),
+        help="demand this dtype of the router logits (default: what the kernel takes)")  # fmt: skip
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="that is computed in (default: auto, bfloat16 where the hardware has it)")  # fmt: skip
     add("--max-batch", metavar="N", type=int, default=64, help="requests decoding at once (default: 64)")
     add("--context", metavar="N", type=int, default=4096, help="positions per request, for the costs (default: 4096)")
-    add("--deterministic", action="store_true", help="only kernels whose rows do not depend on one another (default: any)")
+    add("--deterministic", action="store_true",
+        help="only kernels whose rows do not depend on one another (default: any)")  # fmt: skip
     add("--lossy", action="store_true", help="allow roundings that the scheme does not ask for (default: refuse)")
     add("--hypothetical", action="store_true", help="plan with kernels that are not built yet, too (default: refuse)")
     add("--why", metavar="KERNEL", help="only say why this kernel or dispatcher was not taken (default: show all)")
@@ -57,46 +68,102 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     machines = [machine(name) for name in args.gpu]
-    for name in ("tp", "ep", "max_batch", "context"):
-        if getattr(args, name) < 1:
-            raise OptionError("must be at least 1", where=f"--{name.replace('_', '-')}", remedy="Correct the value.")
-    if args.scheme is not None and args.scheme not in SCHEMES:
-        raise OptionError(f"unknown scheme {args.scheme!r}", where="--scheme", remedy=f"Known: {', '.join(SCHEMES)}.")
-    from moesaic.commands._plan_view import Report, show, why
+    check(args)
+    from moesaic.commands._plan_json import as_json
+    from moesaic.commands._plan_view import check_known, show, why
     from moesaic.kernels.registry import catalogue, local_catalogue
-    from moesaic.models.build import spec_of
+    from moesaic.models.build import choose_dtype
     from moesaic.models.hold import hold_online
     from moesaic.models.metadata import read_metadata
     from moesaic.moe.dispatch import contracts
-    from moesaic.planning.plan import plan
 
     model = args.model or str(embedded_model())
-    metadata = read_metadata(model, args.revision)
-    spec = hold_online(spec_of(metadata.config), args.scheme)
-    wishes = wishes_of(args)
-    code, printed = 0, []
+    spec = hold_online(read_metadata(model, args.revision).spec, args.scheme)
+    found = []
     for hardware in machines:
-        known = local_catalogue() if hardware.device == "cpu" else catalogue()
-        made = plan(spec, hardware, (*known, *contracts()), wishes, args.dtype)
-        report = Report(model, spec, hardware, made, args.context)
-        if args.json:
-            printed.append(report.as_json())
-        elif args.why:
-            print(why(report, args.why))
-        else:
-            show(report)
-        code = code or (4 if isinstance(made, Refusal) else 0)
+        known = (*(local_catalogue() if hardware.device == "cpu" else catalogue()), *contracts())
+        for option in ("experts", "dispatch", "why"):
+            if name := getattr(args, option):
+                check_known(name, (c.backend for c in known if option in (c.op, "why")), f"--{option}")
+        dtype = choose_dtype(args.dtype, spec, hardware)
+        found.append(Asked(model, spec, hardware, known, dtype, args.context).report(wishes_of(args)))
     if args.json:
+        printed = [as_json(report) | ({"why": why(report, args.why)} if args.why else {}) for report in found]
         json.dump(printed if len(printed) > 1 else printed[0], sys.stdout, indent=1)
         print()
-    return code
+    for i, report in enumerate(() if args.json else found):
+        print(*[""] * min(i, 1), sep="", end="\n" * min(i, 1))
+        if args.why:
+            print("\n".join(why(report, args.why)) or f"{args.why} has no part in this model's path")
+        else:
+            show(report)
+    return UnsupportedError.exit_code if any(isinstance(report.made, Refusal) for report in found) else 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What plans are made of, but for the wishes."""
+
+    model: str
+    spec: ModelSpec
+    hardware: Hardware
+    known: Sequence[Contract]
+    dtype: str
+    context: int
+
+    def report(self, wishes: Wishes) -> Report:
+        """With the fewest ranks that would do, where it does not fit and more ranks can be had."""
+        from moesaic.commands._plan_view import Report
+
+        made = self.plan(wishes)
+        report = Report(self.model, self.spec, self.hardware, wishes, made, self.context)
+        if isinstance(made, Refusal) or not report.fit.lacking or self.hardware.device == "cpu":
+            return report
+        return replace(report, more=self.enough(wishes))
+
+    def plan(self, wishes: Wishes) -> ModelPlan | Refusal:
+        from moesaic.planning.plan import plan
+
+        return plan(self.spec, self.hardware, self.known, wishes, self.dtype)
+
+    def enough(self, wishes: Wishes) -> Wishes | None:
+        """The same wishes on more ranks: what is as wide as all of them grows with them."""
+        from moesaic.planning.cost import fit
+
+        now = max(wishes.tp, wishes.ep)
+        for count in range(now + 1, MOST_RANKS + 1):
+            if any(block.attention.heads % count and wishes.tp == now for block in self.spec.layers):
+                continue  # refused in any case: this only saves time
+            tp = count if wishes.tp == now else wishes.tp
+            wider = replace(wishes, tp=tp, ep=count if wishes.ep == now > 1 else wishes.ep, hypothetical=True)
+            made = self.plan(wider)
+            if isinstance(made, ModelPlan) and not fit(made, self.hardware, self.context).lacking:
+                return wider
+        return None
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the options without a model."""
+    from moesaic.models.hold import scheme_named
+
+    for name in ("tp", "ep", "max_batch", "context"):
+        if getattr(args, name) < 1:
+            raise OptionError("must be at least 1", where=f"--{name.replace('_', '-')}", remedy="Correct the value.")
+    if args.ep > 1 and args.ep % args.tp:
+        raise OptionError(
+            f"the {args.tp} ranks that cut projections must divide the {args.ep} that share experts",
+            where="--ep", remedy="Use --ep 1 or a multiple of --tp.",
+        )  # fmt: skip
+    if args.scheme is not None:
+        scheme_named(args.scheme, "--scheme")
 
 
 def machine(name: str) -> Hardware:
     if name == "cpu":
         return local_cpu()
     if name not in GPUS:
-        raise OptionError(f"unknown hardware {name!r}", where="--gpu", remedy=f"Known: {', '.join(GPUS)}, cpu.")
+        known = f"Known: {', '.join(GPUS)}, cpu. MODEL stands before --gpu."
+        raise OptionError(f"unknown hardware {name!r:.80}", where="--gpu", remedy=known)
     return GPUS[name]
 
 
@@ -104,5 +171,3 @@ def wishes_of(args: argparse.Namespace) -> Wishes:
     names = ("experts", "dispatch", "wire", "router_dtype", "deterministic", "lossy", "hypothetical", "max_batch",
              "tp", "ep")  # fmt: skip
     return replace(Wishes(), **{name: getattr(args, name) for name in names})
-
-

@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"moesaic: note: {note}", file=sys.stderr)
         calibrate = calibration(args, source, plan, show=show)
         with Workspace(output, recipe.options(source)) as work, bar(plan.before, "Quantising", "B", show) as shown:
+            if work.done:
+                print(f"moesaic: going on: {len(work.done)} of {len(plan.shards)} files are there", file=sys.stderr)
             rows = quantize(source, plan, work, calibrate, shown.update)
     print(table(rows, taken_over(plan)))
     print(f"{output}: {plan.scheme.name}, {plan.after / 2**20:.1f} MiB in {len(plan.shards)} files")

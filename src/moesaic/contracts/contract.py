@@ -81,8 +81,9 @@ class Contract:
     broken: why it cannot run on this very machine, found by trying; empty where it can, or where nobody tried.
     formats, encodings: of the weights and rows that it multiplies; pairs, where given, lists the only combinations.
     gate_up: order of the rows of the first product as the kernel wants them; packing: of its scales.
-    activations, expert_bias, sinks: as the names say.  scorings, logits, router_bias, groups: of routing, by name and
-    dtype.  capturable: it can stand in a CUDA graph.  workspace: bytes per token and element of width, roughly.
+    activations, expert_bias, sinks: as the names say.  latent_only: attention that knows MLA's cache alone.
+    scorings, logits, router_bias, groups: of routing, by name and dtype.  capturable: it can stand in a CUDA graph.
+    workspace: bytes per token and element of width, roughly.
     """
 
     op: str
@@ -97,6 +98,7 @@ class Contract:
     activations: frozenset[str] = frozenset({"silu"})
     expert_bias: bool = False
     sinks: bool = False
+    latent_only: bool = False
     pairs: frozenset[tuple[str, str]] | None = None
     arch: tuple[int, int] | None = None
     package: str | None = None
@@ -141,10 +143,12 @@ class Contract:
             return f"takes rows in {listed(self.encodings)}, not in {need.encoding}"
         if multiplies and self.pairs is not None and (need.format, need.encoding) not in self.pairs:
             return f"does not multiply {need.format} weights with rows in {need.encoding}"
-        if (routed or self.op == "activate") and need.activation not in self.activations:
+        if (routed or self.op in ("activate", "mlp")) and need.activation not in self.activations:
             return f"applies {listed(self.activations)}, not {need.activation}"
         if routed and need.expert_bias and not self.expert_bias:
             return "takes no expert biases"
+        if self.op.startswith("attend") and self.latent_only and not need.latent:
+            return "attends over MLA's latent cache only"
         return "takes no attention sinks" if need.sinks and self.op.startswith("attend") and not self.sinks else None
 
 
@@ -155,7 +159,7 @@ def listed(names: frozenset[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one build asks of every op, and (from `format` on) what one layer asks of its own."""
+    """What one build asks of every op (latent: its attention is MLA), and, from `format` on, one layer of its own."""
 
     device: str
     dtype: str
@@ -163,6 +167,7 @@ class Need:
     features: frozenset[str] = frozenset()
     arch: int = 0
     capturable: bool = False
+    latent: bool = False
     format: str = "bf16"
     encoding: str = "bf16"
     activation: str = "silu"

@@ -40,6 +40,11 @@ class Encoding:
     def __str__(self) -> str:
         return f"{self.name} (static)" if self.static else self.name
 
+    @property
+    def by_row(self) -> bool:
+        """Whether the codes of a row depend on that row alone; where not, on all that are encoded with it."""
+        return self.static or self.name != "fp8_tensor"
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:

@@ -19,7 +19,7 @@ from moesaic.errors import RequestError
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.hardware import local_cpu
-from moesaic.kernels.ops import ExpertWeights, Ops
+from moesaic.kernels.ops import OP_NAMES, ExpertWeights, Ops
 from moesaic.kernels.reference import activate, row_values
 from moesaic.kernels.registry import BoundCell, Kernels
 from moesaic.layers.linear import Sources, Stored
@@ -87,7 +87,8 @@ class Watching(Kernels):
         return tuple(replace(cell, ops=self.watched(cell.ops)) for cell in super().mixture(layer, **asks))
 
     def watched(self, ops: Ops) -> Ops:
-        functions = vars(ops)
+        """Without fused ops: inside those there would be nothing to see, and layers do without them."""
+        functions = {name: call for name, call in vars(ops).items() if name in OP_NAMES}
         watch = {"linear": self.linear, "linear_quant": self.linear_quant, "experts": self.experts}
         mine = {name: around(functions[name]) for name, around in watch.items() if name in functions}
         return cast(Ops, SimpleNamespace(**{**functions, **mine}))

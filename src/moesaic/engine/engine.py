@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moesaic.engine.output import Delta, OutputState
 from moesaic.engine.params import SamplingParams
@@ -15,6 +17,11 @@ from moesaic.engine.sampler import TokenLogprobs, validate
 from moesaic.engine.scheduler import Chunk, Scheduler, Step
 from moesaic.errors import RequestError
 from moesaic.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moesaic.engine.grammar import Guide
+
+log = logging.getLogger("moesaic.engine")
 
 
 @dataclass
@@ -47,8 +54,10 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, index: int = 0) -> Request:
+    def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, index: int = 0,
+            guide: Callable[[frozenset[int]], Guide] | None = None) -> Request:  # fmt: skip
         """Queues one completion. index: which of `n` completions, so that one seed gives n different ones.
+        guide: makes the guide of a grammar, given the tokens that end the answer.
 
         Raises RequestError for what this model or cache can never serve; then nothing was queued.
         """
@@ -61,6 +70,11 @@ class Engine:
             raise RequestError("stop strings need a tokenizer", where="stop", remedy="Use stop_token_ids.")
         seed = self.own_seed(prompt) if params.seed is None else params.seed
         request = Request(request_id, prompt, params, self.eos_token_ids, mix(seed, index))
+        if guide is not None:
+            if not request.stops:
+                raise RequestError("an answer held to a grammar ends with an end token", where="ignore_eos",
+                                   remedy="Leave it out, or give stop_token_ids.")  # fmt: skip
+            request.guide = guide(request.stops)
         state = OutputState(request, self.tokenizer)
         self.scheduler.add(request)
         self.states[request_id] = state
@@ -100,9 +114,19 @@ class Engine:
         self.scheduler.commit(step, result.sampled.tokens)
         for i, chunk in enumerate(sampling):
             if chunk.request.id in self.states:
-                deltas.append(self.delta(chunk.request, result.sampled.tokens[i], result.sampled.logprobs[i]))
+                deltas.append(self.say(chunk.request, result.sampled.tokens[i], result.sampled.logprobs[i]))
         self.count(step, sampling, result)
         return deltas
+
+    def say(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Delta:
+        """`delta`, or the end of that one request where its text cannot be made: the step's others are not lost."""
+        try:
+            if request.guide is not None:
+                request.guide.accept(token)
+            return self.delta(request, token, logprobs)
+        except Exception:  # whatever it is, it is this request's
+            log.exception("the text of request %s cannot be made", request.id)
+            return self.fail(request, "the text of the answer could not be made")
 
     def delta(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Delta:
         """The request's new token as text; ends the request at a stop string."""
@@ -121,11 +145,11 @@ class Engine:
             request.cached_prompt_tokens,
         )  # fmt: skip
 
-    def fail(self, request: Request) -> Delta:
-        """Ends one request whose logits are not numbers; the others go on."""
+    def fail(self, request: Request, why: str = "the model produced no valid logits") -> Delta:
+        """Ends one request (by default one whose logits are not numbers); the others go on."""
         self.scheduler.finish(request, FinishReason.ERROR)
         self.states.pop(request.id, None)
-        return Delta(request.id, "", (), finish_reason=FinishReason.ERROR, error="the model produced no valid logits")
+        return Delta(request.id, "", (), finish_reason=FinishReason.ERROR, error=why)
 
     def count(self, step: Step, sampling: list[Chunk], result: StepResult) -> None:
         stats = self.stats

@@ -9,6 +9,7 @@ Letters: T tokens, D hidden size, A answer tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -78,37 +79,50 @@ def whole_sequences(model: Decoder, sequences: Sequence[Sequence[int]]) -> StepI
     return StepInput(tokens_T, positions_T, slots_T, AttentionBatch.of(spans, 0, slots_SL), pool)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Distance:
-    """How far a model is from the sound one, as sums over answer tokens. Adding two gives that of both texts.
+    """How far a model is from the sound one along one answer, as sums over its tokens.
 
-    kl: nats.  logprob: magnitudes of the differences of the answer tokens' log-probabilities.  same: positions where
-    both have the same most likely token.
+    kl: nats.  logprob: magnitudes of the differences of the answer tokens' log-probabilities.  logits: norm of the
+    difference of the logits over their norm, both without their mean, which changes no probability.  same: positions
+    where both have the same most likely token.
     """
 
-    tokens: int = 0
-    kl: float = 0.0
-    logprob: float = 0.0
-    same: int = 0
-
-    def __add__(self, other: Distance) -> Distance:
-        return Distance(
-            self.tokens + other.tokens, self.kl + other.kl, self.logprob + other.logprob, self.same + other.same
-        )
-
-    def means(self) -> dict[str, float]:
-        """Per token: `kl` and `logprob` in nats, `same` as a share."""
-        count = max(1, self.tokens)
-        return {"kl": self.kl / count, "logprob": self.logprob / count, "same": self.same / count}
+    tokens: int
+    kl: float
+    logprob: float
+    logits: float
+    same: int
 
 
 def distance(sound_AV: Tensor, other_AV: Tensor, answer: Sequence[int]) -> Distance:
-    """Between the logits of two models along one answer. In FP64: small divergences are differences of near-equals."""
-    p_AV, q_AV = (torch.log_softmax(logits.double(), -1) for logits in (sound_AV, other_AV))
+    """Between the logits of two models. In FP64: small divergences are differences of near-equals."""
+    sound_AV, other_AV = sound_AV.double(), other_AV.double()
+    p_AV, q_AV = torch.log_softmax(sound_AV, -1), torch.log_softmax(other_AV, -1)
     answer_A1 = torch.tensor(answer, device=p_AV.device)[:, None]
+    level_AV, apart_AV = sound_AV - sound_AV.mean(1, keepdim=True), sound_AV - other_AV
+    apart_AV = apart_AV - apart_AV.mean(1, keepdim=True)
     return Distance(
         tokens=len(answer),
         kl=float((p_AV.exp() * (p_AV - q_AV)).sum()),
         logprob=float((p_AV - q_AV).gather(1, answer_A1).abs().sum()),
+        logits=float((apart_AV.norm(dim=1) / level_AV.norm(dim=1)).sum()),
         same=int((sound_AV.argmax(-1) == other_AV.argmax(-1)).sum()),
     )
+
+
+def means(distances: Sequence[Distance]) -> dict[str, float]:
+    """Over all tokens of several answers; zeros of none. `kl`, `logprob`: nats; `logits`, `same`: shares.
+
+    `kl_error`: the standard error of `kl`, answers being what is drawn (a ratio of sums, linearised); a few tokens
+    often make most of a divergence.
+    """
+    tokens = max(1, sum(d.tokens for d in distances))
+    kl = math.fsum(d.kl for d in distances) / tokens
+    spread = math.fsum((d.kl - kl * d.tokens) ** 2 for d in distances)
+    return {
+        "kl": kl, "kl_error": math.sqrt(spread) / tokens,
+        "logprob": math.fsum(d.logprob for d in distances) / tokens,
+        "logits": math.fsum(d.logits for d in distances) / tokens,
+        "same": sum(d.same for d in distances) / tokens,
+    }  # fmt: skip

@@ -11,11 +11,13 @@ from moesaic.contracts.plan import Wishes
 from moesaic.contracts.spec import ModelSpec
 from moesaic.engine.blocks import BlockManager
 from moesaic.engine.engine import Engine
+from moesaic.engine.graphs import DecodeGraphs
 from moesaic.engine.runner import Runner
 from moesaic.engine.scheduler import Scheduler, SchedulerConfig
+from moesaic.engine.tapes import DecodeTapes
 from moesaic.errors import CapacityError, OptionError
 from moesaic.formats.dialects.modules import linears
-from moesaic.hardware import Hardware, local_cpu
+from moesaic.hardware import Hardware, local, local_cpu
 from moesaic.layers.kv_pool import KVPool, block_bytes
 from moesaic.models.build import Built, build, choose_dtype, plan_here, stored_spec
 from moesaic.models.checkpoint import Checkpoint
@@ -26,6 +28,9 @@ CHUNK = 256
 """Fixed prefill chunk of the deterministic mode, in tokens."""
 DEFAULT_CPU_POOL = 1 << 30
 """On a CPU the pool shares memory with everything else: bytes it takes at most unless told otherwise."""
+
+DEFAULT_GPU_PART = 0.85
+"""On a GPU the pool takes what is free, up to this part of all; the rest is for activations, graphs and compilers."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Launched:
 
 def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | None) -> Launched:
     """Builds the engine of an open checkpoint. Raises the typed errors of every stage."""
-    spec, hardware = hold_online(stored_spec(checkpoint)[0], config.quantization), local_cpu()
+    spec, hardware = hold_online(stored_spec(checkpoint)[0], config.quantization), hardware_of(config.device)
     dtype = choose_dtype(config.dtype, spec, hardware)
     length = min(config.max_model_len or spec.max_length, spec.max_length)
     if config.max_model_len and config.max_model_len > spec.max_length:
@@ -65,16 +70,37 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
     experts = None if config.experts == "auto" else config.experts
     wishes = Wishes(experts=experts, deterministic=config.deterministic, max_batch=config.max_num_seqs)
     built = build(checkpoint, spec, plan_here(spec, hardware, dtype, wishes), length, progress=config.progress)
-    blocks = count_blocks(config, built, length)
+    blocks = count_blocks(config, built, hardware, length)
     if config.max_model_len is None:
         length = min(length, (blocks - 1) * config.block_size)
     like = torch.empty(0, dtype=built.dtype, device=hardware.device)
     pool = KVPool(built.model.kv_widths(), blocks, config.block_size, like)
-    runner = Runner(built.model, pool, like.device, count_near_ties=not config.deterministic)
+    made = next((kind for kind, fits in ((DecodeGraphs, capturable), (DecodeTapes, tapeable)) if fits(built)), None)
+    graphs = made(built.model, pool, config.max_num_seqs, length) if made else None
+    runner = Runner(built.model, pool, like.device, not config.deterministic, graphs)
     scheduler = Scheduler(limits(config, length), BlockManager(blocks, config.block_size, config.prefix_cache))
     ends = end_tokens(checkpoint, spec, tokenizer)
     engine = Engine(scheduler, runner, tokenizer, ends, config.seed, config.deterministic)
     return Launched(engine, built, hardware, blocks, length)
+
+
+def hardware_of(device: str) -> Hardware:
+    """Raises OptionError for a GPU that is not here."""
+    found = local(device)
+    if found is None:
+        raise OptionError("torch finds no CUDA device", where="--device", remedy="Use cpu, or check the driver.")
+    return found
+
+
+def capturable(built: Built) -> bool:
+    """Whether decoding can be a CUDA graph: on a GPU, where no op falls back to code that looks at its values."""
+    choices = [choice for each in built.plan.ops.values() for choice in each]
+    return built.plan.base.device == "cuda" and all(choice.chosen == "triton" for choice in choices)
+
+
+def tapeable(built: Built) -> bool:
+    """Whether native kernels, of which there can be tapes, were chosen for anything."""
+    return any(choice.chosen == "cpu_native" for each in built.plan.ops.values() for choice in each)
 
 
 def limits(config: EngineConfig, length: int) -> SchedulerConfig:
@@ -85,7 +111,7 @@ def limits(config: EngineConfig, length: int) -> SchedulerConfig:
     )  # fmt: skip
 
 
-def count_blocks(config: EngineConfig, built: Built, length: int) -> int:
+def count_blocks(config: EngineConfig, built: Built, hardware: Hardware, length: int) -> int:
     """How many blocks the pool gets; one is reserved as the target of padding.
 
     Never more than all running requests at full length need. Raises CapacityError where a demanded length does not fit.
@@ -94,9 +120,9 @@ def count_blocks(config: EngineConfig, built: Built, length: int) -> int:
     per_request = -(-length // config.block_size)
     if config.kv_memory is not None:
         budget = config.kv_memory
-    elif config.gpu_memory_utilization is not None:
-        weights = built.model.nbytes()
-        budget = max(0, int((local_cpu().memory + weights) * config.gpu_memory_utilization) - weights)
+    elif config.gpu_memory_utilization is not None or hardware.device != "cpu":
+        part, weights = config.gpu_memory_utilization or DEFAULT_GPU_PART, built.model.nbytes()
+        budget = max(0, int((hardware_of(hardware.device).memory + weights) * part) - weights)
     else:
         budget = max(DEFAULT_CPU_POOL, (per_request + 1) * bytes_each if config.max_model_len else 0)
         budget = min(int(local_cpu().memory * 0.9), budget)

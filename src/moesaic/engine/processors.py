@@ -1,7 +1,8 @@
-"""What changes logits before the choice: bias, penalties, minimum length. All in place on the FP32 logits.
+"""What changes logits before the choice: grammars, bias, penalties, minimum length. All in place on the FP32 logits.
 
 For token t of one row, in this order, with c(t) the times t occurs in the output:
 
+    grammar              l = -inf for tokens that may not come next
     logit_bias           l += bias[t]
     repetition_penalty   l = l / r if l > 0 else l * r      for t in prompt or output (Keskar et al., "CTRL", 2019)
     presence, frequency  l -= presence * [c(t) > 0] + frequency * c(t)                             (OpenAI's formula)
@@ -32,10 +33,24 @@ Ids = npt.NDArray[np.int64]
 
 def process(logits_RV: Tensor, rows: Sequence[Row]) -> None:
     """Apply each processor to the rows that ask for it; mutates `logits_RV`."""
+    _apply_guides(logits_RV, rows)
     _apply_bias(logits_RV, rows)
     _apply_repetition(logits_RV, rows)
     _apply_counts(logits_RV, rows)
     _apply_min_tokens(logits_RV, rows)
+
+
+def _apply_guides(logits_RV: Tensor, rows: Sequence[Row]) -> None:
+    """G rows with a grammar, W words of 32 tokens."""
+    chosen = [(r, row.guide) for r, row in enumerate(rows) if row.guide is not None]
+    if not chosen:
+        return
+    words_GW = upload(np.stack([guide.allowed_W() for _, guide in chosen]), torch.int32, logits_RV.device)
+    shifts = torch.arange(32, dtype=torch.int32, device=logits_RV.device)
+    allowed_GV = ((words_GW[:, :, None] >> shifts) & 1).flatten(1)[:, : logits_RV.shape[1]].bool()
+    rows_G = upload([r for r, _ in chosen], torch.int64, logits_RV.device)
+    old_GV = logits_RV[rows_G]
+    logits_RV[rows_G] = old_GV.masked_fill(old_GV.isfinite() & ~allowed_GV, -torch.inf)
 
 
 def _apply_bias(logits_RV: Tensor, rows: Sequence[Row]) -> None:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum, StrEnum, auto
+from typing import TYPE_CHECKING
 
 from moesaic.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from moesaic.engine.grammar import Guide
 
 
 class Status(Enum):
@@ -35,6 +39,7 @@ class Request:
     stops: the ids that end the output; eos ids are in it unless ignored.
     max_total: most tokens (prompt and output) the request may reach; 0 until the scheduler has accepted it.
     cached_prompt_tokens: prompt tokens found in the prefix cache on first admission.
+    guide: holds the output to a grammar; None where there is none.
     stop_reason: the id or string that ended it; None for an eos token or a length.
     Equality is identity: two requests may carry the same id at different times.
     """
@@ -46,6 +51,7 @@ class Request:
         "computed",
         "eos_token_ids",
         "finish_reason",
+        "guide",
         "id",
         "max_total",
         "min_total",
@@ -86,6 +92,7 @@ class Request:
         self.stop_reason: int | str | None = None
         self.cached_prompt_tokens = 0
         self.preemptions = 0
+        self.guide: Guide | None = None
 
     @property
     def output(self) -> list[int]:

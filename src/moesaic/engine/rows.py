@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from moesaic.engine.params import SamplingParams
+
+if TYPE_CHECKING:
+    from moesaic.engine.grammar import Guide
 
 _UINT64 = 1 << 64
 
@@ -27,6 +30,7 @@ class Row:
     taken without a copy, a list is converted in time linear in its length.
     seed: any integer; with the position it determines all randomness. Completions of one request need distinct seeds.
     eos: the model's end tokens. They count as end tokens only if `params.ignore_eos` is off.
+    guide: what may come at all.
     """
 
     params: SamplingParams
@@ -34,6 +38,7 @@ class Row:
     output: Sequence[int]
     seed: int
     eos: frozenset[int] = frozenset()
+    guide: Guide | None = None
 
     @property
     def penalised(self) -> bool:
@@ -47,7 +52,7 @@ class Row:
     @property
     def processed(self) -> bool:
         """Whether any logit of this row changes before the choice."""
-        return self.too_short_to_end or bool(self.params.logit_bias) or self.penalised
+        return self.guide is not None or self.too_short_to_end or bool(self.params.logit_bias) or self.penalised
 
     @property
     def end_ids(self) -> frozenset[int]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from moesaic.engine.batch import make_input
+from moesaic.engine.graphs import DecodeGraphs
 from moesaic.engine.sampler import Row, Sampled, TokenLogprobs, prompt_logprobs, sample
 from moesaic.engine.scheduler import Chunk, Step
+from moesaic.engine.tapes import DecodeTapes
 from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.step import StepInput
 from moesaic.models.decoder import Decoder
@@ -26,13 +28,21 @@ class StepResult:
 
 
 class Runner:
-    """Owns the model and its KV pool. count_near_ties: report choices that a rounding could have turned."""
+    """Owns the model and its KV pool. count_near_ties: report choices that a rounding could have turned.
 
-    def __init__(self, model: Decoder, pool: KVPool, device: torch.device, count_near_ties: bool = False) -> None:
+    graphs: captured decoding steps, or None.
+    """
+
+    def __init__(self, model: Decoder, pool: KVPool, device: torch.device, count_near_ties: bool = False,
+                 graphs: DecodeGraphs | DecodeTapes | None = None) -> None:  # fmt: skip
         self.model, self.pool, self.device, self.count_near_ties = model, pool, device, count_near_ties
+        self.graphs = graphs
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
+        if self.graphs and self.graphs.fits(step):
+            rows = [sampler_row(chunk) for chunk in step.chunks]
+            return StepResult(sample(self.graphs.run(step), rows, count_near_ties=self.count_near_ties))
         inputs = make_input(step, self.pool, self.device)
         hidden_TD = self.model(inputs)
         pairs = zip(step.chunks, inputs.attention.spans, strict=True)
@@ -68,4 +78,4 @@ def sampler_row(chunk: Chunk) -> Row:
     params = request.params
     penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
     output: Sequence[int] = request.output if penalised else range(request.num_output)
-    return Row(params, request.prompt, output, request.seed, request.eos_token_ids)
+    return Row(params, request.prompt, output, request.seed, request.eos_token_ids, request.guide)

@@ -81,7 +81,7 @@ def _choose(logits_RV: Tensor, rows: Sequence[Row], count_near_ties: bool) -> tu
         groups.setdefault(strategy(row.params, logits_RV.shape[1]), []).append(r)
     order = [r for members in groups.values() for r in members]
     parts = [_group(logits_RV, rows, members, how, count_near_ties) for how, members in groups.items()]
-    token_G, near_G = torch.cat(parts, dim=1).tolist()
+    token_G, near_G = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).tolist()
     tokens, near = [0] * len(rows), [0] * len(rows)
     for r, token, flag in zip(order, token_G, near_G, strict=True):
         tokens[r], near[r] = token, flag

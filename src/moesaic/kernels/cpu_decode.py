@@ -51,13 +51,13 @@ _UINT4 = _pairs(torch.arange(16.0))
 class Decoder:
     """One format.  tile: (weight, some of its rows) -> FP32 `[*lead, rows, K]`.
 
-    factor: FP32 `[*lead, N or 1]`, to be multiplied into the columns of the product; a number `[]` is a power of two.
-    exact: a tile's values are BF16 numbers (its subnormals apart).
+    factor: FP32 `[*lead, N]`, `[*lead, 1]` or `[]`, to be multiplied into the columns of the product.
+    bf16: tiles hold BF16 numbers, but for its subnormals (formats.md, "Exactness"), and the factor is a power of two.
     """
 
     tile: Callable[[QuantTensor, slice], Tensor]
     factor: Callable[[QuantTensor], Tensor | None]
-    exact: bool
+    bf16: bool
 
 
 def row_tiles(w: QuantTensor) -> Iterator[slice]:
@@ -154,13 +154,13 @@ def _by_segment(w: QuantTensor) -> Tensor:
 
 
 WEIGHTS = {
-    "fp8_tensor": Decoder(_fp8, _by_segment, exact=True),
-    "fp8_channel": Decoder(_fp8, _by_channel, exact=True),
-    "fp8_block": Decoder(_fp8_block, _power, exact=False),
-    "mxfp8": Decoder(_mxfp8, _power, exact=True),
-    "mxfp4": Decoder(_mxfp4, _none, exact=True),
-    "nvfp4": Decoder(_nvfp4, _by_segment, exact=True),
-    "int4": Decoder(_int4, _none, exact=False),
+    "fp8_tensor": Decoder(_fp8, _by_segment, bf16=False),
+    "fp8_channel": Decoder(_fp8, _by_channel, bf16=False),
+    "fp8_block": Decoder(_fp8_block, _power, bf16=False),
+    "mxfp8": Decoder(_mxfp8, _power, bf16=True),
+    "mxfp4": Decoder(_mxfp4, _none, bf16=True),
+    "nvfp4": Decoder(_nvfp4, _by_segment, bf16=False),
+    "int4": Decoder(_int4, _none, bf16=False),
 }
 
 
@@ -180,9 +180,9 @@ def take_rows(x: Rows, index: slice) -> Rows:
     return replace(x, parts={name: part[index] if part.ndim == 2 else part for name, part in x.parts.items()})
 
 
-def rows_exact(x: Rows) -> bool:
-    """Whether the values, without the factor, are BF16 numbers."""
-    return x.data.dtype == torch.bfloat16 if x.encoding.name == "bf16" else x.encoding.name in EXACT_ROWS
+def in_bf16(x: Rows) -> bool:
+    """Whether the values are BF16 numbers and there is no factor."""
+    return x.encoding.name == "mxfp8" or (x.encoding.name == "bf16" and x.data.dtype == torch.bfloat16)
 
 
 def _plain_rows(parts: Parts) -> Decoded:
@@ -214,7 +214,6 @@ ROWS: dict[str, Callable[[Parts], Decoded]] = {
     "mxfp8": _mxfp8_rows,
     "nvfp4": _nvfp4_rows,
 }
-EXACT_ROWS = frozenset({"fp8_tensor", "fp8_token", "mxfp8", "nvfp4"})
 
 
 # --- common to both --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from struct import Struct
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,9 @@ from moesaic.contracts.spec import Activation, RouterSpec
 from moesaic.errors import UnsupportedError
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._native import library
-from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView
+from moesaic.kernels.ops import FUSED, AttentionBatch, ExpertWeights, KVView, Latent
 
-OPS = ("linear", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts", "attend_paged")
+OPS = ("linear", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts", "attend_paged", *FUSED)
 CONTRACTS = tuple(
     Contract(op, "cpu_native", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=False, rank=5,
              activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op))
@@ -37,21 +38,41 @@ MANY = 256
 SCORINGS = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2}
 ACTIVATIONS = {"silu": 0, "swiglu_oai": 1}
 SIZE = {torch.float32: 4, torch.bfloat16: 2}
+INT32, FLOAT32 = torch.empty(0, dtype=torch.int32), torch.empty(0)
+threads = torch.get_num_threads
 
 Call = Callable[[bytes], None]
 
 
 class Entry(dict[torch.dtype, Call]):
-    """dtype -> an entry point of the library, which is loaded when first asked for; `pack` makes its argument."""
+    """dtype -> an entry point of the library, which is loaded when first asked for; `pack` makes its argument.
+
+    note: told of every call by those that fill a cleared entry while it is set (`kernels/tape.py`).
+    """
+
+    every: ClassVar[list[Entry]] = []
+    note: ClassVar[Callable[[tuple[int, bytes]], None] | None] = None
 
     def __init__(self, name: str, layout: str) -> None:
         self.name, self.pack = name, Struct("=" + layout).pack
+        self.every.append(self)
 
     def __missing__(self, dtype: torch.dtype) -> Call:
         function = library()[f"{self.name}_{str(dtype).removeprefix('torch.')}"]
         function.argtypes, function.restype = [ctypes.c_char_p], None
-        self[dtype] = function
+        self[dtype] = function if Entry.note is None else noted(function, Entry.note)
         return self[dtype]
+
+
+def noted(function: Any, note: Callable[[tuple[int, bytes]], None]) -> Call:
+    """The function, telling of each call its address and argument."""
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+
+    def call(packed: bytes) -> None:
+        note((address, packed))
+        function(packed)
+
+    return call
 
 
 LINEAR = Entry("linear", "4q 6q")
@@ -59,9 +80,11 @@ NORM = Entry("rms_norm", "5q 7q d")
 ROTATE = Entry("rotate", "4q 7q")
 ACTIVATE = Entry("activate", "2q 4q q2d")
 ROUTE = Entry("route", "4q q 7qd")
-EXPERTS = Entry("experts", "4q 6q q2d 10q 10q")
+GATE = Entry("gate", "6q 4q 7qd")
+EXPERTS = Entry("experts", "5q 6q q2d 10q")
 ATTEND = Entry("attend", "6q 6q 9q d")
-NO_BANK = (0,) * 10
+STORE_LATENT = Entry("store_latent", "6q 7q d")
+ATTEND_LATENT = Entry("attend_latent", "6q 6q 9q d 4q 8q")
 
 
 @cache
@@ -76,10 +99,6 @@ def probe() -> str | None:
         if not torch.equal(linear(x.to(dtype), w.to(dtype)), w.t().to(dtype)):
             return f"the native kernels multiply wrongly in {dtype} on this machine"
     return None
-
-
-def threads() -> int:
-    return torch.get_num_threads()
 
 
 def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -101,13 +120,12 @@ def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
 
 def rms_norm(x_TD: Tensor, w_D: Tensor, eps: float) -> Tensor:
     """Also of heads, [T, H, D], whatever their distances."""
-    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     x_TD = rows(x_TD)
-    (outer, inner, dim), (far, near) = spread(x_TD), strides(x_TD)
-    dtype, size = x_TD.dtype, SIZE[x_TD.dtype]
+    shape, dtype = x_TD.shape, x_TD.dtype
+    y_TD, size, (far, near) = x_TD.new_empty(shape), SIZE[dtype], strides(x_TD)
     NORM[dtype](NORM.pack(
         x_TD.data_ptr(), 0, w_D.data_ptr(), y_TD.data_ptr(), 0,
-        far * size, near * size, outer, inner, 0, dim, threads(), eps,
+        far * size, near * size, shape[0], shape[1] if len(shape) == 3 else 1, 0, shape[-1], threads(), eps,
     ))  # fmt: skip
     return y_TD
 
@@ -129,11 +147,6 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride()[-1] == 1 else x.contiguous()
 
 
-def spread(x: Tensor) -> tuple[int, int, int]:
-    """[T, D] as [T, 1, D]; [T, H, D] as it is."""
-    return x.shape if x.dim() == 3 else (x.shape[0], 1, x.shape[1])  # type: ignore[return-value]
-
-
 def strides(x: Tensor) -> tuple[int, int]:
     """Elements from row to row of the first axis, and of the second where there are three."""
     each = x.stride()
@@ -141,7 +154,7 @@ def strides(x: Tensor) -> tuple[int, int]:
 
 
 def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, interleaved: bool) -> Tensor:
-    y_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+    y_THD = x_THD.new_empty(x_THD.shape)
     x_THD, cos_TD, sin_TD = rows(x_THD), cos_TD.contiguous(), sin_TD.contiguous()
     (tokens, heads, dim), (far, near) = x_THD.shape, strides(x_THD)
     dtype, size = x_THD.dtype, SIZE[x_THD.dtype]
@@ -173,8 +186,7 @@ def router(spec: RouterSpec) -> tuple[float, ...]:
 def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     logits_TE = logits_TE.float().contiguous()
     tokens = logits_TE.shape[0]
-    ids_TA = torch.empty((tokens, spec.top_k), dtype=torch.int32)
-    weights_TA = torch.empty((tokens, spec.top_k), dtype=torch.float32)
+    ids_TA, weights_TA = INT32.new_empty(tokens, spec.top_k), FLOAT32.new_empty(tokens, spec.top_k)
     ROUTE[torch.float32](ROUTE.pack(
         logits_TE.data_ptr(), 0 if bias_E is None else bias_E.data_ptr(), ids_TA.data_ptr(), weights_TA.data_ptr(),
         tokens, *router(spec),
@@ -187,9 +199,9 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Te
     (tokens, hidden), dtype, how = x_TD.shape, x_TD.dtype, w.activation
     y_TD = x_TD.new_empty(tokens, hidden)
     EXPERTS[dtype](EXPERTS.pack(
-        x_TD.data_ptr(), y_TD.data_ptr(), ids_TA.data_ptr(), weights_TA.data_ptr(),
-        x_TD.stride()[0] * SIZE[dtype], tokens, hidden, ids_TA.shape[1], 0, threads(),
-        ACTIVATIONS[how.kind], how.limit, how.alpha, *bank(w), *NO_BANK,
+        x_TD.data_ptr(), 0, y_TD.data_ptr(), ids_TA.data_ptr(), weights_TA.data_ptr(),
+        x_TD.stride()[0] * SIZE[dtype], 0, tokens, hidden, ids_TA.shape[1], threads(),
+        ACTIVATIONS[how.kind], how.limit, how.alpha, *bank(w),
     ))  # fmt: skip
     return y_TD
 
@@ -209,13 +221,68 @@ def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KV
     q_THK = rows(q_THK)
     (tokens, heads, _), dtype, size = q_THK.shape, q_THK.dtype, SIZE[q_THK.dtype]
     out_THV = q_THK.new_empty(tokens, heads, view.value_dim)
-    spans_S3 = torch.tensor([(span.start, span.count, span.length) for span in batch.spans])
     slots_SL, (far, near), value = batch.slots_SL, strides(q_THK), view.value_dim * size
     ATTEND[dtype](ATTEND.pack(
-        q_THK.data_ptr(), pool_PW.data_ptr(), spans_S3.data_ptr(), slots_SL.data_ptr(),
+        q_THK.data_ptr(), pool_PW.data_ptr(), batch.spans_S3.data_ptr(), slots_SL.data_ptr(),
         0 if sinks_H is None else sinks_H.data_ptr(), out_THV.data_ptr(),
         far * size, near * size, pool_PW.stride()[0] * size, slots_SL.stride()[0], heads * value, value,
         pool_PW.shape[0], len(batch.spans), heads, view.kv_heads, view.key_dim, view.value_at, view.value_dim,
         window or 0, threads(), scale,
+    ))  # fmt: skip
+    return out_THV
+
+
+def mlp(x_TD: Tensor, w13_ID: Tensor, w2_DI: Tensor, activation: Activation, onto_TD: Tensor | None = None) -> Tensor:
+    x_TD = rows(x_TD)
+    (tokens, hidden), dtype, (both, _) = x_TD.shape, x_TD.dtype, w13_ID.shape
+    y_TD, size, onto, onto_row = x_TD.new_empty(tokens, hidden), SIZE[dtype], 0, 0
+    if onto_TD is not None:
+        onto_TD = rows(onto_TD)
+        onto, onto_row = onto_TD.data_ptr(), onto_TD.stride()[0] * size
+    EXPERTS[dtype](EXPERTS.pack(
+        x_TD.data_ptr(), onto, y_TD.data_ptr(), 0, 0,
+        x_TD.stride()[0] * size, onto_row, tokens, hidden, 0, threads(),
+        ACTIVATIONS[activation.kind], activation.limit, activation.alpha,
+        w13_ID.data_ptr(), w2_DI.data_ptr(), 0, 0, 0, 0, 0, 0, 1, both // 2,
+    ))  # fmt: skip
+    return y_TD
+
+
+def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
+         spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x_TD = rows(x_TD)
+    (tokens, inputs), dtype = x_TD.shape, x_TD.dtype
+    ids_TA, weights_TA = INT32.new_empty(tokens, spec.top_k), FLOAT32.new_empty(tokens, spec.top_k)
+    GATE[dtype](GATE.pack(
+        x_TD.data_ptr(), w_ED.data_ptr(), 0 if logit_bias_E is None else logit_bias_E.data_ptr(),
+        0 if bias_E is None else bias_E.data_ptr(), ids_TA.data_ptr(), weights_TA.data_ptr(),
+        x_TD.stride()[0] * SIZE[dtype], tokens, inputs, threads(), *router(spec),
+    ))  # fmt: skip
+    return ids_TA, weights_TA
+
+
+def store_latent(x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor, slots_T: Tensor) -> None:
+    x_TX, (cos, sin), (rank,), dtype = rows(x_TX), angles, w.norm_R.shape, x_TX.dtype
+    size, width = SIZE[dtype], pool_PW.shape[1]
+    STORE_LATENT[dtype](STORE_LATENT.pack(
+        x_TX.data_ptr() + w.column * size, w.norm_R.data_ptr(), cos.data_ptr(), sin.data_ptr(), pool_PW.data_ptr(),
+        slots_T.data_ptr(), x_TX.stride()[0] * size, pool_PW.stride()[0] * size, x_TX.shape[0], rank, width - rank,
+        w.interleaved, threads(), w.eps,
+    ))  # fmt: skip
+
+
+def attend_latent(q_THK: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,
+                  batch: AttentionBatch) -> Tensor:  # fmt: skip
+    q_THK, (cos, sin), slots_SL, dtype = rows(q_THK), angles, batch.slots_SL, q_THK.dtype
+    (tokens, heads, width), (_, nope, rank), value = q_THK.shape, w.w_k_HNR.shape, w.w_v_HVR.shape[1]
+    size, (far, near) = SIZE[dtype], strides(q_THK)
+    out_THV = q_THK.new_empty(tokens, heads, value)
+    ATTEND_LATENT[dtype](ATTEND_LATENT.pack(
+        q_THK.data_ptr(), pool_PW.data_ptr(), batch.spans_S3.data_ptr(), slots_SL.data_ptr(), 0, out_THV.data_ptr(),
+        far * size, near * size, pool_PW.stride()[0] * size, slots_SL.stride()[0], heads * value * size, value * size,
+        pool_PW.shape[0], len(batch.spans), heads, 1, rank + width - nope, 0, rank, 0, threads(), w.scale,
+        w.w_k_HNR.data_ptr(), w.w_v_HVR.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        tokens, w.w_k_HNR.stride()[0] * size, w.w_v_HVR.stride()[0] * size, nope, width - nope, rank, value,
+        w.interleaved,
     ))  # fmt: skip
     return out_THV

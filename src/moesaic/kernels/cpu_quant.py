@@ -1,8 +1,8 @@
 """Quantised products on a CPU: weights stay codes in memory, and are decoded tile by tile as they are multiplied.
 
-Products accumulate in FP32. Where both operands are BF16 numbers (formats.md: MX, NVFP4, E4M3 with a factor per row;
-rows of a BF16 model) and the result is rounded to BF16 anyway, BF16 units multiply them; elsewhere FP32 does. Factors
-of a row, a channel or a tensor, and biases, are applied to the result in FP32 (of a BF16 product: after its rounding).
+Products accumulate in FP32, the factors of a row, a channel or a tensor and biases are applied to what came out, and
+that is rounded once. Where both operands are BF16 numbers (MX; rows of a BF16 model), the result is rounded to BF16
+anyway and there is nothing to apply, BF16 units multiply: the same number, up to the order of summation.
 
 Experts: rows sorted by expert; touched experts are decoded a few at a time. Between the two products everything is
 FP32, so that the codes of what is encoded there are the reference's.
@@ -33,8 +33,8 @@ from moesaic.kernels.cpu_decode import (
     Decoded,
     decode_rows,
     experts_at_once,
+    in_bf16,
     row_tiles,
-    rows_exact,
     take_experts,
     take_rows,
 )
@@ -54,20 +54,20 @@ def encode(x_TD: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Row
 
 
 def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    decoder, dtype = WEIGHTS[w.form.name], operand_dtype(w, x, x.dtype)
+    decoder, dtype = WEIGHTS[w.form.name], operand_dtype(x, w, bias_N, x.dtype)
     values_TK, factor_T1 = decode_rows(x)
     x_TK, factor_N = values_TK.to(dtype), decoder.factor(w)
-    parts = []
+    # Made first: small results that outlive their tile would lie between large temporaries, and keep the heap growing.
+    y_TN = x_TK.new_empty(len(x_TK), w.shape[-2], dtype=x.dtype)
     for rows in row_tiles(w):
         part_TN = cpu_invariant.linear(x_TK, decoder.tile(w, rows).to(dtype))
-        part_TN = finish(part_TN, (factor_T1, columns(factor_N, rows)), columns(bias_N, rows))
-        parts.append(part_TN.to(x.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        y_TN[:, rows] = finish(part_TN, (factor_T1, columns(factor_N, rows)), columns(bias_N, rows))
+    return y_TN
 
 
-def operand_dtype(w: QuantTensor, x: Rows, out: torch.dtype) -> torch.dtype:
-    """BF16 where it holds both operands exactly, and the result is rounded to it anyway."""
-    exact = out == torch.bfloat16 and WEIGHTS[w.form.name].exact and rows_exact(x)
+def operand_dtype(x: Rows, w: QuantTensor, bias: Tensor | None, out: torch.dtype) -> torch.dtype:
+    """BF16 where it holds both operands, and the product is rounded to it with nothing applied before."""
+    exact = out == torch.bfloat16 and bias is None and WEIGHTS[w.form.name].bf16 and in_bf16(x)
     return torch.bfloat16 if exact else torch.float32
 
 
@@ -77,14 +77,11 @@ def columns(each_N: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def finish(part_TN: Tensor, factors: tuple[Tensor | None, Tensor | None], bias_N: Tensor | None) -> Tensor:
-    """The epilogue of a product, in FP32; may overwrite it."""
-    row, column = factors
-    if column is not None and column.ndim == 0:  # a power of two: exact in any dtype
-        part_TN, column = part_TN.mul_(column), None
-    for factor in (column, row):
+    """Multiplies a product, in place, with what its rows and its columns have in common, and adds the bias."""
+    for factor in factors:
         if factor is not None:
-            part_TN = part_TN.float().mul_(factor)
-    return part_TN if bias_N is None else part_TN.float().add_(bias_N)
+            part_TN.mul_(factor)
+    return part_TN if bias_N is None else part_TN.add_(bias_N)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
@@ -111,7 +108,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Te
     for rows, gate_up in products(routed, w.w13, spans, bias13, torch.float32):
         hidden_RI[rows] = cpu_invariant.activate(gate_up, w.activation)
     between = encode(hidden_RI, w.between, w.between_scale)
-    dtype = operand_dtype(w.w2, between, x.dtype)
+    dtype = operand_dtype(between, w.w2, bias2, x.dtype)
     y_RD = torch.empty(len(order_R), w.w2.shape[-2], dtype=x.dtype)
     for rows, y_GD in products(lambda rows: decode_rows(take_rows(between, rows)), w.w2, spans, bias2, dtype):
         y_RD[rows] = y_GD

@@ -22,6 +22,9 @@ from moesaic.formats.encodings import Rows
 
 OP_NAMES = ("linear", "encode", "linear_quant", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts",
             "attend_paged", "attend_dense")  # fmt: skip
+FUSED = ("mlp", "gate", "store_latent", "attend_latent")
+"""Optional ops, each equal to several of the others. A layer calls one where the plan found a backend that has it, and
+composes it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class AttentionBatch:
     spans: one per sequence, in row order; the first `decodes` of them have count == 1.
     slots_SL: INT64 pool slot of position l of sequence s, padded with 0 on the right.
     lengths_S: INT64 context lengths (equal to the spans' lengths).
+    spans_S3: the spans as INT64 on the slots' device.
     hidden_SL: FP32, 0 where position l is in the context of sequence s and -inf behind its end.
     """
 
@@ -52,15 +56,17 @@ class AttentionBatch:
     slots_SL: Tensor
     lengths_S: Tensor
     hidden_SL: Tensor
+    spans_S3: Tensor
 
     @staticmethod
     def of(spans: tuple[Span, ...], decodes: int, slots_SL: Tensor) -> AttentionBatch:
         """Derives the lengths and the mask from the spans; slots behind a context's end may be anything."""
-        lengths_S = torch.tensor([span.length for span in spans], device=slots_SL.device)
+        spans_S3 = torch.tensor([(span.start, span.count, span.length) for span in spans], device=slots_SL.device)
+        lengths_S = spans_S3[:, 2]
         outside = torch.arange(slots_SL.shape[1], device=slots_SL.device) >= lengths_S[:, None]
         hidden_SL = torch.zeros(slots_SL.shape, device=slots_SL.device).masked_fill_(outside, float("-inf"))
         # Block 0 is never written, so its rows stay zero. A stale row of an earlier owner may hold NaN: 0 * NaN is NaN.
-        return AttentionBatch(spans, decodes, slots_SL.masked_fill(outside, 0), lengths_S, hidden_SL)
+        return AttentionBatch(spans, decodes, slots_SL.masked_fill(outside, 0), lengths_S, hidden_SL, spans_S3)
 
     def narrow(self, sequences: slice | Tensor, length: int) -> Context:
         """The first `length` positions of some sequences."""
@@ -82,6 +88,23 @@ class KVView:
     key_dim: int
     value_at: int
     value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """What multi-head latent attention does with a latent of R elements and a rotary key of P, apart from products.
+
+    w_k [H, N, R], w_v [H, V, R]: the key and value halves of kv_b.  norm_R, eps: of the latent.
+    column: where latent and key begin in the rows that they come in.  interleaved: as in `rotate`.
+    """
+
+    w_k_HNR: Tensor
+    w_v_HVR: Tensor
+    norm_R: Tensor
+    eps: float
+    scale: float
+    interleaved: bool
+    column: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,4 +187,30 @@ class Ops(Protocol):
                      window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
         """Causal attention of one sequence given explicit keys and values per query head: queries are the last T of
         L positions. -> [T, H, V]."""
+        ...
+
+    # Fused, optional: see FUSED.
+
+    def mlp(self, x_TD: Tensor, w13_ID: Tensor, w2_DI: Tensor, activation: Activation,
+            onto_TD: Tensor | None = None) -> Tensor:  # fmt: skip
+        """onto + w2 activate(w13 x), where w13 [2I, D] holds gate rows, then up rows. Rounds less than its parts do."""
+        ...
+
+    def gate(self, x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
+             spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`route` of the logits w x + logit_bias, in FP32 throughout; w and the biases are FP32."""
+        ...
+
+    def store_latent(self, x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,
+                     slots_T: Tensor) -> None:  # fmt: skip
+        """Writes the pool rows [normalised latent, rotated key] of the tokens; x holds [latent, key] from w.column."""
+        ...
+
+    def attend_latent(self, q_THK: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,
+                      batch: AttentionBatch) -> Tensor:  # fmt: skip
+        """Latent attention over the pool's rows as they are ("absorbed"). -> [T, H, V].
+
+        q holds N elements without position, then P to be rotated. With q' = w_k^T q_N the scores are
+        (q' . latent + rotated q_P . key) w.scale; the result is w_v (sum of weighted latents).
+        """
         ...

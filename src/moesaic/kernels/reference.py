@@ -14,7 +14,7 @@ from moesaic.contracts.spec import Activation, RouterSpec, Scoring
 from moesaic.formats import encodings
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.ops import OP_NAMES, AttentionBatch, ExpertWeights, KVView
+from moesaic.kernels.ops import OP_NAMES, AttentionBatch, ExpertWeights, KVView, Latent
 
 VARIANT = ("linear", "encode", "linear_quant", "experts", "attend_paged", "attend_dense")
 CONTRACTS = tuple(
@@ -165,3 +165,32 @@ def visible(queries: int, length: int, window: int | None, device: torch.device)
     query_at = at[length - queries :, None]
     mask = at <= query_at
     return mask if window is None else mask & (at > query_at - window)
+
+
+# Twins of the fused ops: compositions, not declared as contracts, since a layer composes what no backend fuses.
+
+
+def mlp(x_TD: Tensor, w13_ID: Tensor, w2_DI: Tensor, activation: Activation, onto_TD: Tensor | None = None) -> Tensor:
+    y_TD = activate(wide(x_TD) @ wide(w13_ID).T, activation) @ wide(w2_DI).T
+    return (y_TD if onto_TD is None else y_TD + wide(onto_TD)).to(x_TD.dtype)
+
+
+def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
+         spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return route(linear(wide(x_TD), w_ED, logit_bias_E), bias_E, spec)
+
+
+def store_latent(x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor, slots_T: Tensor) -> None:
+    rank = len(w.norm_R)
+    latent_TR, key_TP = x_TX[:, w.column :].split((rank, pool_PW.shape[1] - rank), 1)
+    key_T1P = rotate(key_TP[:, None], *angles, w.interleaved)
+    pool_PW[slots_T] = torch.cat([rms_norm(latent_TR, w.norm_R, w.eps), key_T1P[:, 0]], 1)
+
+
+def attend_latent(q_THK: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,
+                  batch: AttentionBatch) -> Tensor:  # fmt: skip
+    nope, rank = w.w_k_HNR.shape[1:]
+    absorbed = torch.einsum("thn,hnr->thr", wide(q_THK[..., :nope]), wide(w.w_k_HNR))
+    q_THW = torch.cat([absorbed, wide(rotate(q_THK[..., nope:], *angles, w.interleaved))], -1)
+    y_THR = attend_paged(q_THW, pool_PW, batch, KVView(1, pool_PW.shape[1], 0, rank), w.scale)
+    return torch.einsum("thr,hvr->thv", y_THR, wide(w.w_v_HVR)).to(q_THK.dtype)

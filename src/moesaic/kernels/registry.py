@@ -20,7 +20,7 @@ from moesaic.contracts.plan import ModelPlan, Phase
 from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
 
-BACKENDS = ("cpu", "cpu_invariant", "cpu_quant", "triton", "reference")
+BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "reference")
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
 ENTRY_POINTS = "moesaic.kernels"
 

@@ -111,6 +111,11 @@ class Linear:
         return y_TN if self.bias_N is None else y_TN + self.bias_N
 
     @property
+    def bare(self) -> bool:
+        """One unquantised matrix and no bias."""
+        return self.single is not None and self.bias_N is None
+
+    @property
     def weight_ND(self) -> Tensor:
         """The whole matrix; only of an unquantised one (UnsupportedError)."""
         return self.pieces[0].weight.plain

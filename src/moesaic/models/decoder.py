@@ -101,16 +101,23 @@ class Decoder:
 
     def __call__(self, step: StepInput) -> Tensor:
         """Normalised last hidden states [T, D]; writes this step's rows into the KV pool."""
-        at = self.layer_input(step)
-        x_TD, residual_TD = self.embed(step.tokens_T), None
+        return self.trunk(self.embed(step.tokens_T), self.layer_input(step))
+
+    def trunk(self, x_TD: Tensor, at: LayerInput) -> Tensor:
+        """The same from embedded tokens on."""
+        residual_TD = None
         for block in self.blocks:
             x_TD, residual_TD = block(x_TD, residual_TD, at)
         return self.final_norm.after_add(x_TD, residual_TD)[0]
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """FP32 logits [R, V] of normalised hidden states."""
+        return self.scores(hidden_RD).float()
+
+    def scores(self, hidden_RD: Tensor) -> Tensor:
+        """The same in the model's dtype, as the product leaves them."""
         head = self.embed if self.head is None else self.head
-        return self.ops.linear(hidden_RD, head.weight_VD).float()
+        return self.ops.linear(hidden_RD, head.weight_VD)
 
     def draft(self, index: int, step: StepInput, hidden_TD: Tensor) -> Tensor:
         """The draft's normalised state [T, D]: step.tokens_T holds the token *after* each position of hidden_TD."""

@@ -13,13 +13,16 @@ from torch import Tensor
 from moesaic.errors import UnsupportedError
 from moesaic.formats.base import QuantTensor
 
-# A code whose value is its block's scale, and how far below and above values are still rounded to the outermost codes:
-# half a step beyond them (E4M3 ends with steps of 32, E2M1 of 2, INT4 of 1).
-_E4M3, _E2M1 = (0x38, -464.0, 464.0), (0x22, -7.0, 7.0)
-_CODES: Mapping[str, tuple[int, float, float]] = {
+# A code whose value is its block's scale, and half of the widest step between codes (E4M3 ends with steps of 32, E2M1
+# with 2, INT4 has 1). A value that is off by more than that lies beyond the outermost code.
+_E4M3, _E2M1 = (0x38, 16.0), (0x22, 1.0)
+_CODES: Mapping[str, tuple[int, float]] = {
     "fp8_tensor": _E4M3, "fp8_channel": _E4M3, "fp8_block": _E4M3, "mxfp8": _E4M3, "mxfp4": _E2M1, "nvfp4": _E2M1,
-    "int4": (0x99, -8.5, 7.5),
+    "int4": (0x99, 0.5),
 }  # fmt: skip
+_TIE = 1 + 2**-16
+"""A value half way between two codes is off by half a step, give or take the roundings of a product up to 28 times as
+large: three of 2^-24 each, so 2^-17.6 of the half step."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,36 @@ class Row:
 
 def errors(wide_NK: Tensor, weight: QuantTensor) -> tuple[float, float, float]:
     """(rms, worst, saturated) of a weight in one segment, against its FP32 values."""
-    share = saturated(wide_NK, weight) / max(wide_NK.numel(), 1)
-    off_NK = weight.dequantize() - wide_NK  # not in place: an unquantised FP32 weight decodes to its own storage
-    size, off = (float(torch.linalg.vector_norm(x_NK, dtype=torch.float64)) for x_NK in (wide_NK, off_NK))
-    worst = float(off_NK.abs_().max()) if off_NK.numel() else 0.0
-    return off / size if size else 0.0, worst, share
+    off_NK = weight.dequantize()
+    if off_NK.data_ptr() == weight.parts["data"].data_ptr():  # an unquantised FP32 weight decodes to its own storage
+        off_NK = off_NK.clone()
+    off_NK.sub_(wide_NK).abs_()
+    size, off = norm(wide_NK), norm(off_NK)
+    worst = float(off_NK.max()) if off_NK.numel() else 0.0
+    return off / size if size else 0.0, worst, saturated(off_NK, weight) / max(wide_NK.numel(), 1)
 
 
-def saturated(wide_NK: Tensor, weight: QuantTensor) -> int:
-    """How many values lie beyond the codes of their block. Blocks whose scale is 0 hold none."""
+def norm(x_NK: Tensor) -> float:
+    """Rows in FP32, their norms in FP64."""
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(x_NK, dim=-1), dtype=torch.float64))
+
+
+def saturated(off_NK: Tensor, weight: QuantTensor) -> int:
+    """How many values lie beyond the codes of their block. off_NK: magnitudes of the errors.
+
+    In a block whose scale is 0 all values are too small, and none is too large.
+    """
     if weight.form.name == "bf16":
         return 0
     if weight.form.zero_points:
         raise UnsupportedError(f"{weight.form} is not written here, so nobody asks what it saturates")
-    code, low, high = _CODES[weight.form.name]
+    code, half = _CODES[weight.form.name]
     units = torch.empty_like(weight.parts["data"])
     units.view(torch.uint8).fill_(code)
     scale_NK = QuantTensor(weight.form, weight.segments, weight.columns, {**weight.parts, "data": units}).dequantize()
-    beyond = (wide_NK > scale_NK * high).logical_or_(wide_NK < scale_NK * low)
-    return int(beyond.logical_and_(scale_NK > 0).sum())
+    if scale_NK.numel() and not float(scale_NK.min()) > 0:
+        scale_NK.masked_fill_(scale_NK == 0, torch.inf)
+    return int((off_NK > scale_NK.mul_(half * _TIE)).count_nonzero())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,8 @@ from moesaic.models.quantize_report import Row
 from moesaic.models.quantize_write import PARTIAL, flush, replace_durably
 
 STATE = ".quantize.json"
+_OURS = re.compile(rf"({re.escape(STATE)}|model(-\d+-of-\d+)?\.safetensors){re.escape(PARTIAL)}")
+"""What a run that ended early may leave besides: files that were being written."""
 VERSION = 1
 """To be raised when the same options give other bytes than before: half of a checkpoint must not be of another kind."""
 
@@ -59,11 +62,13 @@ class Workspace:
         path = self.directory / STATE
         if path.exists():
             state = read_state(path)
-            self.check_options(state["options"])
-            self.scales = state["scales"]
-            self.done = {name: [Row.of(row) for row in rows] for name, rows in state["done"].items()}
-            return
-        foreign = [entry.name for entry in self.directory.iterdir() if entry.name != STATE + PARTIAL]
+            if state["options"] == self.options or any(self.directory.glob("*.safetensors")):
+                self.check_options(state["options"])
+                self.scales = state["scales"]
+                self.done = {name: [Row.of(row) for row in rows] for name, rows in state["done"].items()}
+                return
+            path.unlink()  # nothing was written yet: begin with the new options
+        foreign = [entry.name for entry in self.directory.iterdir() if not _OURS.fullmatch(entry.name)]
         if foreign:
             what = f"is not empty (it holds {sorted(foreign)[0]!r})"
             raise OptionError(what, where=str(self.directory), remedy="Choose another DST.")
@@ -96,8 +101,9 @@ class Workspace:
 
     def close(self) -> None:
         """All is done: removes what only an unfinished run needs. The state goes last."""
-        for left in self.directory.glob("*" + PARTIAL):
-            left.unlink()
+        for left in self.directory.iterdir():
+            if _OURS.fullmatch(left.name):
+                left.unlink()
         (self.directory / STATE).unlink()
 
     def __enter__(self) -> Workspace:

@@ -21,9 +21,14 @@ class MLP:
         self.activation, self.ops = spec.activation, kernels.under(activation=spec.activation.kind)
         self.gate_up = Linear((spec.gate, spec.up), kernels, like)
         self.down = Linear((spec.down,), kernels, like)
+        self.fused = hasattr(self.ops, "mlp") and self.gate_up.bare and self.down.bare
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down(self.ops.activate(self.gate_up(x_TD), self.activation))
+    def __call__(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
+        """The feed-forward of x, added to `onto` where that is given."""
+        if self.fused:
+            return self.ops.mlp(x_TD, self.gate_up.weight_ND, self.down.weight_ND, self.activation, onto_TD)
+        y_TD = self.down(self.ops.activate(self.gate_up(x_TD), self.activation))
+        return y_TD if onto_TD is None else onto_TD + y_TD
 
     def sources(self) -> Sources:
         yield from self.gate_up.sources()
@@ -46,7 +51,7 @@ class MoELayer:
         sent = self.dispatcher.dispatch(x_TD, routing)
         y = self.experts(sent, phase)
         y_TD = self.dispatcher.combine(y, sent)
-        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
+        return y_TD if self.shared is None else self.shared(x_TD, y_TD)
 
     def sources(self) -> Sources:
         yield from self.route.sources()

@@ -19,12 +19,14 @@ class Router:
     """
 
     def __init__(self, spec: RouterSpec, hidden: int, ops: Ops, like: Tensor) -> None:
-        self.spec, self.ops = spec, ops
+        self.spec, self.ops, self.fused = spec, ops, hasattr(ops, "gate")
         self.weight_ED = like.new_empty(spec.experts, hidden, dtype=torch.float32)
         self.bias_E = like.new_empty(spec.experts, dtype=torch.float32) if spec.bias else None
         self.logit_bias_E = like.new_empty(spec.experts, dtype=torch.float32) if spec.logit_bias else None
 
     def __call__(self, x_TD: Tensor) -> Routing:
+        if self.fused:
+            return Routing(*self.ops.gate(x_TD, self.weight_ED, self.logit_bias_E, self.bias_E, self.spec))
         return Routing(*self.ops.route(self.logits(x_TD), self.bias_E, self.spec))
 
     def logits(self, x_TD: Tensor) -> Tensor:

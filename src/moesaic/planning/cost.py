@@ -1,98 +1,105 @@
-"""What a plan costs before it runs: memory per rank, bytes and operations of a step, and the least time they take.
+"""What a model takes of a rank's memory, counted from its shapes. Of the time that it takes: `models/floor.py`.
 
-Bytes and operations are counted from the shapes; the floor divides them by what the hardware's data sheet promises, so
-that no run can be faster. T tokens in a step, E experts, A experts per token.
+Of max(tp, ep) ranks each holds 1/tp of every projection that is cut, and E/ep experts (where ep is 1: all E, cut).
+Whole on each are embedding, head, norms, routers, MLA's `down` and its cache, and what belongs to drafts alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moesaic.contracts.plan import ModelPlan
-from moesaic.contracts.scheme import Scheme
-from moesaic.contracts.spec import LinearSpec, MLASpec, ModelSpec, MoESpec
+from moesaic.contracts.plan import ModelPlan, Wishes
+from moesaic.contracts.scheme import UNQUANTIZED, Scheme
+from moesaic.contracts.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, MoESpec
 from moesaic.formats.sizes import weight_bytes
 from moesaic.hardware import Hardware
-from moesaic.planning.needs import experts_scheme, stacks_of
+from moesaic.planning.needs import blocks_of, experts_scheme, stacks_of
 
 RESERVE = 0.08
 """Part of a device's memory that activations, graphs and the allocator need."""
-PEAK_OF = {"bf16": "bf16", "fp8_tensor": "fp8", "fp8_token": "fp8", "fp8_group128": "fp8", "mxfp8": "fp8",
-           "nvfp4": "fp4"}  # fmt: skip
+ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Of one rank: bytes read, multiplications and additions, and the least seconds."""
+class Piece:
+    """A weight [rows, columns] on one rank, and its bias. size: bytes of a plain element.  experts: 0: it is dense."""
 
-    nbytes: int
-    operations: int
-    seconds: float
+    role: str
+    scheme: Scheme
+    rows: int
+    columns: int
+    size: int
+    bias: bool = False
+    experts: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of one expert."""
+        plain = self.rows * self.size if self.bias else 0
+        return weight_bytes(self.scheme.weight, self.rows, self.columns, 8 * self.size) + plain
+
+
+def pieces(block: LayerSpec, wishes: Wishes, dtype: str) -> Iterator[Piece]:
+    """Every weight of a block that is multiplied."""
+    at, mlp, tp, size = block.attention, block.mlp, wishes.tp, ITEMSIZE[dtype]
+    for role, parts in stacks_of(block):
+        inner, least = role in ("o", "mlp_down"), at.head_dim if isinstance(at, GQASpec) and role == "qkv" else 1
+        for part in parts:  # a head is never cut: a kv head is on several ranks where there are fewer than ranks
+            rows = part.outputs if inner or role == "down" else max(part.outputs // tp, least)
+            yield Piece(role, part.runs, rows, part.inputs // (tp if inner else 1), size, part.bias)
+    if isinstance(at, MLASpec):
+        yield Piece("kv_b", UNQUANTIZED, at.kv_b.outputs // tp, at.kv_b.inputs, size)
+    if isinstance(mlp, MoESpec):
+        yield Piece("router", UNQUANTIZED, mlp.router.experts, mlp.gate.inputs, 4, bool(mlp.router.logit_bias))
+        width, count = mlp.intermediate // (tp if wishes.ep == 1 else 1), mlp.router.experts // wishes.ep
+        scheme, hidden = experts_scheme(mlp), mlp.gate.inputs
+        for part, rows, columns in ((mlp.gate, width, hidden), (mlp.up, width, hidden), (mlp.down, hidden, width)):
+            yield Piece("experts", scheme, rows, columns, size, part.bias, count)
+
+
+def vectors(block: LayerSpec, hidden: int, wishes: Wishes, dtype: str) -> int:
+    """Bytes of a block's norms, sinks and selection bias."""
+    at, mlp = block.attention, block.mlp
+    biases = mlp.router.experts if isinstance(mlp, MoESpec) and mlp.router.bias else 0
+    if isinstance(at, MLASpec):
+        norms = at.kv_rank + (at.q_a.outputs if at.q_a else 0)
+    else:
+        norms, biases = 2 * at.head_dim * bool(at.q_norm), biases + bool(at.sinks) * at.heads // wishes.tp
+    return ITEMSIZE[dtype] * (2 * hidden + norms) + 4 * biases
+
+
+def block_bytes(block: LayerSpec, hidden: int, wishes: Wishes, dtype: str) -> int:
+    held = sum((each.experts or 1) * each.nbytes for each in pieces(block, wishes, dtype))
+    return held + vectors(block, hidden, wishes, dtype)
+
+
+def weights(spec: ModelSpec, wishes: Wishes, dtype: str) -> int:
+    """Bytes on one rank."""
+    size, hidden = ITEMSIZE[dtype], spec.hidden
+    joins = sum(Piece("join", d.join.runs, d.join.outputs, d.join.inputs, size).nbytes for d in spec.drafts)
+    plain = (2 - spec.tied) * spec.vocab * hidden + hidden + 3 * hidden * len(spec.drafts)
+    return size * plain + joins + sum(block_bytes(block, hidden, wishes, dtype) for block in blocks_of(spec))
+
+
+def kv_bytes(block: LayerSpec, wishes: Wishes, dtype: str) -> int:
+    """Per token on one rank. MLA's row serves all heads, so that each rank has it; kv heads are dealt out."""
+    at = block.attention
+    width = at.kv_width if isinstance(at, MLASpec) else max(at.kv_width // wishes.tp, 2 * at.head_dim)
+    return ITEMSIZE[dtype] * width
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Memory of one rank. tokens: that its KV cache can hold.  ranks_more: that are lacking, 0 where it fits."""
+    """Memory of one rank: weights, what may be used, what lacks for them and one context, tokens that KV can hold."""
 
     weights: int
     usable: int
+    lacking: int
     tokens: int
-    ranks_more: int
-
-    @property
-    def fits(self) -> bool:
-        return self.ranks_more == 0
-
-
-def touched(experts: int, top_k: int, tokens: int) -> float:
-    """Experts that a step of so many tokens meets, on average, if routing is uniform: E (1 - (1 - A/E)^T)."""
-    return experts * (1 - (1 - top_k / experts) ** tokens)
-
-
-def step(spec: ModelSpec, plan: ModelPlan, hardware: Hardware, tokens: int, context: int) -> Step:
-    """One step of `tokens` rows, each over `context` positions (0: attention's own reads are left out)."""
-    world = max(plan.wishes.tp, plan.wishes.ep)
-    nbytes, seconds, operations = 0.0, 0.0, 0
-    for block in spec.layers:
-        dense = [(part, part.runs) for _, parts in stacks_of(block) for part in parts]
-        layer_bytes = float(sum(stored(part, scheme) for part, scheme in dense))
-        works = [(2 * tokens * part.inputs * part.outputs, scheme) for part, scheme in dense]
-        if isinstance(block.attention, MLASpec):
-            kv_b = block.attention.kv_b
-            layer_bytes += 2 * kv_b.inputs * kv_b.outputs
-        if isinstance(block.mlp, MoESpec):
-            mix, scheme = block.mlp, experts_scheme(block.mlp)
-            parts = (mix.gate, mix.up, mix.down)
-            layer_bytes += touched(mix.router.experts, mix.router.top_k, tokens) * sum(stored(p, scheme) for p in parts)
-            works += [(2 * tokens * mix.router.top_k * p.inputs * p.outputs, scheme) for p in parts]
-        nbytes += layer_bytes + 2 * block.attention.kv_width * context * tokens
-        operations += sum(work for work, _ in works)
-        seconds += sum(work / peak(hardware, scheme) for work, scheme in works)
-    head = spec.vocab * spec.hidden
-    nbytes, operations = nbytes + 2 * head, operations + 2 * tokens * head
-    slow = nbytes / hardware.bandwidth if hardware.bandwidth else 0.0
-    return Step(round(nbytes / world), operations // world, max(slow, seconds) / world)
-
-
-def stored(part: LinearSpec, scheme: Scheme) -> int:
-    return weight_bytes(scheme.weight, part.outputs, part.inputs)
-
-
-def peak(hardware: Hardware, scheme: Scheme) -> float:
-    """Products per second in the scheme's operands; where the hardware lacks them, in the next wider ones it has."""
-    wanted = PEAK_OF[scheme.activation.name]
-    for name in ("fp4", "fp8", "bf16")[("fp4", "fp8", "bf16").index(wanted) :]:
-        if name in hardware.peaks:
-            return hardware.peaks[name]
-    return float("inf")
 
 
 def fit(plan: ModelPlan, hardware: Hardware, context: int) -> Fit:
-    """Whether weights and one context fit; if not, how many more ranks of this kind would hold them."""
-    usable = int(hardware.memory * (1 - RESERVE))
-    kv = plan.kv_bytes_per_token
-    tokens = max(0, (usable - plan.weight_bytes) // kv) if kv else 0
-    world = max(plan.wishes.tp, plan.wishes.ep)
-    lacking = plan.weight_bytes + kv * context - usable
-    more = -(-(world * (plan.weight_bytes + kv * context)) // usable) - world if lacking > 0 else 0
-    return Fit(plan.weight_bytes, usable, tokens, max(more, 1) if lacking > 0 else 0)
+    usable, kv = int(hardware.memory * (1 - RESERVE)), plan.kv_bytes_per_token
+    room = usable - plan.weight_bytes
+    return Fit(plan.weight_bytes, usable, max(0, kv * context - room), max(0, room) // kv)

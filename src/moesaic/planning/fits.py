@@ -7,6 +7,8 @@ from dataclasses import replace
 from moesaic.contracts.contract import Contract, listed
 from moesaic.contracts.plan import MixtureNeed, Wishes
 
+UNBUILT = "is known, but not built into Moesaic yet"
+
 
 def misses(contract: Contract, need: MixtureNeed, wishes: Wishes) -> str | None:
     """The first reason against it, or None."""
@@ -14,7 +16,7 @@ def misses(contract: Contract, need: MixtureNeed, wishes: Wishes) -> str | None:
     wish = {"experts": wishes.experts, "dispatch": wishes.dispatch}.get(contract.op)
     if wish not in (None, contract.backend):
         return f"{wish} was asked for"
-    unbuilt = None if contract.built or wishes.hypothetical else "is known, but not built into Moesaic yet"
+    unbuilt = None if contract.built or wishes.hypothetical else UNBUILT
     return contract.misses(asks) or misses_sizes(contract, need) or misses_routing(contract, need) or unbuilt
 
 

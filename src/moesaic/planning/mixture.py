@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from moesaic.contracts.contract import Contract, Duty, Rejection
+from moesaic.contracts.contract import Contract, Duty, Rejection, listed
 from moesaic.contracts.plan import ADAPTERS, Ids, MixtureNeed, MixturePath, Stage, Wishes
 from moesaic.planning.fits import misses
 
@@ -97,9 +97,11 @@ def chains(need: MixtureNeed, pair: tuple[Contract, Contract], catalogue: Sequen
            rejected: list[Rejection]) -> Iterator[tuple[tuple[int, ...], MixturePath]]:  # fmt: skip
     """(sort key, path) of every legal chain of a kernel and a dispatcher: over wires, logit dtypes and sharing."""
     kernel, dispatcher = pair
-    reasons: dict[str, None] = {}
+    wires = dispatcher.encodings & (frozenset({wishes.wire}) if wishes.wire else dispatcher.encodings)
+    refused = f"{dispatcher.backend} carries {listed(dispatcher.encodings)}, not {wishes.wire}"
+    reasons: dict[str, None] = {} if wires else {refused: None}
     legal = False
-    for wire in sorted(dispatcher.encodings):
+    for wire in sorted(wires):
         for logits in logit_dtypes(kernel, wishes):
             for fused in (False, True):
                 if fused and not (need.shared and "shared" in kernel.path.can | kernel.path.does):
@@ -160,8 +162,8 @@ def best_router(need: MixtureNeed, logits: str, catalogue: Sequence[Contract], w
 
 def send(chain: Chain, dispatcher: Contract, wire: str) -> None:
     need, wishes = chain.need, chain.wishes
-    if wishes.wire not in (None, wire):
-        raise Illegal(f"its wire would be {wire}, not {wishes.wire}")
+    if wire == "fp8_tensor" and need.ranks > 1 and not need.static:
+        raise Illegal("a wire in fp8_tensor has one scale for all rows, and each rank would find its own")
     if wire not in need.wires and not wishes.lossy:
         raise Illegal(f"a wire in {wire} would round what the scheme keeps ({', '.join(sorted(need.wires))})")
     if wire != "bf16" and not dispatcher.path.encodes:

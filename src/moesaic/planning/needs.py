@@ -8,7 +8,7 @@ from itertools import groupby
 
 from moesaic.contracts.contract import Need
 from moesaic.contracts.plan import MixtureNeed, Phase, Wishes
-from moesaic.contracts.scheme import UNQUANTIZED, Scheme
+from moesaic.contracts.scheme import SCHEMES, UNQUANTIZED, Scheme
 from moesaic.contracts.spec import GQASpec, LayerSpec, LinearSpec, MLPSpec, ModelSpec, MoESpec
 
 WIRES: dict[str, frozenset[str]] = {
@@ -56,6 +56,18 @@ def experts_scheme(spec: MoESpec) -> Scheme:
     return schemes.pop() if len(schemes) == 1 else UNQUANTIZED
 
 
+def schemes_in(block: LayerSpec) -> list[Scheme]:
+    """Every scheme that a layer runs in, its mixture's first."""
+    routed = [experts_scheme(block.mlp)] if isinstance(block.mlp, MoESpec) else []
+    return [*routed, *(scheme for _, parts in stacks_of(block) for scheme in schemes_of(parts))]
+
+
+def by_row_instead_of(scheme: Scheme) -> str:
+    """The nearest scheme whose rows have scales of their own and need no calibration: of the same weights if any is."""
+    free = (each for each in SCHEMES.values() if each.activation.by_row and not each.activation.static)
+    return next((each.name for each in free if each.weight == scheme.weight), "fp8_channel")
+
+
 def layer_needs(block: LayerSpec, base: Need) -> Iterator[tuple[Need, frozenset[str]]]:
     """(need, the ops that will be called under it) of everything in a layer but its mixture's path."""
     for _, parts in stacks_of(block):
@@ -66,7 +78,7 @@ def layer_needs(block: LayerSpec, base: Need) -> Iterator[tuple[Need, frozenset[
         yield replace(base, sinks=True), frozenset({"attend_paged", "attend_dense"})
     mlp = block.mlp.shared if isinstance(block.mlp, MoESpec) else block.mlp
     if mlp is not None:
-        yield replace(base, activation=mlp.activation.kind), frozenset({"activate"})
+        yield replace(base, activation=mlp.activation.kind), frozenset({"activate", "mlp"})
     if isinstance(block.mlp, MoESpec):
         yield experts_need(block.mlp, base), frozenset({"encode", "experts"})
 

@@ -166,6 +166,8 @@ class Walk:
             return f"{stage.kernel} does not carry {wire}"
         if not self.lossy and wire not in ROUNDING_ASKED[need.need.encoding]:
             return f"a wire in {wire} for rows in {need.need.encoding}"
+        if wire == "fp8_tensor" and need.ranks > 1 and not need.static:
+            return f"a wire in {wire}, whose one scale each rank would find for itself"
         if self.rows[0] != ("bf16" if path.encodes else wire):
             return f"{stage.kernel} is given {self.rows[0]} for a wire in {wire}"
         if stage.layout != path.emits or self.rows[1] != "tokens":

@@ -58,6 +58,10 @@ class ChatTemplate:
         """The names of the templates; empty when the checkpoint has none."""
         return tuple(self._templates)
 
+    def mentions(self, text: str) -> bool:
+        """Whether a template holds this text: a model's markers tell how its answers are to be read."""
+        return any(text in source for source in self._templates.values())
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

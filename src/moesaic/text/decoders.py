@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 from moesaic.errors import UnsupportedError
@@ -41,6 +42,7 @@ def byte_of_char() -> dict[str, int]:
 BYTE_OF_CHAR = byte_of_char()
 
 
+@lru_cache(maxsize=1 << 16)
 def byte_level_bytes(token: str) -> bytes:
     """The bytes a ByteLevel token means; a token outside the alphabet (an added one) means its own UTF-8."""
     try:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,9 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-tree-slp-vectorize", "-w",
          "-fPIC", "-shared")  # fmt: skip
 TIMEOUT = 600
+NAMES = ("rms_norm", "rotate", "activate", "route", "linear", "gate", "experts", "attend_paged", "attend_latent",
+         "store_latent")  # fmt: skip
+"""As `Name` in moesaic.cpp has them."""
 RUNTIME = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
 
 
@@ -46,13 +50,19 @@ def library() -> ctypes.CDLL:
     pointers = openmp()
     if pointers:
         found.use_threads(*pointers)
-    found.spent_nanoseconds.restype = ctypes.c_int64
     return found
+
+
+def spent() -> dict[str, float]:
+    """Seconds spent in each entry point so far; `mlp` counts as `experts`, whose code it is."""
+    each = (ctypes.c_int64 * len(NAMES))()
+    library().spent(each)
+    return {name: nanoseconds / 1e9 for name, nanoseconds in zip(NAMES, each, strict=True)}
 
 
 def build(folder: Path) -> Path:
     """The library for this very machine in `folder`, compiled unless it is there."""
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise UnsupportedError(
             "there is no C++ compiler to build the native kernels with",
@@ -68,6 +78,8 @@ def build(folder: Path) -> Path:
     except OSError as error:
         raise UnsupportedError(f"the native kernels cannot be stored: {error}", where=str(folder),
                                remedy="Name a writable folder in MOESAIC_CACHE.") from error  # fmt: skip
+    if sys.stderr.isatty():
+        print("moesaic: compiling the native CPU kernels for this processor (once)", file=sys.stderr, flush=True)
     try:
         compile_to(compiler, Path(made))
         os.replace(made, path)  # whoever was faster made the same

@@ -13,13 +13,13 @@ struct Bank {  // the weights of experts: addresses, and bytes from expert to ex
 };
 
 struct ExpertsArgs {
-    const char* x;
+    const char *x, *onto;  // onto: rows [tokens, hidden] to which the result is added, or none
     char* y;
-    const int32_t* ids;
+    const int32_t* ids;    // none: all tokens go to expert 0, with weight 1
     const float* weights;
-    int64_t x_row, tokens, hidden, top_k, has_shared, threads;
+    int64_t x_row, onto_row, tokens, hidden, top_k, threads;
     Activation activation;
-    Bank routed, shared;
+    Bank bank;
 };
 
 struct Group {
@@ -43,17 +43,14 @@ template <class T> struct Experts {
     uint32_t *panels, *hidden_panels;
     Element* hidden_rows;
 
-    int64_t count_of_groups() const { return a.routed.count + (a.has_shared ? a.shared.count : 0); }
-
-    // Counting sort; the shared experts come last and take every token with weight 1.
+    // Counting sort.
     void sort(int64_t* place) {
-        int64_t E = a.routed.count, n = a.tokens * a.top_k;
+        int64_t E = a.bank.count, n = a.tokens * a.top_k;
         for (int64_t e = 0; e <= E; e++) place[e] = 0;
         for (int64_t i = 0; i < n; i++)
             if (a.ids[i] >= 0 && a.ids[i] < E) place[a.ids[i] + 1]++;
-        rows = groups = 0;
         for (int64_t e = 0; e < E; e++) {
-            if (place[e + 1]) add_group(a.routed, e, place[e + 1]);
+            if (place[e + 1]) add_group(e, place[e + 1]);
             place[e + 1] += place[e];
         }
         for (int64_t i = 0; i < n; i++)
@@ -62,13 +59,15 @@ template <class T> struct Experts {
                 order[at] = (int32_t)(i / a.top_k);
                 weight_of[at] = a.weights[i];
             }
-        for (int64_t e = 0; a.has_shared && e < a.shared.count; e++) {
-            for (int64_t t = 0; t < a.tokens; t++) order[rows + t] = (int32_t)t, weight_of[rows + t] = 1;
-            if (a.tokens) add_group(a.shared, e, a.tokens);
-        }
     }
 
-    void add_group(const Bank& b, int64_t e, int64_t count) {
+    void take_all() {
+        for (int64_t t = 0; t < a.tokens; t++) order[t] = (int32_t)t, weight_of[t] = 1;
+        if (a.tokens) add_group(0, a.tokens);
+    }
+
+    void add_group(int64_t e, int64_t count) {
+        const Bank& b = a.bank;
         group[groups++] = {b.w13 + e * b.w13_expert, b.w2 + e * b.w2_expert,
                            b.bias13 ? b.bias13 + e * b.bias13_expert : nullptr,
                            b.bias2 ? b.bias2 + e * b.bias2_expert : nullptr, b.width, rows, count, Split::of(count),
@@ -187,10 +186,19 @@ template <class T> struct Experts {
         });
     }
 
+    void begin_sum(int64_t t, int64_t d, int64_t count) const {
+        float* sum = sums + t * a.hidden + d;
+        if (!a.onto) return (void)memset(sum, 0, (size_t)count * 4);
+        in_vectors(count, [&](int64_t at, auto lanes) {
+            constexpr int L = decltype(lanes)::value;
+            put<Single, L>(sum + at, get<T, L>(row_at<T>(a.onto, a.onto_row, t) + d + at));
+        });
+    }
+
     void work(Member me) const {
         int64_t d0, d1, turn = 0;
         me.share(a.hidden, 16, d0, d1);
-        for (int64_t t = 0; t < a.tokens && d1 > d0; t++) memset(sums + t * a.hidden + d0, 0, (size_t)(d1 - d0) * 4);
+        for (int64_t t = 0; t < a.tokens; t++) begin_sum(t, d0, d1 - d0);
         for (int64_t g = 0, end; g < groups; g = end) {
             for (end = g + 1; !group[end - 1].last;) end++;
             for (int64_t i = g; i < end; i++) pack_rows(group[i], me, turn);
@@ -211,18 +219,18 @@ template <class T> struct Experts {
     explicit Experts(const ExpertsArgs& args) : a(args) {}
 
     void run(Scratch& space) {
-        int64_t most = a.tokens * a.top_k + (a.has_shared ? a.shared.count * a.tokens : 0), G = count_of_groups();
-        int64_t places = (a.routed.count + 1) * 8;
-        space.reserve(places + 64 + Scratch::padded<Group>(G) + 2 * Scratch::padded<float>(most));
-        int64_t* place = space.take<int64_t>(a.routed.count + 1);
-        group = space.take<Group>(G);
+        static thread_local Scratch buffers;
+        int64_t E = a.bank.count, most = a.ids ? a.tokens * a.top_k : a.tokens;
+        space.reserve(Scratch::padded<int64_t>(E + 1) + Scratch::padded<Group>(E) + 2 * Scratch::padded<float>(most));
+        int64_t* place = space.take<int64_t>(E + 1);
+        group = space.take<Group>(E);
         order = space.take<int32_t>(most);
         weight_of = space.take<float>(most);
-        sort(place);
-        k_words = words_of<T>(a.hidden), w13_row = a.hidden * (int64_t)sizeof(Element);
-        static thread_local Scratch buffers;
+        k_words = words_of<T>(a.hidden), w13_row = a.hidden * (int64_t)sizeof(Element), rows = groups = 0;
+        if (a.ids) sort(place);
+        else take_all();
         plan(buffers);
-        in_team(rows * a.hidden * a.routed.width < 65536 ? 1 : a.threads, [&](Member me) { work(me); });
+        in_team(rows * a.hidden * a.bank.width < 65536 ? 1 : a.threads, [&](Member me) { work(me); });
         buffers.release();
     }
 };

@@ -9,14 +9,17 @@ Runtime runtime;
 
 namespace {
 thread_local Scratch scratch;
-int64_t nanoseconds = 0;  // spent in entry points, over all threads that call them
+
+enum Name { RMS_NORM, ROTATE, ACTIVATE, ROUTE, LINEAR, GATE, EXPERTS, ATTEND, ATTEND_LATENT, STORE_LATENT, NAMES };
+int64_t nanoseconds[NAMES];  // spent in entry points, over all threads that call them
 
 struct Clock {
+    Name name;
     std::chrono::steady_clock::time_point began = std::chrono::steady_clock::now();
+    explicit Clock(Name of) : name(of) {}
     ~Clock() {
-        auto spent = std::chrono::steady_clock::now() - began;
-        __atomic_fetch_add(&nanoseconds, std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count(),
-                           __ATOMIC_RELAXED);
+        auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - began);
+        __atomic_fetch_add(&nanoseconds[name], spent.count(), __ATOMIC_RELAXED);
     }
 };
 
@@ -85,34 +88,48 @@ void route(const RouteArgs& a) {
 }
 }  // namespace
 
-#define ENTRY(name, Args, call)                                       \
+#define ENTRY(name, NAME, Args, call)                                 \
     extern "C" void name##_float32(const Args* a) {                   \
-        Clock clock;                                                  \
+        Clock clock(NAME);                                            \
         using T = Single;                                             \
         call;                                                         \
     }                                                                 \
     extern "C" void name##_bfloat16(const Args* a) {                  \
-        Clock clock;                                                  \
+        Clock clock(NAME);                                            \
         using T = Brain;                                              \
         call;                                                         \
     }
 
-ENTRY(rms_norm, NormArgs, rms_norm<T>(*a))
-ENTRY(rotate, RotateArgs, rotate<T>(*a))
-ENTRY(activate, ActivateArgs, activate<T>(*a))
-ENTRY(linear, LinearArgs, linear<T>(*a, scratch))
-ENTRY(gate, GateArgs, gate<T>(*a, scratch))
-ENTRY(experts, ExpertsArgs, Experts<T>(*a).run(scratch))
-ENTRY(attend, AttendArgs, attend<T>(*a, scratch))
-ENTRY(attend_latent, LatentArgs, Latent<T>(*a).run(scratch))
-ENTRY(store_latent, StoreLatentArgs, store_latent<T>(*a))
+ENTRY(rms_norm, RMS_NORM, NormArgs, rms_norm<T>(*a))
+ENTRY(rotate, ROTATE, RotateArgs, rotate<T>(*a))
+ENTRY(activate, ACTIVATE, ActivateArgs, activate<T>(*a))
+ENTRY(linear, LINEAR, LinearArgs, linear<T>(*a, scratch))
+ENTRY(gate, GATE, GateArgs, gate<T>(*a, scratch))
+ENTRY(experts, EXPERTS, ExpertsArgs, Experts<T>(*a).run(scratch))
+ENTRY(attend, ATTEND, AttendArgs, attend<T>(*a, scratch))
+ENTRY(attend_latent, ATTEND_LATENT, LatentArgs, Latent<T>(*a).run(scratch))
+ENTRY(store_latent, STORE_LATENT, StoreLatentArgs, store_latent<T>(*a))
 
 extern "C" void route_float32(const RouteArgs* a) {
-    Clock clock;
+    Clock clock(ROUTE);
     route(*a);
 }
+
+// A list of calls in order.
+struct Record {
+    void (*call)(const void*);
+    const void* args;
+};
+extern "C" void replay(const Record* records, int64_t count) {
+    for (int64_t i = 0; i < count; i++) records[i].call(records[i].args);
+}
+
 extern "C" void use_threads(void* parallel, void* index, void* count, void* barrier) {
     runtime = {(decltype(runtime.parallel))parallel, (decltype(runtime.index))index, (decltype(runtime.count))count,
                (decltype(runtime.barrier))barrier};
 }
-extern "C" int64_t spent_nanoseconds() { return __atomic_load_n(&nanoseconds, __ATOMIC_RELAXED); }
+// Nanoseconds spent so far, in the order of `Name`; returns how many there are.
+extern "C" int64_t spent(int64_t* each) {
+    for (int i = 0; i < NAMES; i++) each[i] = __atomic_load_n(&nanoseconds[i], __ATOMIC_RELAXED);
+    return NAMES;
+}

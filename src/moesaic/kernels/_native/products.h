@@ -114,11 +114,25 @@ INLINE void tile(Panels x, const char* w, int64_t row, int64_t step, int64_t wor
     }
 }
 
+// The same for rows whose words follow one another, and whose distance is a multiple of 4,096 bytes: they fall into one
+// set of the cache, which holds fewer of them than are read at a time. A part of each is copied to where that is not so.
+template <class T, int L, int MV, int NR>
+INLINE void tile_apart(Panels x, const char* w, int64_t row, int64_t words, F<L> (&sum)[NR][MV]) {
+    constexpr int64_t PART = 128;
+    alignas(64) char copy[NR][PART * 4 + 64];
+    for (int64_t s = 0; s < words; s += PART) {
+        int64_t n = std::min(PART, words - s);
+        for (int j = 0; j < NR; j++) memcpy(copy[j], w + j * row + s * 4, (size_t)n * 4);
+        tile<T, L, MV, NR>({x.words + s * x.step, x.apart, x.step}, copy[0], sizeof copy[0], 4, n, sum);
+    }
+}
+
 // The same for rows of k consecutive elements, an odd one at the end included.
 template <class T, int L, int MV, int NR>
 INLINE void product(Panels x, const char* w, int64_t row, int64_t k, F<L> (&sum)[NR][MV]) {
     int64_t whole = k / T::PER_WORD;
-    tile<T, L, MV, NR>(x, w, row, 4, whole, sum);
+    if (NR > 8 && row % 4096 == 0) tile_apart<T, L, MV, NR>(x, w, row, whole, sum);
+    else tile<T, L, MV, NR>(x, w, row, 4, whole, sum);
     if (whole * T::PER_WORD == k) return;
     for (int j = 0; j < NR; j++)
         for (int v = 0; v < MV; v++)

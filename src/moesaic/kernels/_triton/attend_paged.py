@@ -39,6 +39,17 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """How many sequences, the most rows of one, and (start, count, length) of each on the device; or, of a single one
+    whose rows start at 0, its length."""
+
+    sequences: int
+    longest: int
+    spans_S3: Tensor | None
+    length: int = 0
+
+
+@dataclass(frozen=True)
 class Softmax:
     scale: float
     window: int | None
@@ -55,20 +66,20 @@ def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KV
     out = torch.empty(*q.shape[:2], view.value_dim, dtype=q.dtype, device=q.device)
     if batch.decodes:
         decode(q, heads, batch, how, out)
-    for s in range(batch.decodes, len(batch.spans)):
-        span = batch.spans[s]
-        if span.count:
-            prefill(q, heads, (span.start, span.count, span.length), batch.slots_SL[s], how, out)
+    prompts = batch.spans[batch.decodes :]
+    if prompts:
+        span = Spans(len(prompts), max(each.count for each in prompts), batch.spans_S3[batch.decodes :])
+        prefill(q, heads, span, batch.slots_SL[batch.decodes :], how, out)
     return out
 
 
 def decode(q: Tensor, kv: Heads, batch: AttentionBatch, how: Softmax, out: Tensor) -> None:
-    """Rows 0..decodes, one sequence each."""
+    """The first `decodes` sequences, one row each."""
     sequences, heads = batch.decodes, q.shape[1]
     repeat, longest = heads // kv.kv_heads, batch.slots_SL.shape[1]
-    sizes = kv.widths()
-    height = min(max(power(repeat), 16), 32 if kv.key_dim > 256 else 64)
-    block = 32 if kv.key_dim > 256 else 64
+    sizes, wide = kv.widths(), kv.key_dim > 256
+    height = min(max(power(repeat), 16), 32 if wide else 64)
+    block = 32 if wide else 64
     programs = sequences * kv.kv_heads * cdiv(repeat, height)
     splits = max(1, min(PROGRAMS // programs, cdiv(longest, 4 * block), MOST_SPLITS))
     target, lse = out, None
@@ -77,9 +88,9 @@ def decode(q: Tensor, kv: Heads, batch: AttentionBatch, how: Softmax, out: Tenso
         lse = out.new_empty(sequences, heads, splits, dtype=torch.float32)
     attention_kernel[(1, kv.kv_heads * cdiv(repeat, height), sequences * splits)](
         q, q.stride(0), q.stride(1), kv.k, *kv.k_strides, kv.v, *kv.v_strides, batch.slots_SL,
-        batch.slots_SL.stride(0), batch.lengths_S, how.sinks_H, target, lse, 0, 1, 0, how.scale, heads, R=repeat,
-        WINDOW=how.window or 0, RB=height, BM=height, BL=block, SPLITS=splits, DECODE=True,
-        num_warps=8 if kv.key_dim > 256 else 4, num_stages=2 if kv.key_dim > 256 else 3, **sizes,
+        batch.slots_SL.stride(0), batch.spans_S3, how.sinks_H, target, lse, 0, 1, 0, how.scale, heads, R=repeat,
+        WINDOW=how.window or 0, RB=height, BM=height, BL=block, SPLITS=splits, num_warps=8 if wide else 4,
+        num_stages=2 if wide else 3, **sizes,
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(sequences * heads,)](
@@ -88,18 +99,15 @@ def decode(q: Tensor, kv: Heads, batch: AttentionBatch, how: Softmax, out: Tenso
         )  # fmt: skip
 
 
-def prefill(q: Tensor, kv: Heads, span: tuple[int, int, int], slots_L: Tensor | None, how: Softmax,
-            out: Tensor) -> None:  # fmt: skip
-    """Rows start..start + count, the last positions of a context of `length`."""
-    start, count, length = span
+def prefill(q: Tensor, kv: Heads, spans: Spans, slots_SL: Tensor | None, how: Softmax, out: Tensor) -> None:
+    """Sequences of several rows each, the last positions of their contexts."""
     heads = q.shape[1]
-    repeat = heads // kv.kv_heads
-    wide = kv.key_dim > 256
-    height = min(32 if wide else 128, max(16, power(count * repeat)))
+    repeat, wide = heads // kv.kv_heads, kv.key_dim > 256
+    height = min(32 if wide else 128, max(16, power(spans.longest * repeat)))
     group = min(power(repeat), height)
-    attention_kernel[(cdiv(count, height // group), kv.kv_heads * cdiv(repeat, group), 1)](
-        q, q.stride(0), q.stride(1), kv.k, *kv.k_strides, kv.v, *kv.v_strides, slots_L, 0, None, how.sinks_H, out,
-        None, start, count, length, how.scale, heads, R=repeat, WINDOW=how.window or 0, RB=group, BM=height,
-        BL=32 if wide else 64, SPLITS=1, DECODE=False, num_warps=8 if height >= 128 or wide else 4,
-        num_stages=2, **kv.widths(),
+    attention_kernel[(cdiv(spans.longest, height // group), kv.kv_heads * cdiv(repeat, group), spans.sequences)](
+        q, q.stride(0), q.stride(1), kv.k, *kv.k_strides, kv.v, *kv.v_strides, slots_SL,
+        0 if slots_SL is None else slots_SL.stride(0), spans.spans_S3, how.sinks_H, out, None, 0, spans.longest,
+        spans.length, how.scale, heads, R=repeat, WINDOW=how.window or 0, RB=group, BM=height, BL=32 if wide else 64,
+        SPLITS=1, num_warps=8 if height >= 128 or wide else 4, num_stages=2, **kv.widths(),
     )  # fmt: skip

@@ -61,18 +61,21 @@ def fold(q1, q2, at_M, row_ok, kv, slots_row, begin, end, scale, WINDOW: tl.cons
 
 @triton.jit
 def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_token, v_head, slots_ptr, slots_stride,
-                     lengths_ptr, sinks_ptr, out_ptr, lse_ptr, start, count, length, scale, heads, R: tl.constexpr,
+                     spans_ptr, sinks_ptr, out_ptr, lse_ptr, start, count, length, scale, heads, R: tl.constexpr,
                      K: tl.constexpr, V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BV: tl.constexpr,
                      SHARED: tl.constexpr, WINDOW: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
-                     BL: tl.constexpr, SPLITS: tl.constexpr, DECODE: tl.constexpr):  # fmt: skip
-    """DECODE: sequence s is row s, of length lengths[s]; otherwise rows start..start+count of one sequence."""
+                     BL: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Rows start..start + count of a sequence, its last positions of `length`; from spans_ptr where there are many."""
     BLOCKS: tl.constexpr = (R + RB - 1) // RB
     g, part = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
     s, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
+    if spans_ptr is not None:
+        start, count = tl.load(spans_ptr + 3 * s).to(tl.int32), tl.load(spans_ptr + 3 * s + 1).to(tl.int32)
+        length = tl.load(spans_ptr + 3 * s + 2).to(tl.int32)
+        if tl.program_id(0) * (BM // RB) >= count:
+            return
     i = tl.arange(0, BM)
     query, r = tl.program_id(0) * (BM // RB) + i // RB, part * RB + i % RB
-    if DECODE:
-        start, count, length = s, 1, tl.load(lengths_ptr + s).to(tl.int32)
     head, row_ok = g * R + r, (query < count) & (r < R)
     at_M = length - count + query
     token = (start + query).to(tl.int64)

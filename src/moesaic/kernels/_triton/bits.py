@@ -2,6 +2,9 @@
 
 `WIDE`: Triton's interpreter keeps BF16 as raw 16-bit integers, so there every product is taken in FP32 instead; the
 operands are the same numbers, since all of them fit BF16.
+
+The assembly is marked impure on purpose: the compiler then decodes rows where they were loaded, 16 bytes per thread,
+and moves the operands; otherwise it would move bytes, one by one, to where an operand's register is.
 """
 
 from __future__ import annotations
@@ -14,6 +17,11 @@ WIDE = tl.constexpr(bool(knobs.runtime.interpret))
 E4M3_MAX = tl.constexpr(448.0)
 E2M1_MAX = tl.constexpr(6.0)
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal FP32 number
+# The bits of a code, moved to where BF16 has them, are a number too small by a power of two; exact, since multipliers
+# know subnormals. Half of that power goes into the operand's scale, half into the sum of the product: in between,
+# values have 2^60 of room either way, and no weight comes near.
+TINY_E4M3 = tl.constexpr(1.0 if WIDE.value else 2.0**-120)
+TINY_E2M1 = tl.constexpr(1.0 if WIDE.value else 2.0**-126)
 
 
 @triton.jit
@@ -35,26 +43,23 @@ def e8m0(u):
 
 @triton.jit
 def e4m3(data):
-    """E4M3 -> operands; never NaN. As bits of BF16 a code is a number 2^120 too small: shifted in pairs, and exact."""
+    """E4M3 -> operands, TINY_E4M3 times what the codes stand for: as bits of BF16, shifted in pairs. Never NaN."""
     if WIDE:
         return data.to(tl.float32)
     else:
         return tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, c, d, up;
-            mov.b32 up, 0x7b807b80;
+            .reg .b32 a, b, c, d;
             prmt.b32 a, $2, 0, 0x1404;
             prmt.b32 b, $2, 0, 0x3424;
             shr.b32 c, a, 4;
             shr.b32 d, b, 4;
             and.b32 c, c, 0x07f007f0;
             and.b32 d, d, 0x07f007f0;
-            lop3.b32 a, a, 0x80008000, c, 0xEA;
-            lop3.b32 b, b, 0x80008000, d, 0xEA;
-            mul.rn.bf16x2 $0, a, up;
-            mul.rn.bf16x2 $1, b, up;
+            lop3.b32 $0, a, 0x80008000, c, 0xEA;
+            lop3.b32 $1, b, 0x80008000, d, 0xEA;
             }""",
-            "=r,=r,r", [data], dtype=tl.bfloat16, is_pure=True, pack=4,
+            "=r,=r,r", [data], dtype=tl.bfloat16, is_pure=False, pack=4,
         )  # fmt: skip
 
 
@@ -69,14 +74,98 @@ def e2m1(code):
 
 
 @triton.jit
-def small_integer(n, zero):
-    """n - zero as operands, for integers 0..15: 128 + n is BF16's bit pattern 0x4300 + n."""
+def pairs(low, high):
+    """[N, K] -> [N, 2 K], taking turns."""
+    return tl.interleave(low, high)
+
+
+@triton.jit
+def e2m1_pairs(byte):
+    """Two codes per byte, the first in the low nibble: [N, K] -> operands [N, 2 K], TINY_E2M1 times their values."""
     if WIDE:
-        return n.to(tl.float32) - zero.to(tl.float32)
+        return pairs(e2m1(byte & 15), e2m1(byte >> 4))
     else:
-        high = (n.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
-        low = (zero.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
-        return high - low
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, s, m;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shl.b32 s, a, 12;
+            shl.b32 m, a, 6;
+            and.b32 m, m, 0x01c001c0;
+            lop3.b32 $0, s, 0x80008000, m, 0xEA;
+            shl.b32 s, b, 12;
+            shl.b32 m, b, 6;
+            and.b32 m, m, 0x01c001c0;
+            lop3.b32 $1, s, 0x80008000, m, 0xEA;
+            shl.b32 s, a, 8;
+            shl.b32 m, a, 2;
+            and.b32 m, m, 0x01c001c0;
+            lop3.b32 $2, s, 0x80008000, m, 0xEA;
+            shl.b32 s, b, 8;
+            shl.b32 m, b, 2;
+            and.b32 m, m, 0x01c001c0;
+            lop3.b32 $3, s, 0x80008000, m, 0xEA;
+            }""",
+            "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4,
+        )  # fmt: skip
+        return pairs(low, high)
+
+
+@triton.jit
+def int4_pairs(byte):
+    """Two codes n per byte -> operands 128 + n [N, 2 K]: BF16's bit pattern 0x4300 + n. The 128 is the caller's."""
+    if WIDE:
+        return pairs((byte & 15).to(tl.float32) + 128.0, (byte >> 4).to(tl.float32) + 128.0)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xEA;
+            lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xEA;
+            shr.b32 a, a, 4;
+            shr.b32 b, b, 4;
+            lop3.b32 $2, a, 0x000f000f, 0x43004300, 0xEA;
+            lop3.b32 $3, b, 0x000f000f, 0x43004300, 0xEA;
+            }""",
+            "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4,
+        )  # fmt: skip
+        return pairs(low, high)
+
+
+@triton.jit
+def int4_e4m3_pairs(byte):
+    """Two codes n per byte -> n - 8 in E4M3 [N, 2 K], by table: magnitudes of n < 8 and of n >= 8, four at a time.
+
+    t holds 0x7f where a nibble's top bit is clear: it selects the table, and its successor's top bit is the sign.
+    """
+    low, high = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 c, h, a, b, t, u, v;
+        and.b32 c, $2, 0x77777777;
+        and.b32 h, $2, 0x88888888;
+        prmt.b32 a, 0x4A4C4E50, 0x38404448, c;
+        prmt.b32 b, 0x44403800, 0x4E4C4A48, c;
+        prmt.b32 t, 0x0000007f, 0, h;
+        lop3.b32 u, a, t, b, 0xE2;
+        add.u32 t, t, 0x01010101;
+        lop3.b32 u, t, 0x80808080, u, 0xEA;
+        shr.b32 c, c, 16;
+        shr.b32 h, h, 16;
+        prmt.b32 a, 0x4A4C4E50, 0x38404448, c;
+        prmt.b32 b, 0x44403800, 0x4E4C4A48, c;
+        prmt.b32 t, 0x0000007f, 0, h;
+        lop3.b32 v, a, t, b, 0xE2;
+        add.u32 t, t, 0x01010101;
+        lop3.b32 v, t, 0x80808080, v, 0xEA;
+        prmt.b32 $0, u, v, 0x6420;
+        prmt.b32 $1, u, v, 0x7531;
+        }""",
+        "=r,=r,r", [byte], dtype=(tl.uint8, tl.uint8), is_pure=False, pack=4,
+    )  # fmt: skip
+    return pairs(low, high).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit

@@ -21,27 +21,30 @@ from moesaic.kernels._triton.activate import join
 from moesaic.kernels._triton.encode import encode_rows
 from moesaic.kernels._triton.gemm import across, along, operands, product, scale_rows, tile_of
 from moesaic.kernels._triton.launch import cdiv, power
-from moesaic.kernels._triton.sort import Blocks, slots, sort
+from moesaic.kernels._triton.sort import Blocks, single, slots, sort
 from moesaic.kernels.ops import ExpertWeights
+
+PROGRAMS = 132
+"""Multiprocessors of a Hopper GPU."""
 
 
 @triton.jit
 def expert_kernel(x_ptr, x_stride, xs_ptr, xs_stride, w_ptr, w_expert, w_stride, ws_ptr, ws_expert, ws_stride,
-                  zero_ptr, top_ptr, segments, map_ptr, bias_ptr, y_ptr, y_stride, table_ptr, order_ptr, blocks, N,
-                  TOP_K: tl.constexpr, UP: tl.constexpr, OAI: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
-                  K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, X_GROUPS: tl.constexpr,
-                  X_ROWS: tl.constexpr, EIGHT: tl.constexpr, FLIP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  BK: tl.constexpr):  # fmt: skip
+                  zero_ptr, top_ptr, segments, map_ptr, bias_ptr, y_ptr, y_stride, expert_ptr, first_ptr, last_ptr,
+                  order_ptr, N, TOP_K: tl.constexpr, UP: tl.constexpr, OAI: tl.constexpr, LIMIT: tl.constexpr,
+                  ALPHA: tl.constexpr, K: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+                  X_GROUPS: tl.constexpr, X_ROWS: tl.constexpr, EIGHT: tl.constexpr, FLIP: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """UP: the first product, from token rows to sorted rows; otherwise the second, to the rows' places before sorting.
 
     order_ptr None: rows stay where they are (slots).
     """
     block, tile = tl.program_id(1), tl.program_id(0)
-    e = tl.load(table_ptr + block).to(tl.int64)
+    e = tl.load(expert_ptr + block).to(tl.int64)
     if e < 0:
         return
-    r = tl.load(table_ptr + blocks + block) + tl.arange(0, BM)
-    ok = r < tl.load(table_ptr + 2 * blocks + block)
+    r = tl.load(first_ptr + block) + tl.arange(0, BM)
+    ok = r < tl.load(last_ptr + block)
     place = r.to(tl.int64) if order_ptr is None else tl.load(order_ptr + r, ok, 0).to(tl.int64)
     source = place // TOP_K if UP else r.to(tl.int64)
     i = tl.arange(0, BN)
@@ -64,7 +67,8 @@ def expert_kernel(x_ptr, x_stride, xs_ptr, xs_stride, w_ptr, w_expert, w_stride,
         ws_pair = (base + block_row * ws_stride, base + odd_row * ws_stride)
     acc = product(x_ptr + source * x_stride, ok, xs_row, w_ptr + e * w_expert + n * w_stride, n_ok, ws_row, ws_pair,
                   zero_row, 0, K, K, FORMAT, GROUP, X_GROUPS, EIGHT, FLIP, BM, BN, BK)  # fmt: skip
-    acc = scale_rows(acc, ws_row, top_row, n_ok, xs_ptr, xs_row, ok, FORMAT, X_GROUPS, X_ROWS, FLIP)
+    acc = scale_rows(acc, ws_row, top_row, n_ok, xs_ptr, xs_row, ok, FORMAT, X_GROUPS, X_ROWS, EIGHT,
+                     FLIP)  # fmt: skip
     if bias_ptr is not None:
         acc += along(tl.load(bias_ptr + e * N + n, n_ok, 0.0).to(tl.float32), FLIP)
     if UP:
@@ -101,15 +105,24 @@ def combine_kernel(y_ptr, ids_ptr, weights_ptr, out_ptr, D, A: tl.constexpr, BLO
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
     tokens, top_k = ids_TA.shape
-    out = torch.zeros(tokens, w.w2.shape[-2], dtype=x.dtype, device=x.data.device)
+    out = torch.empty(tokens, w.w2.shape[-2], dtype=x.dtype, device=x.data.device)
     if not ids_TA.numel():
         return out
     ids = ids_TA.contiguous()
-    blocks = sort(ids, w.w13.shape[0], height_of(ids.numel(), w.w13.shape[0]))
+    blocks = blocks_of(ids, w)
     hidden = first_product(x, w, blocks, top_k)
     rows = encode_rows(hidden, w.between, w.between_scale, blocks.total, x.dtype)
     y = second_product(rows, w, blocks)
     return combine(y, ids, weights_TA.contiguous(), out)
+
+
+def blocks_of(ids_TA: Tensor, w: ExpertWeights) -> Blocks:
+    """A single token needs no sorting, unless a scale in between spans all rows: then none may hold just anything."""
+    experts_ = w.w13.shape[0]
+    height = height_of(ids_TA.numel(), experts_)
+    if len(ids_TA) == 1 and (w.between.name != "fp8_tensor" or w.between.static):
+        return single(ids_TA, height)
+    return sort(ids_TA, experts_, height)
 
 
 def experts_slotted(x: Rows, w: ExpertWeights, counts_E: Tensor) -> Tensor:
@@ -144,10 +157,11 @@ def multiply(x: Rows, w: QuantTensor, bias_EN: Tensor | None, blocks: Blocks, y:
     """activation: of the first product, which has one; None for the second."""
     n, given, up = w.shape[-2], operands(x, w), activation is not None
     how = activation or Activation()
-    tile = tile_of(blocks.height, given)
-    expert_kernel[(cdiv(n, tile.bn), blocks.count)](
-        **given.pointers, bias_ptr=bias_EN, y_ptr=y, y_stride=y.stride(0), table_ptr=blocks.table_3B,
-        order_ptr=blocks.order_R, blocks=blocks.count, N=n, TOP_K=top_k, UP=up, OAI=how.kind == "swiglu_oai",
+    tile = tile_of(blocks.height, given, few=len(blocks.expert_B) * n <= PROGRAMS * 128)
+    expert_kernel[(cdiv(n, tile.bn), len(blocks.expert_B))](
+        **given.pointers, bias_ptr=bias_EN, y_ptr=y, y_stride=y.stride(0), expert_ptr=blocks.expert_B,
+        first_ptr=blocks.first_B, last_ptr=blocks.last_B, order_ptr=blocks.order_R, N=n,
+        TOP_K=top_k, UP=up, OAI=how.kind == "swiglu_oai",
         LIMIT=how.limit, ALPHA=how.alpha, **tile.arguments(), **given.constants,
     )  # fmt: skip
 
@@ -163,5 +177,7 @@ def combine(y_RD: Tensor, ids_TA: Tensor, weights_TA: Tensor, out_TD: Tensor) ->
 
 
 def height_of(rows: int, experts_: int) -> int:
-    """BM: near the mean of an expert's rows."""
-    return min(max(power(cdiv(rows, max(1, experts_))), 16), 128)
+    """BM: half as many again as an expert's mean, so that most experts fit one block; 128 only where the mean is over
+    64 (measured)."""
+    mean = cdiv(rows, max(1, experts_))
+    return min(max(power(cdiv(3 * mean, 2)), 16), 64 if mean <= 64 else 128)

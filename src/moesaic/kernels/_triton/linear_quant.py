@@ -15,8 +15,8 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels._triton.gemm import across, along, operands, product, scale_rows, tile_of
 from moesaic.kernels._triton.launch import cdiv, power
 
-PROGRAMS = 264
-"""Two per multiprocessor of a Hopper GPU: below that, K is shared out."""
+PROGRAMS = 132
+"""Multiprocessors of a Hopper GPU: where there are fewer tiles, K is shared out."""
 
 
 @triton.jit
@@ -44,7 +44,8 @@ def linear_kernel(x_ptr, x_stride, xs_ptr, xs_stride, w_ptr, w_expert, w_stride,
         ws_pair = (first, first)
     acc = product(x_ptr + m64 * x_stride, m_ok, xs_row, w_ptr + n64 * w_stride, n_ok, ws_row, ws_pair, zero_row, begin,
                   end, K, FORMAT, GROUP, X_GROUPS, EIGHT, FLIP, BM, BN, BK)  # fmt: skip
-    acc = scale_rows(acc, ws_row, top_row, n_ok, xs_ptr, xs_row, m_ok, FORMAT, X_GROUPS, X_ROWS, FLIP)
+    acc = scale_rows(acc, ws_row, top_row, n_ok, xs_ptr, xs_row, m_ok, FORMAT, X_GROUPS, X_ROWS, EIGHT,
+                     FLIP)  # fmt: skip
     if bias_ptr is not None:
         acc += along(tl.load(bias_ptr + n, n_ok, 0.0).to(tl.float32), FLIP)
     at = across((part * rows + m64) * N, FLIP) + along(n64, FLIP)
@@ -75,8 +76,8 @@ def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tenso
         parts = cdiv(k, share)
         target = y if parts == 1 else y.new_empty(parts, rows, n, dtype=torch.float32)
         linear_kernel[(cdiv(n, bn), cdiv(rows, bm), parts)](
-            **given.pointers, bias_ptr=bias_N if parts == 1 else None, y_ptr=target, rows=rows, N=n, SHARE=share, UNIFORM=uniform(w, bn),
-            **tile.arguments(), **given.constants,
+            **given.pointers, bias_ptr=bias_N if parts == 1 else None, y_ptr=target, rows=rows, N=n, SHARE=share,
+            UNIFORM=uniform(w, bn), **tile.arguments(), **given.constants,
         )  # fmt: skip
         if parts > 1:
             sum_kernel[(cdiv(y.numel(), 1024),)](target, bias_N, y, y.numel(), n, PARTS=parts, BLOCK=1024)

@@ -10,6 +10,7 @@ the device; there are entries for the largest possible number, unused ones with 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -21,18 +22,16 @@ from moesaic.kernels._triton.launch import cdiv, power
 
 @dataclass(frozen=True)
 class Blocks:
-    """table INT32 [3, B]: expert, first row, row behind the last. order INT32 [R] or None: where sorted row i came from
-    (None: rows are where they are). total INT32 [1]: sorted rows. rows: entries of `order`, or slots."""
+    """expert, first, last INT32 [B]: whose rows first <= r < last are. order INT32 [R] or None: where sorted row i came
+    from (None: rows are where they are). total INT32 [1]: sorted rows. rows: entries of `order`, or slots."""
 
-    table_3B: Tensor
+    expert_B: Tensor
+    first_B: Tensor
+    last_B: Tensor
     order_R: Tensor | None
     total: Tensor | None
     rows: int
     height: int
-
-    @property
-    def count(self) -> int:
-        return self.table_3B.shape[1]
 
 
 @triton.jit
@@ -97,7 +96,19 @@ def sort(ids_TA: Tensor, experts: int, height: int) -> Blocks:
     table_kernel[(cdiv(table.shape[1], block),)](
         ends, table, experts, table.shape[1], BE=power(experts), BB=block, HEIGHT=height, num_warps=4
     )
-    return Blocks(table, order, ends[experts - 1 :], rows, height)
+    return Blocks(table[0], table[1], table[2], order, ends[experts - 1 :], rows, height)
+
+
+def single(ids_TA: Tensor, height: int) -> Blocks:
+    """The choices of one token, a block each, as they are. Rows of padding ids count as in use, and hold anything."""
+    ids, at = ids_TA.flatten(), numbers(ids_TA.numel(), ids_TA.device)
+    return Blocks(ids, at[:-1], at[1:], None, at[-1:], ids.numel(), height)
+
+
+@lru_cache(maxsize=64)
+def numbers(count: int, device: torch.device) -> Tensor:
+    """INT32 0..count, made once: a graph must be captured after a first run."""
+    return torch.arange(count + 1, dtype=torch.int32, device=device)
 
 
 def slots(counts_E: Tensor, capacity: int, height: int) -> Blocks:
@@ -107,4 +118,4 @@ def slots(counts_E: Tensor, capacity: int, height: int) -> Blocks:
     slots_kernel[(cdiv(table.shape[1], 128),)](
         counts_E, table, capacity, table.shape[1], PER=per, BB=128, HEIGHT=height, num_warps=1
     )
-    return Blocks(table, None, None, experts * capacity, height)
+    return Blocks(table[0], table[1], table[2], None, None, experts * capacity, height)

@@ -1,0 +1,218 @@
+"""The engine's process: reads messages between steps, computes, writes one message per step.
+
+Started by `process.py` as `python -m moesaic.serving.worker FD`, FD being its end of a socket pair. It leaves when the
+other side does; signals are the server's business, so that a whole group can be told to stop and still drain.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from moesaic.contracts.spec import MoESpec
+from moesaic.engine.engine import Engine, Stats
+from moesaic.engine.params import SamplingParams
+from moesaic.errors import MoesaicError
+from moesaic.serving.compiling import Compiling, Guiding, Ids
+from moesaic.serving.faults import MAX_LOST_STEPS, isolate
+from moesaic.serving.frames import Channel, Message
+from moesaic.serving.wire import params_to_wire, piece_to_wire
+
+if TYPE_CHECKING:
+    from moesaic.contracts.plan import ModelPlan
+    from moesaic.engine.output import Delta
+    from moesaic.llm import LLM
+
+log = logging.getLogger("moesaic.engine")
+SAMPLE_EVERY = 16
+"""Steps per step whose expert choices are counted: the load is a sample, and costs next to nothing."""
+
+
+class Worker:
+    """An engine behind a channel. experts: sample the load of the experts."""
+
+    def __init__(self, llm: LLM, channel: Channel, *, experts: bool = True) -> None:
+        self.llm, self.engine, self.channel, self.experts = llm, llm.engine, channel, experts
+        self.compiling = Compiling(llm)
+        self.lost_steps = 0
+        self.meter = self.engine.runner.model.meter
+        self.meter.start()
+        layers = self.engine.runner.model.spec.layers  # draft layers are metered after them, and do not run
+        self.mixtures = [layer.index for layer in layers if isinstance(layer.mlp, MoESpec)]
+
+    def run(self) -> None:
+        """Until the other side leaves (EOFError)."""
+        while True:
+            for message in self.channel.receive(wait=not self.engine.has_work, also=self.compiling.wake):
+                self.handle(message)
+            for ids, prompt, sampling, guide in self.compiling.ready():
+                self.queue(ids, prompt, sampling, guide)
+            if self.engine.has_work:
+                self.step()
+
+    def handle(self, message: Message) -> None:
+        kind, *rest = message
+        if kind == "add":
+            self.add(*rest)
+        elif kind == "abort":
+            self.compiling.forget(rest[0])
+            for request_id in rest[0]:
+                self.engine.abort(request_id)
+        elif kind == "stats":
+            self.channel.send(["stats", rest[0], self.stats()])
+        elif kind == "flush":
+            self.channel.send(["flushed", rest[0], self.flush()])
+        else:
+            raise ValueError(f"unknown message {kind!r}")
+
+    def add(self, ids: Ids, prompt: list[int], sampling: dict[str, Any], grammar: list[str] | None) -> None:
+        """Queues all completions of a prompt, at once or when their grammar is compiled."""
+        if grammar is None:
+            self.queue(ids, prompt, sampling)
+        else:
+            self.compiling.start(ids, prompt, sampling, grammar)
+
+    def queue(self, ids: Ids, prompt: list[int], sampling: dict[str, Any], guide: Guiding | None = None) -> None:
+        """If one completion is refused, none stays."""
+        try:
+            params = SamplingParams(**sampling)
+            make = None if guide is None else guide()
+            for request_id, index in ids:
+                self.engine.add(request_id, prompt, params, index, make)
+        except Exception as error:
+            for request_id, _ in ids:
+                self.engine.abort(request_id)
+            self.channel.send(["refused", [request_id for request_id, _ in ids], problem(error)])
+
+    def step(self) -> None:
+        """One step. An exception ends the requests that cause it; an engine that fails everybody is given up."""
+        self.meter.on = self.experts and self.engine.stats.steps % SAMPLE_EVERY == 0
+        try:
+            deltas = self.engine.step()
+            self.lost_steps = 0
+        except Exception as error:
+            log.exception("a step failed")
+            deltas, spared = isolate(self.engine)
+            self.lost_steps = 0 if spared else self.lost_steps + 1
+            if self.lost_steps >= MAX_LOST_STEPS:
+                self.say(deltas)
+                raise RuntimeError(f"{self.lost_steps} steps failed one after another") from error
+        self.say(deltas)
+
+    def say(self, deltas: list[Delta]) -> None:
+        if deltas:
+            self.channel.send(["pieces", [piece_to_wire(delta) for delta in deltas]])
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counts and gauges; `experts`: sampled choices of each expert, by layer."""
+        scheduler, stats = self.engine.scheduler, self.engine.stats
+        blocks = scheduler.blocks
+        return {
+            "waiting": scheduler.num_waiting, "running": scheduler.num_running, "steps": stats.steps,
+            "preemptions": stats.preemptions, "near_ties": stats.near_ties,
+            "prefix_queried": blocks.queried, "prefix_hits": blocks.hits,
+            "kv_blocks": blocks.num_blocks - 1, "kv_blocks_used": blocks.num_blocks - 1 - blocks.available,
+            "experts": [[at, list(load.counts)] for at, load in zip(self.mixtures, self.meter.loads(), strict=False)],
+        }  # fmt: skip
+
+    def flush(self) -> str | None:
+        """Forgets the prefix cache; why not, if it cannot."""
+        try:
+            self.engine.scheduler.blocks.reset()
+        except MoesaicError as error:
+            return error.one_line()
+        return None
+
+
+def problem(error: Exception) -> dict[str, Any]:
+    """What to tell the client of a request that was refused."""
+    if isinstance(error, MoesaicError):
+        return {"status": error.http_status, "what": error.what, "where": error.where, "remedy": error.remedy}
+    log.error("a request could not be queued", exc_info=error)
+    return {"status": 500, "what": "the request could not be queued", "where": None, "remedy": None}
+
+
+def warm_up(engine: Engine) -> None:
+    """A few tokens for nobody: what is made on first use is made before the first client waits for it."""
+    for prompt in ([0], [0] * 40):
+        room = min(engine.scheduler.config.max_model_len, engine.scheduler.blocks.capacity)
+        if len(prompt) + 2 <= room:
+            engine.add("warm-up", prompt, SamplingParams(max_tokens=2, ignore_eos=True, seed=0))
+        while engine.has_work:
+            engine.step()
+    engine.scheduler.blocks.reset()
+    engine.scheduler.blocks.queried = engine.scheduler.blocks.hits = 0
+    engine.stats = Stats()
+
+
+def describe(llm: LLM) -> dict[str, Any]:
+    """What the server needs to know of the model; `path` is where its tokenizer lies."""
+    launched = llm.launched
+    return {
+        "path": str(llm.path), "summary": launched.summary(), "notes": list(launched.built.model.spec.notes),
+        "architecture": launched.built.model.spec.architecture, "vocab": llm.engine.vocab,
+        "max_model_len": llm.max_model_len, "max_num_seqs": llm.config.max_num_seqs,
+        "defaults": params_to_wire(llm.defaults), "plan": plan_json(launched.built.plan),
+        "kv_blocks": launched.blocks - 1, "block_size": llm.config.block_size,
+    }  # fmt: skip
+
+
+def plan_json(plan: ModelPlan) -> dict[str, Any]:
+    """The plan that the model was built from; its table of ops as a list, for its keys are no strings."""
+    ops = [{"need": plain(need), "choices": plain(choices)} for need, choices in plan.ops.items()]
+    found: dict[str, Any] = plain(replace(plan, ops={}))
+    return found | {"ops": ops}
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, enums, sets and tuples as JSON values; sets sorted."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (frozenset, set)):
+        return sorted(plain(each) for each in value)
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): plain(each) for key, each in value.items()}
+    return value
+
+
+def main(descriptor: int) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="moesaic engine: %(message)s")
+    try:
+        with socket.socket(fileno=descriptor) as sock:
+            channel = Channel(sock)
+            kind, start = channel.receive(wait=True)[0]
+            if kind != "start":
+                raise ValueError(f"unknown message {kind!r}")
+            return serve(channel, start)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0  # the server is gone: nobody waits for an answer
+
+
+def serve(channel: Channel, start: dict[str, Any]) -> int:
+    from moesaic.llm import LLM
+
+    try:
+        llm = LLM(start["model"], **start["options"])
+    except MoesaicError as error:
+        channel.send(["failed", error.exit_code, error.one_line()])
+        channel.drain()
+        return error.exit_code
+    warm_up(llm.engine)
+    channel.send(["ready", describe(llm)])
+    Worker(llm, channel, experts=start["experts"]).run()
+    raise AssertionError("run ends by an exception")
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,328 @@
+"""Life and death of a server: clients that leave, deadlines, full queues, draining, dead engines, broken requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from moesaic import LLM
+from moesaic.serving.frames import Channel, Unpacker
+from moesaic.serving.worker import Worker
+from tests.cli_support import spawn
+from tests.serve_support import Server, oracle, shared
+
+LONG = {"model": "tiny", "prompt": "Hello", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return shared()
+
+
+def opened(server: Server, body: dict[str, Any] = LONG, size: int = 40) -> socket.socket:
+    """A stream of which the first bytes have come."""
+    raw = json.dumps(body).encode()
+    sock = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    sock.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+    received = b""
+    while len(received) < size:
+        part = sock.recv(4096)
+        assert part, received
+        received += part
+    return sock
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+def test_a_client_that_leaves_frees_its_request_at_once(server: Server, how: str) -> None:
+    before = server.metric("aborts_total", reason="disconnect")
+    sock = opened(server)
+    assert server.metric("running_requests") == 1
+    if how == "reset":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    if how == "half-close":
+        sock.shutdown(socket.SHUT_WR)
+    else:
+        sock.close()
+    server.until(server.idle, 3)
+    assert server.metric("aborts_total", reason="disconnect") == before + 1
+    sock.close()
+
+
+def test_a_client_that_leaves_before_the_first_token(server: Server) -> None:
+    """While its answer is not a stream, and nothing has been sent."""
+    before = server.metric("aborts_total", reason="disconnect")
+    with pytest.raises(httpx.ReadTimeout):
+        server.post("/v1/completions", {**LONG, "stream": False, "max_tokens": 1500}, timeout=0.3)
+    server.until(server.idle, 3)
+    assert server.metric("aborts_total", reason="disconnect") == before + 1
+
+
+# --- a server with small limits --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text("# ours\nkey-one\nkey-two\n")
+    return Server("--max-queue", "1", "--max-num-seqs", "1", "--request-timeout", "1.5", "--api-key-file", str(keys),
+                  "--header-timeout", "1", "--log-json", "--host", "0.0.0.0", "--max-body", "20000",
+                  "--max-prompt-tokens", "64", MOESAIC_MAX_N="2")  # fmt: skip
+
+
+KEY = {"authorization": "Bearer key-one"}
+
+
+def test_keys(strict: Server) -> None:
+    for text in ("", "Bearer nope", "Basic key-one", "key-one", "Bearer", "Bearer key-one key-two"):
+        given = {"authorization": text} if text else {}
+        answer = strict.http.get("/v1/models", headers=given)
+        assert answer.status_code == 401, given
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert strict.http.get("/metrics", headers=given).status_code == 401
+    for key in ("key-one", "key-two"):
+        assert strict.http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    assert strict.http.get("/health").status_code == 200
+    assert "key-" not in strict.text()
+    assert "everybody who can reach" not in strict.text()
+    assert all(json.loads(line)["level"] for line in strict.text().splitlines())
+
+
+def test_limits(strict: Server) -> None:
+    def refused(body: dict[str, Any]) -> str:
+        answer = strict.post("/v1/completions", {"model": "tiny", "prompt": "x", **body}, headers=KEY)
+        assert answer.status_code in (400, 413), answer.text
+        return str(answer.json()["error"]["message"])
+
+    assert "--max-n" in refused({"n": 3})
+    assert "at most 64" in refused({"prompt": [5] * 65})
+    assert "--max-body" in refused({"prompt": "x" * 30_000})
+
+
+def test_a_deadline_ends_a_request_with_504(strict: Server) -> None:
+    body = {**LONG, "stream": False, "max_tokens": 2000}
+    answer = strict.post("/v1/completions", body, headers=KEY)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "timeout"
+    late = strict.post("/v1/completions", {**body, "stream": True}, headers=KEY)
+    assert late.status_code == 200
+    assert "[DONE]" not in late.text
+    last = json.loads(late.text.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "timeout"
+
+
+def test_a_full_queue_is_429_with_retry_after(strict: Server) -> None:
+    body = {**LONG, "stream": False, "max_tokens": 2000}
+    threads = [threading.Thread(target=httpx.post, args=(f"{strict.base}/v1/completions",),
+                                kwargs={"json": body, "headers": KEY, "timeout": 30}) for _ in range(2)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    answer = strict.post("/v1/completions", body, headers=KEY)
+    assert answer.status_code == 429, answer.text
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert answer.json()["error"]["code"] == "queue_full"
+    for thread in threads:
+        thread.join()
+    assert strict.post("/v1/completions", {**body, "max_tokens": 2}, headers=KEY).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /heal", b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"]
+)
+def test_half_a_request_is_cut_off(strict: Server, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=10) as sock:
+        sock.sendall(sent)
+        began = time.monotonic()
+        assert closed(sock)
+        assert time.monotonic() - began < 5
+
+
+def test_a_head_without_end_is_cut_off(strict: Server) -> None:
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=10) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\n")
+        try:
+            for _ in range(100):
+                sock.sendall(b"x-%d: " % time.monotonic_ns() + b"y" * 4000 + b"\r\n")
+            assert b" 431 " in sock.recv(100)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # cut off while it was still sending
+
+
+def closed(sock: socket.socket) -> bool:
+    try:
+        while sock.recv(4096):
+            continue
+    except ConnectionResetError:
+        return True
+    return True
+
+
+def test_draining_lets_requests_end_and_takes_no_new_ones(strict: Server) -> None:
+    """The last test of this server."""
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 100, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(strict.post("/v1/completions", body, headers=KEY)))
+    thread.start()
+    with httpx.Client(base_url=strict.base, trust_env=False) as other:
+        strict.until(lambda: other.get("/ready").status_code == 200)
+        time.sleep(0.1)
+        strict.process.terminate()
+        strict.until(lambda: '"draining"' in strict.text())
+        if strict.process.poll() is None and not answers:
+            assert other.get("/ready").status_code == 503
+            assert other.post("/v1/completions", json=body, headers=KEY).headers["retry-after"]
+    thread.join()
+    assert answers[0].json()["usage"]["completion_tokens"] == 100
+    assert strict.process.wait(20) == 0
+
+
+# --- endings ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_engine_ends_streams_health_and_server() -> None:
+    server = Server("--drain-timeout", "1")
+    sock = opened(server)
+    os.kill(server.engine.pid, signal.SIGKILL)
+    with httpx.Client(base_url=server.base, trust_env=False) as other:
+        server.until(lambda: other.get("/health").status_code == 503, 5)
+        assert other.get("/ready").status_code == 503
+        refused = other.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the engine has died")
+    rest = b""
+    while part := sock.recv(65536):
+        rest += part
+    sock.close()
+    assert b'"error"' in rest
+    assert b"[DONE]" not in rest
+    assert server.process.wait(10) == 1
+    last = server.text().splitlines()[-1]
+    assert last == "moesaic: error: the engine process was killed by signal 9"
+    assert "Traceback" not in server.text()
+
+
+def test_the_deadline_of_draining_cuts_streams_off_and_leaves_with_0() -> None:
+    server = Server("--drain-timeout", "0.3")
+    sock = opened(server, {**LONG, "max_tokens": 2000})
+    engine = server.engine
+    server.process.terminate()
+    rest = b""
+    while part := sock.recv(65536):
+        rest += part
+    sock.close()
+    assert b"the server is shutting down" in rest
+    assert server.process.wait(10) == 0
+    assert not engine.is_running()
+
+
+def test_what_cannot_start_is_one_line_and_its_own_exit_code(tmp_path: Path) -> None:
+    done = spawn("serve", tmp_path / "nothing", "--port", "0")
+    assert done.code == 3
+    assert done.err.splitlines()[-1].startswith("moesaic: error: ")
+    assert "nothing" in done.err.splitlines()[-1]
+    assert "Traceback" not in done.err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = spawn("serve", "--port", str(taken.getsockname()[1]))
+    assert done.code == 2
+    assert "--port" in done.error
+
+
+# --- the worker, in this process, with an engine whose runner can be broken ------------------------------------------
+
+
+@pytest.fixture
+def both() -> Iterator[Both]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Both(oracle(), ours, theirs)
+
+
+class Both:
+    """A worker and the server's end of its channel."""
+
+    def __init__(self, llm: LLM, ours: socket.socket, theirs: socket.socket) -> None:
+        self.sock, self.unpacker = ours, Unpacker()
+        self.worker = Worker(llm, Channel(theirs))
+
+    def add(self, name: str, prompt: list[int], **sampling: Any) -> None:
+        self.worker.handle(["add", [[name, 0]], prompt, {"temperature": 0.0, **sampling}, None])
+
+    def steps(self) -> dict[str, list[Any]]:
+        """Until nothing is left to do; the messages by request: its tokens, then how it ended."""
+        found: dict[str, list[Any]] = {}
+        while self.worker.engine.has_work:
+            self.worker.step()
+        self.sock.setblocking(False)
+        for message in self.unpacker.feed(self.sock.recv(1 << 20)):
+            for name, _, tokens, *rest in message[1] if message[0] == "pieces" else []:
+                found.setdefault(name, []).extend(tokens)
+                found[name] += [rest[0]] if rest else []
+        return found
+
+
+def test_a_request_that_breaks_a_step_fails_alone(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = oracle()
+    run = llm.engine.runner.run
+    prompts = {name: llm.encode(text) for name, text in (("a", "Hello"), ("bad", "What"), ("c", "Count the letter o"))}
+    alone = {}
+    for name, prompt in prompts.items():
+        both.add(name, prompt, max_tokens=6)
+        alone |= both.steps()
+
+    def breaking(step: Any) -> Any:
+        if any(chunk.request.id == "bad" and chunk.request.num_output == 2 for chunk in step.chunks):
+            raise RuntimeError("boom")
+        return run(step)
+
+    monkeypatch.setattr(llm.engine.runner, "run", breaking)
+    for name, prompt in prompts.items():
+        both.add(name, prompt, max_tokens=6)
+    found = both.steps()
+    assert found["bad"] == [*alone["bad"][:2], "error"]
+    assert {name: found[name] for name in ("a", "c")} == {name: alone[name] for name in ("a", "c")}
+    llm.engine.check()
+
+
+def test_an_engine_that_fails_everybody_is_given_up(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = oracle()
+
+    def broken(step: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(llm.engine.runner, "run", broken)
+    for i in range(3):
+        both.add(f"r{i}", [5, 6, 7])
+        if i < 2:
+            both.worker.step()
+        else:
+            with pytest.raises(RuntimeError, match="3 steps failed"):
+                both.worker.step()
+    llm.engine.check()
+
+
+def test_text_that_cannot_be_made_fails_its_own_request(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = oracle()
+    delta = llm.engine.delta
+
+    def broken(request: Any, token: int, logprobs: Any) -> Any:
+        if request.id == "bad":
+            raise ValueError("no text")
+        return delta(request, token, logprobs)
+
+    monkeypatch.setattr(llm.engine, "delta", broken)
+    both.add("bad", llm.encode("What"), max_tokens=4)
+    both.add("good", llm.encode("Hello"), max_tokens=4)
+    found = both.steps()
+    assert found["bad"] == ["error"]
+    assert len(found["good"]) == 5
+    llm.engine.check()
