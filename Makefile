@@ -20,14 +20,14 @@ PROMPTS := src/moesaic/assets/prompts.txt
 
 # Every file of benchmarks/ stands in exactly one list (a test checks): what runs on any machine, what needs a GPU,
 # and what is no benchmark but is shared by them.
-BENCH_CPU := load_memory.py cpu_generate.py sensitivity.py quantize_memory.py kv_b_proj.py rounding.py schemes.py
+BENCH_CPU := load_memory.py cpu_generate.py sensitivity.py quantize_memory.py kv_b_proj.py rounding.py schemes.py serve_overhead.py
 BENCH_GPU := experts.py gemm.py route.py attention.py throughput.py
 BENCH_LIBRARY := machine.py gpu.py
 
 # Two test processes of one thread each: small tensors gain nothing from threads, and lose much on a busy machine.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help setup run test test-long test-gpu check bench docs train-tiny dist clean distclean
+.PHONY: help setup run serve test test-long test-gpu check bench docs train-tiny dist clean distclean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ $(STAMP):
 
 run: $(STAMP) ## answer a fixed set of prompts with the embedded model
 	$(PY) -m moesaic generate --file $(PROMPTS)
+
+serve: $(STAMP) ## serve the embedded model on http://127.0.0.1:8000/v1
+	$(PY) -m moesaic serve
 
 test: $(STAMP) ## the tests (at most 10 minutes on 2 cores)
 	$(ONE_THREAD) $(PY) -m pytest -n 2 --durations=10

@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["small", "large"], choices=sorted(SHAPES))
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=sorted(SCHEMES))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--compile", action="store_true", help="only compile, for another process to find it done")
     args = parser.parse_args()
     rows = []
     print("| shape | scheme | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|")
@@ -98,10 +99,14 @@ def main() -> None:
             for tokens in args.tokens:
                 row = measure(w, scheme, shape, tokens)
                 rows.append(row)
+                if args.compile:
+                    continue
                 print(f"| {shape} | {scheme.name} | {tokens} | {row['ms']:.4f} | {row['floor_ms']:.4f} | "
                       f"{row['share']:.2f} |", flush=True)  # fmt: skip
             del w
-    save(f"experts-{gpu.device_slug()}", {"what": "experts", **gpu.describe(), "rows": rows})
+    if not args.compile:
+        name = f"experts-{'-'.join(args.shapes)}-{gpu.device_slug()}"
+        save(name, {"what": "experts", **gpu.describe(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> int:
 def copy_mapped(checkpoint: Checkpoint, dtype: str) -> int:
     """The peer: the safetensors package maps a shard; its tensors are copied into the same parameters, unchecked."""
     spec = spec_of(checkpoint.config)
-    model = Decoder(spec, Kernels(plan_here(spec, local_cpu(), dtype)), torch.empty(0, dtype=getattr(torch, dtype)), spec.max_length)
+    kernels, like = Kernels(plan_here(spec, local_cpu(), dtype)), torch.empty(0, dtype=getattr(torch, dtype))
+    model = Decoder(spec, kernels, like, spec.max_length)
     dest = views(model)
     for file in checkpoint.files:
         with safe_open(file.path, "pt") as mapped:

@@ -1,38 +1,29 @@
-"""The native CPU backend beyond what test_kernels.py asks of every backend: its fused ops, awkward sizes, threads, how it
-is built and what happens where it cannot be, and tapes.
+"""The native CPU backend beyond what test_kernels.py asks of every backend: fused ops, awkward sizes, rows, threads.
 
 Letters as in kernels/ops.py.
 """
 
 from __future__ import annotations
 
-import stat
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moesaic import LLM, SamplingParams
 from moesaic.contracts.spec import SILU, Activation, RouterSpec
-from moesaic.engine.tapes import BEFORE, DecodeTapes, room_for
-from moesaic.errors import UnsupportedError
-from moesaic.hardware import local_cpu
 from moesaic.kernels import _native, cpu_native, reference
-from moesaic.kernels.ops import FUSED, AttentionBatch, KVView, Latent, Span
-from moesaic.kernels.registry import local_catalogue
-from moesaic.kernels.tape import record
-from moesaic.models.build import plan_here
+from moesaic.kernels.ops import AttentionBatch, KVView, Latent, Span
 from tests.compare import assert_rows_close
+from tests.native_support import needs_compiler
 from tests.operands import expert_weights, plain_rows
 
+pytestmark = needs_compiler
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2**-7}
-needs_compiler = pytest.mark.skipif(cpu_native.probe() is not None, reason=f"{cpu_native.probe()}")
 
 
 def wide(x: Any) -> Any:
@@ -45,10 +36,13 @@ def close(actual: Tensor, expected: Tensor, what: str) -> None:
         assert_rows_close(actual, expected, LIMIT[actual.dtype], what)
 
 
+def test_it_can_be_used_here() -> None:
+    assert cpu_native.probe() is None
+
+
 # --- fused ops -------------------------------------------------------------------------------------------------------
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 11, 33])
 def test_mlp(tokens: int, dtype: torch.dtype) -> None:
@@ -60,7 +54,6 @@ def test_mlp(tokens: int, dtype: torch.dtype) -> None:
             close(mine, theirs, f"{hidden} {width} {how.kind}")
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 11, 40])
 def test_gate(tokens: int, dtype: torch.dtype) -> None:
@@ -80,13 +73,12 @@ def test_gate(tokens: int, dtype: torch.dtype) -> None:
 
 def latent_case(heads: int, sizes: tuple[int, ...], lengths: list[int], counts: list[int], dtype: torch.dtype
                 ) -> tuple[Tensor, Latent, tuple[Tensor, Tensor], Tensor, AttentionBatch, Tensor]:  # fmt: skip
-    """(x, weights, angles, pool, batch, slots of the tokens): the first half of the sequences in scattered slots."""
+    """(x, weights, angles, pool, batch, slots of the tokens). Every other sequence lies in order."""
     nope, rope, rank, value = sizes
     tokens, room = sum(counts), sum(lengths) + 9
-    order, slots_SL = torch.randperm(room), torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    slots_SL = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     for s, length in enumerate(lengths):
-        at = sum(lengths[:s])
-        slots_SL[s, :length] = order[at : at + length].sort().values if s % 2 else order[at : at + length]
+        slots_SL[s, :length] = sum(lengths[:s]) + (torch.arange(length) if s % 2 else torch.randperm(length))
     starts = [sum(counts[:s]) for s in range(len(counts))]
     spans = tuple(Span(*span) for span in zip(starts, counts, lengths, strict=True))
     kv_b = (torch.randn(heads, nope + value, rank) / 6).to(dtype)
@@ -98,7 +90,6 @@ def latent_case(heads: int, sizes: tuple[int, ...], lengths: list[int], counts: 
     return x, w, (angles.cos(), angles.sin()), pool_PW, batch, own
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize("sizes", [(32, 32, 128, 32), (12, 8, 24, 20), (7, 4, 33, 16)], ids=str)
 @pytest.mark.parametrize(("lengths", "counts"), [([1], [1]), ([9, 70, 1, 30, 65], [1] * 5), ([40, 26], [35, 26])])
@@ -127,7 +118,6 @@ def test_latent(lengths: list[int], counts: list[int], sizes: tuple[int, ...], d
 # --- sizes, strides, rows, threads -----------------------------------------------------------------------------------
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 def test_awkward_products(dtype: torch.dtype) -> None:
     """Odd, tiny and cache-hostile sizes (rows 4,096 bytes apart); rows that are not neighbours; more rows than MANY."""
@@ -152,7 +142,6 @@ def experts_case(tokens: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return torch.randn(tokens, 64).to(dtype), expert_weights(w13, w2), ids_TA, torch.rand(tokens, 2)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 def test_a_broken_row_breaks_no_other(dtype: torch.dtype) -> None:
     for tokens in (3, 40):
@@ -173,7 +162,6 @@ def two_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(usual)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 def test_threads_change_nothing(two_threads: Callable[[int], None], dtype: torch.dtype) -> None:
     """Bit for bit: work is cut between outputs, never within a sum."""
@@ -183,9 +171,8 @@ def test_threads_change_nothing(two_threads: Callable[[int], None], dtype: torch
         rows, matrix = torch.randn(tokens, 640).to(dtype), torch.randn(517, 640).to(dtype)
         latent = latent_case(8, (32, 32, 128, 32), [40] * tokens, [1] * tokens, dtype)
         q = torch.randn(tokens, 8, 64).to(dtype)
-        cases += [lambda a=rows, b=matrix: cpu_native.linear(a, b),
-                  lambda a=(plain_rows(x), w, ids_TA, weights_TA): cpu_native.experts(*a),
-                  lambda q=q, a=latent: cpu_native.attend_latent(q, *a[1:5])]  # fmt: skip
+        cases += [partial(cpu_native.linear, rows, matrix), partial(cpu_native.attend_latent, q, *latent[1:5]),
+                  partial(cpu_native.experts, plain_rows(x), w, ids_TA, weights_TA)]  # fmt: skip
     two_threads(1)
     alone = [case() for case in cases]
     two_threads(2)
@@ -193,7 +180,6 @@ def test_threads_change_nothing(two_threads: Callable[[int], None], dtype: torch
         assert torch.equal(case(), expected)
 
 
-@needs_compiler
 def test_time_is_booked_under_the_right_name() -> None:
     x, w = torch.randn(2, 32), torch.randn(8, 32)
     calls: dict[str, Callable[[], Any]] = {

@@ -21,9 +21,8 @@ from moesaic.kernels.ops import FUSED
 from moesaic.kernels.registry import local_catalogue
 from moesaic.kernels.tape import record
 from moesaic.models.build import plan_here, spec_of
-from moesaic.models.checkpoint import open_checkpoint
-
-needs_compiler = pytest.mark.skipif(cpu_native.probe() is not None, reason=f"{cpu_native.probe()}")
+from moesaic.models.checkpoint import Checkpoint
+from tests.native_support import needs_compiler
 
 
 def compiler(folder: Path, body: str) -> str:
@@ -59,7 +58,8 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(monkeypatch: pytest.Mon
 
 
 def test_builders_at_the_same_time_end_with_one_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    use(monkeypatch, compiler(tmp_path, 'echo part > "$OUT"; sleep 0.2; echo whole > "$OUT"; echo >> ' f"{tmp_path}/runs"))
+    work = f'echo part > "$OUT"; sleep 0.2; echo whole > "$OUT"; echo >> {tmp_path}/runs'
+    use(monkeypatch, compiler(tmp_path, work))
     paths: list[Path] = []
     together = [threading.Thread(target=lambda: paths.append(_native.build(tmp_path / "cache"))) for _ in range(4)]
     for thread in together:
@@ -93,7 +93,7 @@ def test_a_broken_backend_is_rejected_and_torch_serves(monkeypatch: pytest.Monke
     monkeypatch.setattr(cpu_native, "library", broken)
     reason = cpu_native.probe.__wrapped__()
     assert reason == "there is no C++ compiler. Install one."
-    spec = spec_of(open_checkpoint(str(embedded_model())).config)
+    spec = spec_of(Checkpoint.open(embedded_model()).config)
     catalogue = [replace(c, broken=reason) if c.backend == "cpu_native" else c for c in local_catalogue()]
     plan = plan_here(spec, local_cpu(), "bfloat16", catalogue=catalogue)
     chosen = {choice.op: choice for choice in plan.ops[plan.base]}

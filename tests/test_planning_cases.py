@@ -107,7 +107,8 @@ def test_the_way_back_of_low_latency_applies_the_weights_once() -> None:
 def test_global_and_local_expert_ids_never_meet() -> None:
     """all_gather leaves global ids: a kernel that takes local ones gets an adapter, trtllm (global) gets none."""
     gather = replace(HYPOTHETICAL, dispatch="all_gather")
-    assert "localise" not in roles(path_of(need("mxfp8", "b200", ranks=8), replace(gather, experts="flashinfer_trtllm")))
+    takes_global = path_of(need("mxfp8", "b200", ranks=8), replace(gather, experts="flashinfer_trtllm"))
+    assert "localise" not in roles(takes_global)
     for kernel in [c for c in CATALOGUE if c.op == "experts" and c.path.layout == "tokens" and c.path.ids == "local"]:
         wanted = need(on="h100", ranks=8)
         path, _ = find(wanted, CATALOGUE, replace(gather, experts=kernel.backend))

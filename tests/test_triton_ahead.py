@@ -50,7 +50,7 @@ def check(found: list[dict[str, Any]], arch: int) -> None:
 
 @pytest.mark.parametrize("arch", [90, 100])
 def test_the_usual_kernels(arch: int) -> None:
-    found = compiled(arch, USUAL if arch == 90 else USUAL[2:5])
+    found = compiled(arch, USUAL if arch == 90 else USUAL[3:6])
     assert len(found) >= (10 if arch == 90 else 5)
     check(found, arch)
     if arch == 90:

@@ -85,6 +85,13 @@ def environment_options() -> dict[str, str]:
     return {name.removeprefix("MOESAIC_").lower(): os.environ[name] for name in sorted(names)}
 
 
+def engine_environment() -> dict[str, str]:
+    """For a process that serves for weeks. oneDNN keeps 1,024 compiled products by shape, and prompts are of every
+    length: half a gigabyte that comes slowly and looks like a leak. Whoever sets the variable knows better.
+    """
+    return {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", **os.environ}
+
+
 def cache_folder() -> Path:
     """Where things that can be made again are kept: MOESAIC_CACHE, else `moesaic` in the user's cache folder."""
     if own := os.environ.get("MOESAIC_CACHE"):

@@ -184,8 +184,8 @@ class ModelPlan:
                 lines += [f"with {need.format} weights and {need.encoding} rows:", *other]
         for layer in self.layers:
             for cell in layer.cells:
-                kernel = cell.path.stage("experts").kernel
-                lines.append(Choice(f"experts, layers {span(layer.layers)}, {cell.phase}", kernel, cell.rejected).explain())
+                kernel, op = cell.path.stage("experts").kernel, f"experts, layers {span(layer.layers)}, {cell.phase}"
+                lines.append(Choice(op, kernel, cell.rejected).explain())
         return "\n".join(lines)
 
 

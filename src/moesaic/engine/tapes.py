@@ -2,7 +2,8 @@
 
 A small model's step is a few hundred microseconds of kernels and as much Python between them. What differs from step to
 step is a few integers: a frame holds those at fixed addresses, with the tape of the native kernels that read them
-(`kernels/tape.py`). Where other kernels run too, there is no tape, and steps run as usual.
+(`kernels/tape.py`). Where other kernels run too, there is no tape, and steps run as usual. A tape holds addresses and
+numbers: weights may be written anew in place, but what a layer is made of may not change once it has run.
 
 Legend: R rows of a step (one per sequence), C room for context, D hidden size, V vocabulary.
 """

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import ModelPlan, Phase
+from moesaic.errors import UnsupportedError
 from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
 
@@ -27,9 +28,36 @@ ENTRY_POINTS = "moesaic.kernels"
 
 @cache
 def backends() -> Mapping[str, ModuleType]:
-    """The backend modules by name, ours and those of installed packages."""
+    """The backend modules by name, ours and those of installed packages. Raises UnsupportedError for one of those."""
     found = {name: import_module(f"moesaic.kernels.{name}") for name in BACKENDS}
-    return found | {point.name: point.load() for point in entry_points(group=ENTRY_POINTS)}
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name in found:
+            raise unusable(point, "bears the name of another backend")
+        found[point.name] = announced(point)
+    return found
+
+
+def announced(point: EntryPoint) -> ModuleType:
+    """A backend of another package, held against what a backend is."""
+    try:
+        module: ModuleType = point.load()
+    except Exception as error:  # whatever a stranger's module raises when it is imported
+        raise unusable(point, f"cannot be imported ({error!r:.200})") from error
+    contracts = getattr(module, "CONTRACTS", None)
+    if not isinstance(contracts, tuple) or not all(isinstance(each, Contract) for each in contracts):
+        raise unusable(point, "has no tuple CONTRACTS of contracts")
+    for contract in contracts:
+        if contract.backend != point.name:
+            raise unusable(point, f"declares a contract for {contract.backend!r:.80}")
+        if contract.built and not callable(getattr(module, contract.op, None)):
+            raise unusable(point, f"declares {contract.op} and has no function of that name")
+    return module
+
+
+def unusable(point: EntryPoint, what: str) -> UnsupportedError:
+    package = point.dist.name if point.dist else point.value
+    where = f"entry point {point.name} of {package}"
+    return UnsupportedError(f"the kernel backend {what}", where=where, remedy="Correct or uninstall the package.")
 
 
 def catalogue() -> tuple[Contract, ...]:
@@ -43,9 +71,17 @@ def local_catalogue() -> tuple[Contract, ...]:
     """The same for this machine: contracts of a backend that fails its probe carry the reason."""
     found: list[Contract] = []
     for module in backends().values():
-        reason = module.probe() if hasattr(module, "probe") else None
+        reason = probed(module)
         found += [replace(contract, broken=reason or "") for contract in module.CONTRACTS]
     return (*found, *declared.CONTRACTS)
+
+
+def probed(module: ModuleType) -> str | None:
+    """Why a backend cannot run here, or None. One whose probe itself fails cannot."""
+    try:
+        return cast("str | None", module.probe()) if hasattr(module, "probe") else None
+    except Exception as error:  # a stranger's probe may raise anything, and another backend may do
+        return f"fails its probe on this machine ({error!r:.200})"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from moesaic.models.checkpoint import (
 
 READERS = 8
 """Headers that are fetched at once."""
+TIMEOUT = 30.0
+"""Seconds without an answer."""
 MAX_FILE_BYTES = 1 << 42
 """Of a file that a hub may claim to have: it is imitated by a hole of that size."""
 
@@ -69,7 +71,7 @@ def fetch(model: str, revision: str | None, folder: Path) -> Path:
     except ImportError:
         refuse(model, "no such directory, and huggingface_hub is not installed", "`pip install huggingface_hub`")
     try:
-        info = HfApi().model_info(model, revision=revision)
+        info = HfApi().model_info(model, revision=revision, timeout=TIMEOUT)
         imitate(model, str(info.sha), [each.rfilename for each in info.siblings or ()], folder)
         return folder
     except errors.GatedRepoError:
@@ -110,8 +112,10 @@ def imitate(model: str, commit: str, files: list[str], folder: Path) -> None:
 def sketch(model: str, commit: str, name: str, path: Path) -> None:
     """A file with the header of the hub's, and its size."""
     head, total = part(model, commit, name, 0, 8)
-    length = min(int.from_bytes(head, "little"), MAX_HEADER_BYTES, total - 8)
-    header = part(model, commit, name, 8, length)[0] if length > 0 else b""
+    length = int.from_bytes(head, "little")
+    if length > min(MAX_HEADER_BYTES, total - 8):
+        length = 0  # the length alone is found to be wrong when the file is opened
+    header = part(model, commit, name, 8, length)[0] if length else b""
     if total > MAX_FILE_BYTES:
         refuse(f"{model}: {name}", f"claims to have {total} bytes", "Do not use this checkpoint")
     with path.open("wb") as file:
@@ -126,7 +130,7 @@ def part(model: str, commit: str, name: str, start: int, count: int) -> tuple[by
 
     headers = build_hf_headers() | {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
     url, found = hf_hub_url(model, name, revision=commit), b""
-    with http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
+    with http_stream_backoff("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT) as response:
         hf_raise_for_status(response)
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         if response.status_code != 206 or not total.isdecimal():

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -166,11 +167,21 @@ def copied(source: Checkpoint, dialect: Dialect | None, used: set[str]) -> Itera
 
 
 def entries(part: LinearSpec, scheme: Scheme, dtype: torch.dtype) -> tuple[Entry, ...]:
-    """What one projection becomes, by writing it without storage. dtype: of what is stored unquantised."""
-    like = torch.empty(0, dtype=dtype, device="meta")
-    weight = QuantTensor.empty(part.runs.weight, (part.outputs,), part.inputs, like)
-    scale = torch.empty(1, device="meta") if part.runs.activation.static else None
-    found = to_checkpoint(scheme, weight, part.name, scale)
+    """What one projection becomes. dtype: of what is stored unquantised."""
+    base, _, last = part.name.rpartition(".")
+    found = entries_of(last, replace(part, name="", scheme=part.runs, held=None), scheme, dtype)
+    return tuple(replace(entry, name=base + entry.name) for entry in found)
+
+
+@cache
+def entries_of(last: str, part: LinearSpec, scheme: Scheme, dtype: torch.dtype) -> tuple[Entry, ...]:
+    """By writing one, of storage that nobody fills: once per shape. last: the end of its name, which may decide.
+
+    (Not on the meta device: the first operator there would import 150 MB of torch.)
+    """
+    weight = QuantTensor.empty(part.scheme.weight, (part.outputs,), part.inputs, torch.empty(0, dtype=dtype))
+    scale = torch.empty(1) if part.scheme.activation.static else None
+    found = to_checkpoint(scheme, weight, f".{last}", scale)
     return tuple(Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items())
 
 

@@ -66,15 +66,19 @@ class Gate:
         except Disconnected:
             status = 499
         except Exception as error:
-            failure = as_http(error)
-            note["error"] = failure.message if failure.status < 500 or isinstance(error, HTTPError) else repr(error)
-            if failure.status == 500 and not isinstance(error, HTTPError):
-                log.exception("a defect of the server", extra={"fields": {"request": request_id.decode()}})
-            if status:
-                await fail_stream(failure, scope, labelled)
-            else:
-                await send_json(labelled, failure.body(), failure.status, failure.headers)
+            await self.fail(error, scope, labelled, begun=status != 0)
         self.record(scope, status, time.perf_counter() - began)
+
+    async def fail(self, error: Exception, scope: Scope, send: Send, *, begun: bool) -> None:
+        """Answers with a failure. begun: in the middle of a stream."""
+        failure = as_http(error)
+        scope["moesaic.note"]["error"] = failure.message
+        if failure.status == 500 and not isinstance(error, HTTPError):
+            log.error("a defect of the server", exc_info=error, extra={"fields": {"request": scope["moesaic.id"]}})
+        if begun:
+            await fail_stream(failure, scope, send)
+        else:
+            await send_json(send, failure.body(), failure.status, failure.headers)
 
     def record(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]

@@ -55,7 +55,7 @@ class Handler(logging.StreamHandler[Any]):
 
 
 def set_up(config: ServeConfig, lost: Callable[[], None]) -> Handler:
-    """Directs our log, and uvicorn's warnings, to stderr or --log-file. Raises OptionError if that cannot be opened."""
+    """Directs our log, and uvicorn's errors, to stderr or --log-file. Raises OptionError if that cannot be opened."""
     stream: Any = sys.stderr
     if config.log_file is not None:
         try:
@@ -66,7 +66,7 @@ def set_up(config: ServeConfig, lost: Callable[[], None]) -> Handler:
                               remedy="Name a file that can be written.") from None  # fmt: skip
     handler = Handler(stream, lost)
     handler.setFormatter(Lines(as_json=config.log_json))
-    for name, level in (("moesaic", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
+    for name, level in (("moesaic", logging.INFO), ("uvicorn", logging.ERROR), ("asyncio", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

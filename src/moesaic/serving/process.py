@@ -7,6 +7,7 @@ import socket
 import sys
 from typing import Any
 
+from moesaic.config import engine_environment
 from moesaic.errors import MoesaicError
 
 
@@ -38,8 +39,9 @@ class EngineProcess:
         argv: list[Any] = [sys.executable, "-m", "moesaic.serving.worker", str(theirs.fileno())]
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                *argv, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
-            )
+                *argv, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+                env=engine_environment(),
+            )  # fmt: skip
         return cls(process, ours)
 
     async def ended(self) -> str:

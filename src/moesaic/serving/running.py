@@ -105,4 +105,4 @@ def abandon(scope: Scope) -> None:
     """Closes the connection without waiting for what could not be sent."""
     connection = scope.get("moesaic.connection")
     if connection is not None:
-        connection.transport.abort()
+        connection.cut()

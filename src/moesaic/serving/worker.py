@@ -139,10 +139,10 @@ def problem(error: Exception) -> dict[str, Any]:
 
 def warm_up(engine: Engine) -> None:
     """A few tokens for nobody: what is made on first use is made before the first client waits for it."""
-    for prompt in ([0], [0] * 40):
+    for prompt in ([0], [0] * 40):  # the second decode of a shape may do more for the first time than the first
         room = min(engine.scheduler.config.max_model_len, engine.scheduler.blocks.capacity)
-        if len(prompt) + 2 <= room:
-            engine.add("warm-up", prompt, SamplingParams(max_tokens=2, ignore_eos=True, seed=0))
+        if len(prompt) + 8 <= room:
+            engine.add("warm-up", prompt, SamplingParams(max_tokens=8, ignore_eos=True, seed=0))
         while engine.has_work:
             engine.step()
     engine.scheduler.blocks.reset()

@@ -63,8 +63,10 @@ template <class T, int L> struct Attend {
     void begin() {
         for (int64_t p = 0; p < panels; p++) {
             int64_t first = u.first + p * L, rows = std::min<int64_t>(u.first + u.rows - first, L);
-            pack<T, L>([&](int i) { return (const Element*)(a.q + token(first + i) * a.q_row + head(first + i) * a.q_head); },
-                       (int)rows, a.key_dim, queries + p * k_words * L);
+            auto query = [&](int i) {
+                return (const Element*)(a.q + token(first + i) * a.q_row + head(first + i) * a.q_head);
+            };
+            pack<T, L>(query, (int)rows, a.key_dim, queries + p * k_words * L);
             top[p] = all<L>(HIDDEN), total[p] = F<L>{};
             for (int64_t i = 0; i < L; i++) {
                 int64_t row = first + std::min(i, rows - 1);

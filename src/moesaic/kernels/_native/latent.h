@@ -1,5 +1,5 @@
-// Multi-head latent attention over the pool's rows (normalised latent, rotated key), without expanding them:
-//     q' = W_k^T q per head | attention of q' and the rotated q over latent and key | y = W_v (weighted latent) per head
+// Multi-head latent attention over the pool's rows (normalised latent, rotated key), without expanding them. Per head:
+//     q' = W_k^T q | attention of q' and the rotated q over latent and key | y = W_v (weighted latent)
 #pragma once
 #include "attention.h"
 

@@ -54,7 +54,8 @@ template <class T> void gate(const GateArgs& a, Scratch& space) {
     float* memory = space.take<float>(threads * own);
     in_team(threads, [&](Member me) {
         float *rows = memory + me.index * own, *panels = rows + SOME * a.inputs;
-        float *logits = panels + (SOME / LANES + 1) * words, *scores = logits + SOME * experts, *choice = scores + experts;
+        float *logits = panels + (SOME / LANES + 1) * words, *scores = logits + SOME * experts;
+        float* choice = scores + experts;
         int64_t begin, end;
         me.share(a.tokens, 16, begin, end);
         for (int64_t t = begin; t < end; t += SOME) {

@@ -60,8 +60,9 @@ template <class T> INLINE void interleave(const typename T::Element* x, const ty
     } else {
 #if WIDE
         alignas(64) static const uint16_t TURNS[64] = {
-            0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
-            16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+            0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+            11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+            22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
         __m512i first = _mm512_load_si512(TURNS), second = _mm512_load_si512(TURNS + 32), none = _mm512_setzero_si512();
         for (; i + 32 <= n; i += 32) {
             __m512i low = _mm512_loadu_si512(x + i), high = z ? _mm512_loadu_si512(z + i) : none;
@@ -115,7 +116,7 @@ INLINE void tile(Panels x, const char* w, int64_t row, int64_t step, int64_t wor
 }
 
 // The same for rows whose words follow one another, and whose distance is a multiple of 4,096 bytes: they fall into one
-// set of the cache, which holds fewer of them than are read at a time. A part of each is copied to where that is not so.
+// set of the cache, which holds fewer than are read at a time. A part of each is copied to where that is not so.
 template <class T, int L, int MV, int NR>
 INLINE void tile_apart(Panels x, const char* w, int64_t row, int64_t words, F<L> (&sum)[NR][MV]) {
     constexpr int64_t PART = 128;

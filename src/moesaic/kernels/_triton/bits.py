@@ -3,8 +3,9 @@
 `WIDE`: Triton's interpreter keeps BF16 as raw 16-bit integers, so there every product is taken in FP32 instead; the
 operands are the same numbers, since all of them fit BF16.
 
-The assembly is marked impure on purpose: the compiler then decodes rows where they were loaded, 16 bytes per thread,
-and moves the operands; otherwise it would move bytes, one by one, to where an operand's register is.
+Where no block scale follows, the assembly is marked impure on purpose: the compiler then decodes rows where they were
+loaded, 16 bytes per thread, and moves the operands; otherwise it would move bytes, one by one, to where an operand's
+register is. Block scales have the same effect, and for Blackwell impure code in front of them does not compile.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def e8m0(u):
 
 
 @triton.jit
-def e4m3(data):
+def e4m3(data, PURE: tl.constexpr):
     """E4M3 -> operands, TINY_E4M3 times what the codes stand for: as bits of BF16, shifted in pairs. Never NaN."""
     if WIDE:
         return data.to(tl.float32)
@@ -59,7 +60,7 @@ def e4m3(data):
             lop3.b32 $0, a, 0x80008000, c, 0xEA;
             lop3.b32 $1, b, 0x80008000, d, 0xEA;
             }""",
-            "=r,=r,r", [data], dtype=tl.bfloat16, is_pure=False, pack=4,
+            "=r,=r,r", [data], dtype=tl.bfloat16, is_pure=PURE, pack=4,
         )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def e2m1_pairs(byte):
             and.b32 m, m, 0x01c001c0;
             lop3.b32 $3, s, 0x80008000, m, 0xEA;
             }""",
-            "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=False, pack=4,
+            "=r,=r,=r,=r,r", [byte], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
         )  # fmt: skip
         return pairs(low, high)
 

@@ -105,14 +105,14 @@ def weight_tile(w_row, ws_row, zero_row, row_ok, k0, K: tl.constexpr, FORMAT: tl
             return w - tl.full((), 136.0, w.dtype)
     elif FORMAT == "mxfp8" or FORMAT == "mxfp4" or FORMAT == "nvfp4":
         scale = block_scales(ws_row, row_ok, k0, K, FORMAT, BN, BK)
-        w = e4m3(data) if FORMAT == "mxfp8" else e2m1_pairs(data)
+        w = e4m3(data, True) if FORMAT == "mxfp8" else e2m1_pairs(data)
         return tl.reshape(tl.reshape(w, [BN, scale.shape[1], BK // scale.shape[1]]) * scale[:, :, None], [BN, BK])
     elif FORMAT == "bf16":
         return to_operand(data)
     elif EIGHT and not WIDE:
         return data
     else:
-        w = e4m3(data)
+        w = e4m3(data, False)
         return w * tl.full((), lift(FORMAT, EIGHT), w.dtype)
 
 
