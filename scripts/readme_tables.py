@@ -27,7 +27,7 @@ def cpu_generate(result: dict[str, Any]) -> str:
         f"median of {result['repeats']} runs, in turn with `transformers` {result['versions']['transformers']} on the "
         "same files, prompts and lengths (`benchmarks/cpu_generate.py`).",
         "",
-        "| batch | Moesaic, tokens/s | fastest of transformers | tokens/s | ratio | step outside torch operators |",
+        "| batch | Moesaic, tokens/s | fastest of transformers | tokens/s | ratio | step in Python |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
