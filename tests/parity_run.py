@@ -5,6 +5,7 @@ Letters: S sequences, L positions, V vocabulary, E experts, D hidden size, R row
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +100,12 @@ def set_biases(model: torch.nn.Module, kind: str) -> None:
 def greedy_tokens(model: PreTrainedModel, prompt: Sequence[int], count: int) -> tuple[list[int], float]:
     """The oracle's greedy continuation through its own cache, and the smallest relative gap of the two best logits."""
     tokens: list[int] = []
+    # The cache was called `past_key_values` before transformers 5.24.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     gap, cache, step = float("inf"), None, torch.tensor([list(prompt)])
     for _ in range(count):
-        out = model(step, past_key_values=cache, use_cache=True)
-        cache, last_V = out.past_key_values, out.logits[0, -1]
+        out = model(step, use_cache=True, **{name: cache})
+        cache, last_V = out[name], out.logits[0, -1]
         best = last_V.topk(2)
         gap = min(gap, ((best.values[0] - best.values[1]) / last_V.norm()).item())
         tokens.append(int(best.indices[0]))
