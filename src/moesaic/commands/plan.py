@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moesaic.assets import embedded_model
+from moesaic.assets import embedded_model, tuning_tables
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
 from moesaic.contracts.scheme import ENCODINGS
@@ -123,8 +123,10 @@ class Asked:
 
     def plan(self, wishes: Wishes) -> ModelPlan | Refusal:
         from moesaic.planning.plan import plan
+        from moesaic.planning.tuning import Tuning
 
-        return plan(self.spec, self.hardware, self.known, wishes, self.dtype)
+        tuning = Tuning.of(tuning_tables(), self.hardware.name)
+        return plan(self.spec, self.hardware, self.known, wishes, self.dtype, tuning)
 
     def enough(self, wishes: Wishes) -> Wishes | None:
         """The same wishes on more ranks: what is as wide as all of them grows with them."""

@@ -7,7 +7,9 @@ built; nothing asks again at run time. Fields that do not concern an op keep the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from moesaic.contracts.scheme import Scheme, WeightFormat
 
 Duty = Literal["route", "weights", "factor", "reduce", "shared"]
 """What must be done exactly once on the path of a mixture: choose experts; apply the top-k weights; apply
@@ -79,7 +81,8 @@ class Contract:
     name (see `hardware.py`).  arch: inclusive range of CUDA compute capability times ten, 90 being Hopper.
     package, versions: what must be installed.  built: False where Moesaic knows the kernel and cannot run it yet.
     broken: why it cannot run on this very machine, found by trying; empty where it can, or where nobody tried.
-    formats, encodings: of the weights and rows that it multiplies; pairs, where given, lists the only combinations.
+    formats, encodings: of the weights and rows that it multiplies; pairs, where given, lists the only combinations;
+    forms, where given, the only variants of the formats that it names (groups, dtypes of scales, zero points).
     gate_up: order of the rows of the first product as the kernel wants them; packing: of its scales.
     activations, expert_bias, sinks: as the names say.  latent_only: attention that knows MLA's cache alone.
     scorings, logits, router_bias, groups: of routing, by name and dtype.  capturable: it can stand in a CUDA graph.
@@ -100,6 +103,7 @@ class Contract:
     sinks: bool = False
     latent_only: bool = False
     pairs: frozenset[tuple[str, str]] | None = None
+    forms: frozenset[WeightFormat] = frozenset()
     arch: tuple[int, int] | None = None
     package: str | None = None
     versions: str = ""
@@ -143,6 +147,8 @@ class Contract:
             return f"takes rows in {listed(self.encodings)}, not in {need.encoding}"
         if multiplies and self.pairs is not None and (need.format, need.encoding) not in self.pairs:
             return f"does not multiply {need.format} weights with rows in {need.encoding}"
+        if multiplies and (reason := self.misses_form(need)):
+            return reason
         if (routed or self.op in ("activate", "mlp")) and need.activation not in self.activations:
             return f"applies {listed(self.activations)}, not {need.activation}"
         if routed and need.expert_bias and not self.expert_bias:
@@ -150,6 +156,16 @@ class Contract:
         if self.op.startswith("attend") and self.latent_only and not need.latent:
             return "attends over MLA's latent cache only"
         return "takes no attention sinks" if need.sinks and self.op.startswith("attend") and not self.sinks else None
+
+
+    def misses_form(self, need: Need) -> str | None:
+        """Only of formats that come in variants; a need that does not say which one is content with any."""
+        known = [form for form in self.forms if form.name == need.format]
+        if need.form is None or not known or need.form in known:
+            return None
+        zero = " and zero points" * need.form.zero_points
+        only = listed(frozenset(f"{form} with {form.scale_dtype} scales" for form in known))
+        return f"takes {only}, not {need.form} with {need.form.scale_dtype} scales{zero}"
 
 
 def listed(names: frozenset[str]) -> str:
@@ -173,6 +189,18 @@ class Need:
     activation: str = "silu"
     expert_bias: bool = False
     sinks: bool = False
+    form: WeightFormat | None = None
+
+    @property
+    def stored(self) -> str:
+        """The format with its group, where it has one."""
+        return self.format if self.form is None else str(self.form)
+
+
+def asks_of(scheme: Scheme) -> dict[str, Any]:
+    """The fields of a Need that a scheme decides. form: None for formats without variants."""
+    weight = scheme.weight
+    return {"format": weight.name, "encoding": scheme.activation.name, "form": weight if weight.group else None}
 
 
 @dataclass(frozen=True, slots=True)

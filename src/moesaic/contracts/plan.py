@@ -14,6 +14,8 @@ Role = Literal["gate", "cast", "route", "encode", "dispatch", "requantise", "dec
 ADAPTERS: frozenset[Role] = frozenset({"cast", "encode", "requantise", "decode", "gather", "localise"})
 Phase = Literal["decode", "prefill"]
 Ids = Literal["none", "global", "local"]
+Parameters = tuple[tuple[str, int], ...]
+"""Keyword arguments with which a kernel is called, where it was measured fastest with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class MixtureNeed:
     need: device, dtype, format, encoding, activation, biases.  wires: encodings in which its rows may travel between
     ranks without the user's word.  factor: `routed_scaling_factor`.  groups_kept: 0 where experts are not grouped.
     router_bias: dtype of the selection bias as stored in memory, or None.  width: of one rank's experts.
-    ranks: that share the experts.  tokens: most rows of a rank in this bucket.
+    ranks: that share the experts.  tokens: most rows of a rank in this bucket.  experts: of one rank.
     """
 
     need: Need
@@ -79,6 +81,7 @@ class MixtureNeed:
     ranks: int
     phase: Phase
     tokens: int
+    experts: int = 0
 
     def duties(self) -> frozenset[Duty]:
         """What must be done exactly once."""
@@ -129,12 +132,16 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A mixture's plan for one phase, up to so many tokens of a rank; with every candidate that was not taken."""
+    """A mixture's plan for one phase, up to so many tokens of a rank; with every candidate that was not taken.
+
+    parameters: of the expert kernel.
+    """
 
     phase: Phase
     tokens: int
     path: MixturePath
     rejected: tuple[Rejection, ...] = ()
+    parameters: Parameters = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, cast
 
 from moesaic.contracts.contract import Contract
-from moesaic.contracts.plan import ModelPlan, Phase
+from moesaic.contracts.plan import ModelPlan, Parameters, Phase
 from moesaic.errors import UnsupportedError
 from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
@@ -116,13 +116,17 @@ class Kernels:
         encode = next(choice.chosen for choice in self.plan.ops[need] if choice.op == "encode")
         bound = []
         for cell in next(each for each in self.plan.layers if layer in each.layers).cells:
-            names = (encode, cell.path.stage("experts").kernel)
-            if names not in self._bound:
-                self._bound[names] = bind({"encode": names[0], "experts": names[1]})
-            bound.append(BoundCell(cell.phase, cell.tokens, self._bound[names]))
+            key = (encode, cell.path.stage("experts").kernel, cell.parameters)
+            if key not in self._bound:
+                self._bound[key] = bind({"encode": key[0], "experts": key[1]}, {"experts": cell.parameters})
+            bound.append(BoundCell(cell.phase, cell.tokens, self._bound[key]))
         return tuple(bound)
 
 
-def bind(chosen: Mapping[str, str]) -> Ops:
-    """op -> backend, as an object with the functions."""
-    return cast(Ops, SimpleNamespace(**{op: getattr(backends()[name], op) for op, name in chosen.items()}))
+def bind(chosen: Mapping[str, str], parameters: Mapping[str, Parameters] = MappingProxyType({})) -> Ops:
+    """op -> backend, as an object with the functions; those that were measured fastest with parameters get them."""
+    found = {}
+    for op, name in chosen.items():
+        function, given = getattr(backends()[name], op), dict(parameters.get(op, ()))
+        found[op] = partial(function, **given) if given else function
+    return cast(Ops, SimpleNamespace(**found))

@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from moesaic.contracts.contract import asks_of
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 from moesaic.contracts.spec import LinearSpec, MoESpec
 from moesaic.formats.base import QuantTensor
@@ -59,7 +60,7 @@ class Piece:
 
     def __init__(self, parts: tuple[LinearSpec, ...], scheme: Scheme, kernels: Kernels, like: Tensor) -> None:
         self.parts, self.scheme = parts, scheme
-        self.ops: Ops = kernels.under(format=scheme.weight.name, encoding=scheme.activation.name)
+        self.ops: Ops = kernels.under(**asks_of(scheme))
         rows = tuple(part.outputs for part in parts)
         self.weight = QuantTensor.empty(scheme.weight, rows, parts[0].inputs, like)
         static = scheme.activation.static

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moesaic.assets import tuning_tables
+from moesaic.config import cache_folder
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
 from moesaic.contracts.spec import ModelSpec
@@ -24,6 +28,7 @@ from moesaic.models.loading import LoadReport, load, match
 from moesaic.models.weights import settle, slots_of
 from moesaic.moe.dispatch import contracts as dispatch_contracts
 from moesaic.planning.plan import plan
+from moesaic.planning.tuning import Tuning
 
 FREE = Wishes()
 
@@ -79,10 +84,19 @@ def plan_here(spec: ModelSpec, hardware: Hardware, dtype: str, wishes: Wishes = 
     Raises OptionError where the user's wishes stand in the way, else UnsupportedError.
     """
     known = local_catalogue() if catalogue is None else tuple(catalogue)
-    made = plan(spec, hardware, (*known, *dispatch_contracts()), wishes, dtype)
+    made = plan(spec, hardware, (*known, *dispatch_contracts()), wishes, dtype, tuning_here(hardware, known))
     if isinstance(made, ModelPlan):
         return made
     raise refused(made, wishes)
+
+
+def tuning_here(hardware: Hardware, known: Sequence[Contract]) -> Tuning:
+    """What was measured on hardware like this with packages like those that are installed."""
+    installed = {}
+    for package in {contract.package for contract in known if contract.package}:
+        with suppress(PackageNotFoundError):  # its contracts say so themselves
+            installed[package] = version(package)
+    return Tuning.of(tuning_tables(cache_folder() / "tuning"), hardware.name, installed)
 
 
 def refused(refusal: Refusal, wishes: Wishes) -> OptionError | UnsupportedError:

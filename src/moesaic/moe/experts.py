@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moesaic.contracts.contract import asks_of
 from moesaic.contracts.plan import Phase
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 from moesaic.contracts.spec import LinearSpec, MoESpec
@@ -27,8 +28,8 @@ class Experts:
     def __init__(self, spec: MoESpec, layer: int, kernels: Kernels, like: Tensor) -> None:
         self.spec, self.scheme = spec, common_scheme(spec)
         how, form = self.scheme.activation, self.scheme.weight
-        asks = {"activation": spec.activation.kind, "expert_bias": spec.gate.bias}
-        self.cells = kernels.mixture(layer, format=form.name, encoding=how.name, **asks)
+        asks = asks_of(self.scheme) | {"activation": spec.activation.kind, "expert_bias": spec.gate.bias}
+        self.cells = kernels.mixture(layer, **asks)
         count, width, hidden = spec.router.experts, spec.intermediate, spec.gate.inputs
         w13 = QuantTensor.empty(form, (width, width), hidden, like, (count,))
         w2 = QuantTensor.empty(form, (hidden,), width, like, (count,))

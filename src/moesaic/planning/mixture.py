@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from moesaic.contracts.contract import Contract, Duty, Rejection, listed
 from moesaic.contracts.plan import ADAPTERS, Ids, MixtureNeed, MixturePath, Stage, Wishes
 from moesaic.planning.fits import misses
+from moesaic.planning.tuning import UNTUNED, Tuning
 
 MAX_ADAPTERS = 2
 BITS = {"bf16": 16.0, "float32": 32.0, "fp8_tensor": 8.0, "fp8_token": 8.0, "fp8_group128": 8.25, "mxfp8": 8.25,
@@ -55,10 +56,11 @@ class Chain:
 Found = tuple[MixturePath | None, list[Rejection]]
 
 
-def find(need: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes) -> Found:
+def find(need: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes, tuning: Tuning = UNTUNED) -> Found:
     """The best path, and why every other kernel, dispatcher and pair of them was not taken."""
     rejected: list[Rejection] = []
     kernels, dispatchers = (able(op, need, catalogue, wishes, rejected) for op in ("experts", "dispatch"))
+    kernels = tuning.ranked(need, kernels)
     best: dict[str, tuple[tuple[int, ...], MixturePath]] = {}
     for kernel in kernels:
         for dispatcher in dispatchers:

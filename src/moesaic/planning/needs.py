@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
-from moesaic.contracts.contract import Need
+from moesaic.contracts.contract import Need, asks_of
 from moesaic.contracts.plan import MixtureNeed, Phase, Wishes
 from moesaic.contracts.scheme import SCHEMES, UNQUANTIZED, Scheme
 from moesaic.contracts.spec import GQASpec, LayerSpec, LinearSpec, MLPSpec, ModelSpec, MoESpec
@@ -84,7 +84,7 @@ def layer_needs(block: LayerSpec, base: Need) -> Iterator[tuple[Need, frozenset[
 
 
 def under(base: Need, scheme: Scheme) -> Need:
-    return replace(base, format=scheme.weight.name, encoding=scheme.activation.name)
+    return replace(base, **asks_of(scheme))
 
 
 def experts_need(spec: MoESpec, base: Need) -> Need:
@@ -99,5 +99,5 @@ def mixture_need(spec: MoESpec, base: Need, wishes: Wishes, phase: Phase, tokens
         scoring=router.scoring, factor=router.scale, groups_kept=router.top_groups if router.groups > 1 else 0,
         router_bias="float32" if router.bias else None, top_k=router.top_k, shared=spec.shared is not None,
         hidden=spec.gate.inputs, width=spec.intermediate // (wishes.tp if wishes.ep == 1 else 1), ranks=wishes.ep,
-        phase=phase, tokens=tokens,
+        phase=phase, tokens=tokens, experts=router.experts // wishes.ep,
     )  # fmt: skip

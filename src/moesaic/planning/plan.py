@@ -14,7 +14,7 @@ from moesaic.formats.sizes import illegal_cut
 from moesaic.hardware import Hardware
 from moesaic.planning.cost import block_bytes, kv_bytes, pieces, weights
 from moesaic.planning.fits import UNBUILT
-from moesaic.planning.mixture import find
+from moesaic.planning.mixture import able, find
 from moesaic.planning.needs import (
     blocks_of,
     by_row_instead_of,
@@ -25,6 +25,7 @@ from moesaic.planning.needs import (
     stacks_of,
     under,
 )
+from moesaic.planning.tuning import UNTUNED, Tuning
 
 FUSED_OPS = frozenset({"gate", "store_latent", "attend_latent", "mlp"})
 """Taken where a backend has them: layers compose the others."""
@@ -49,6 +50,7 @@ class Planner:
     catalogue: tuple[Contract, ...]
     wishes: Wishes
     base: Need
+    tuning: Tuning = UNTUNED
 
     def ops_for(self, need: Need, wanted: frozenset[str], ops: dict[Need, dict[str, Choice]]) -> None:
         """Chooses `wanted` under a need, once per need."""
@@ -78,14 +80,18 @@ class Planner:
         )  # fmt: skip
 
     def cells(self, mixture: MoESpec, index: int) -> tuple[Cell, ...]:
-        """Decode up to the largest batch, prefill up to one long step."""
+        """Decode up to the largest batch, prefill up to one long step; cut where another kernel measures faster."""
         cells = []
-        for phase, tokens in (("decode", self.wishes.max_batch), ("prefill", PREFILL)):
-            need = mixture_need(mixture, self.base, self.wishes, phase, tokens)  # type: ignore[arg-type]
-            path, rejected = find(need, self.catalogue, self.wishes)
-            if path is None:
-                raise Refused(self.refusal(need, index, rejected))
-            cells.append(Cell(need.phase, tokens, path, tuple(rejected)))
+        for phase, most in (("decode", self.wishes.max_batch), ("prefill", PREFILL)):
+            whole = mixture_need(mixture, self.base, self.wishes, phase, most)  # type: ignore[arg-type]
+            kernels = [kernel.backend for kernel in able("experts", whole, self.catalogue, self.wishes, [])]
+            for tokens in self.tuning.buckets(whole, kernels):
+                need = replace(whole, tokens=tokens)
+                path, rejected = find(need, self.catalogue, self.wishes, self.tuning)
+                if path is None:
+                    raise Refused(self.refusal(need, index, rejected))
+                parameters = self.tuning.parameters(need, path.stage("experts").kernel)
+                cells.append(Cell(need.phase, tokens, path, tuple(rejected), parameters))
         return tuple(cells)
 
     def refusal(self, need: MixtureNeed, index: int, rejected: list[Rejection]) -> Refusal:
@@ -136,11 +142,14 @@ class Planner:
 
 
 def plan(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], wishes: Wishes,
-         dtype: str = "bfloat16") -> ModelPlan | Refusal:  # fmt: skip
-    """How the model runs on `hardware`, or why it cannot. Pure: no tensor, no GPU, nothing read or remembered."""
+         dtype: str = "bfloat16", tuning: Tuning = UNTUNED) -> ModelPlan | Refusal:  # fmt: skip
+    """How the model runs on `hardware`, or why it cannot. Pure: no tensor, no GPU, nothing read or remembered.
+
+    tuning: what was measured on that hardware.
+    """
     latent = any(isinstance(block.attention, MLASpec) for block in spec.layers)
     base = Need(hardware.device, dtype, wishes.deterministic, hardware.features, hardware.arch, latent=latent)
-    planner = Planner(spec, hardware, tuple(catalogue), wishes, base)
+    planner = Planner(spec, hardware, tuple(catalogue), wishes, base, tuning)
     try:
         return planned(planner)
     except Refused as refused:
