@@ -157,7 +157,6 @@ class Contract:
             return "attends over MLA's latent cache only"
         return "takes no attention sinks" if need.sinks and self.op.startswith("attend") and not self.sinks else None
 
-
     def misses_form(self, need: Need) -> str | None:
         """Only of formats that come in variants; a need that does not say which one is content with any."""
         known = [form for form in self.forms if form.name == need.format]
