@@ -11,7 +11,7 @@ from dataclasses import replace
 from moesaic.contracts.contract import FLOATS16, Contract, Duty, Limits, Path
 
 CUDA, BF16 = frozenset({"cuda"}), frozenset({"bfloat16"})
-BLACKWELL, HOPPER_UP, HOPPER = (100, 103), (90, 103), (90, 90)
+BLACKWELL, BLACKWELL_UP, HOPPER_UP, HOPPER = (100, 103), (100, 120), (90, 103), (90, 90)
 WEIGH: frozenset[Duty] = frozenset({"weights", "reduce"})
 ROUTE: frozenset[Duty] = frozenset({"route"})
 FACTOR: frozenset[Duty] = frozenset({"factor"})
@@ -73,16 +73,21 @@ _HUMMING = frozenset(
 
 
 def others() -> list[Contract]:
-    deep = {"arch": HOPPER_UP, "package": "sgl-deep-gemm", "versions": ">=0.1.5,<0.2",
+    deep = {"arch": BLACKWELL, "package": "sgl-deep-gemm", "versions": ">=0.1.5,<0.2",
             "limits": Limits(hidden_multiple=128, width_multiple=128)}  # fmt: skip
+    masked = {**deep, "arch": HOPPER_UP}  # on Hopper it exists, and no dispatcher fills slots yet
+    humming = vendor(
+        "experts", "humming", 40, package="humming-kernels", versions=">=0.1.19,<0.2", pairs=_HUMMING,
+        formats=frozenset(form for form, _ in _HUMMING), encodings=frozenset(code for _, code in _HUMMING),
+        path=Path("tokens", "sorted", can=WEIGHTS), packing="int32 tiles",
+    )  # fmt: skip
     return [
         vendor("experts", "deep_gemm_contiguous", 30, **deep, **_FP8, path=_SORTED, capturable=False),
         vendor("experts", "deep_gemm_contiguous", 30, **deep, path=_SORTED, capturable=False),
-        vendor("experts", "deep_gemm_masked", 31, **deep, **_FP8, path=_SLOTTED),
-        vendor("experts", "deep_gemm_masked", 31, **deep, path=_SLOTTED),
-        vendor("experts", "humming", 40, arch=(75, 120), package="humming-kernels", versions=">=0.1.19,<0.2",
-               formats=frozenset(form for form, _ in _HUMMING), encodings=frozenset(code for _, code in _HUMMING),
-               pairs=_HUMMING, path=Path("tokens", "sorted", can=WEIGHTS), packing="int32 tiles"),
+        vendor("experts", "deep_gemm_masked", 57, **masked, **_FP8, path=_SLOTTED),
+        vendor("experts", "deep_gemm_masked", 57, **masked, path=_SLOTTED),
+        replace(humming, arch=(75, 89)),
+        replace(humming, arch=BLACKWELL_UP),
         vendor("experts", "cutlass_w4afp8", 35, arch=HOPPER, formats=frozenset({"int4"}),
                encodings=frozenset({"fp8_tensor"}), path=_SLOTTED,
                limits=Limits(hidden_multiple=512, width_multiple=128)),

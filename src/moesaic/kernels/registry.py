@@ -3,6 +3,8 @@
 A backend is a file of this folder, or a module that another package announces under the entry point
 `moesaic.kernels`. It has `CONTRACTS`, one function per op that it declares, and, where it needs more than torch,
 `probe() -> str | None`: why it cannot run on this machine (it tries, rather than looks), or None.
+One whose contracts for experts name a `packing` has `pack(w, before)` and `unpack(w)`: ExpertWeights into the order of
+bytes that its kernels read, and back, within the storage that they have.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from moesaic.errors import UnsupportedError
 from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
 
-BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "reference")
+BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "deep_gemm", "humming", "reference")
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
 ENTRY_POINTS = "moesaic.kernels"
 
@@ -91,6 +93,8 @@ class BoundCell:
     phase: Phase
     tokens: int
     ops: Ops
+    packer: ModuleType | None = None
+    """The backend whose order of bytes the weights must have (`pack`, `unpack`), where that is not the formats' own."""
 
 
 class Kernels:
@@ -119,7 +123,9 @@ class Kernels:
             key = (encode, cell.path.stage("experts").kernel, cell.parameters)
             if key not in self._bound:
                 self._bound[key] = bind({"encode": key[0], "experts": key[1]}, {"experts": cell.parameters})
-            bound.append(BoundCell(cell.phase, cell.tokens, self._bound[key]))
+            module = backends()[key[1]]
+            packer = module if hasattr(module, "pack") else None
+            bound.append(BoundCell(cell.phase, cell.tokens, self._bound[key], packer))
         return tuple(bound)
 
 

@@ -28,6 +28,7 @@ class Stored:
 
     name: the checkpoint's module.  part: what it is.  weight: one segment of storage, in the format that is held.
     input_scale: FP32 [1], where the held scheme has a static one.  settle: to be called once everything is filled.
+    open: to be called before the fields of `weight` are read or written once it was settled.
     together: the experts among which it is, where a checkpoint may keep them in common tensors.
     """
 
@@ -37,6 +38,7 @@ class Stored:
     input_scale: Tensor | None
     settle: Callable[[], None]
     together: Together | None = None
+    open: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

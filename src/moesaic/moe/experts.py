@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 from moesaic.contracts.spec import LinearSpec, MoESpec
 from moesaic.formats.base import QuantTensor
 from moesaic.kernels.ops import ExpertWeights, Ops
-from moesaic.kernels.registry import Kernels
+from moesaic.kernels.registry import BoundCell, Kernels
 from moesaic.layers.linear import Sources, Stored, Together
 from moesaic.moe.values import Dispatched
 
@@ -37,16 +38,31 @@ class Experts:
         self.input_scales_E3 = like.new_ones(count, 3, dtype=torch.float32) if how.static else None
         self.input_scale: Tensor | None = None
         self.weights = ExpertWeights(w13, w2, spec.activation, how, biases=biases)
-        self.settle()
+        self.plain, self.packer, self.packed = self.weights, packer_of(self.cells), None
+        self.scale()
 
-    def settle(self) -> None:
+    def scale(self) -> None:
         """Derives the input scales of the two products from those that were loaded for gate, up and down."""
         if self.input_scales_E3 is not None:
             largest_3 = self.input_scales_E3.amax(0)
             self.input_scale = largest_3[:2].amax()
-            self.weights = replace(self.weights, between_scale=largest_3[2])
+            self.plain, self.weights = (replace(w, between_scale=largest_3[2]) for w in (self.plain, self.weights))
+
+    def settle(self) -> None:
+        """After the storage was filled: derives what follows from it, and orders its bytes as the kernels want them."""
+        self.scale()
+        if self.packer and self.weights.packing == "plain" and not self.plain.w13.parts["data"].is_meta:
+            self.weights = self.packed = self.packer.pack(self.plain, self.packed)
+
+    def open(self) -> None:
+        """Before the storage is read or written by its formats: `settle` must follow before the next call."""
+        if self.packer and self.weights.packing != "plain":
+            self.packer.unpack(self.weights)
+            self.weights = self.plain
 
     def __call__(self, sent: Dispatched, phase: Phase) -> Tensor:
+        if self.packer and self.weights.packing == "plain":
+            self.settle()
         ops = self.ops_for(phase, len(sent.x_TD))
         rows = ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
         return ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
@@ -57,17 +73,17 @@ class Experts:
         return next((cell.ops for cell in fitting if tokens <= cell.tokens), fitting[-1].ops)
 
     def sources(self) -> Sources:
-        spec, (w13, w2) = self.spec, (self.weights.w13, self.weights.w2)
+        spec, (w13, w2) = self.spec, (self.plain.w13, self.plain.w2)
         gate_up, together = [w13.segment(0), w13.segment(1)], self.together() if self.spec.fused else None
         for e in range(spec.router.experts):
             parts = ((spec.gate, gate_up[0][e]), (spec.up, gate_up[1][e]), (spec.down, w2[e]))
             for i, (part, weight) in enumerate(parts):
                 scale = None if self.input_scales_E3 is None else self.input_scales_E3[e, i : i + 1]
-                yield Stored(part.name.format(e=e), part, weight, scale, self.settle, together)
+                yield Stored(part.name.format(e=e), part, weight, scale, self.settle, together, self.open)
             yield from self.biases_of(e)
 
     def together(self) -> Together:
-        (w13, w2), biases = (self.weights.w13, self.weights.w2), {}
+        (w13, w2), biases = (self.plain.w13, self.plain.w2), {}
         if self.weights.biases:
             gate, up = self.weights.biases[0].split(self.spec.intermediate, 1)
             biases = {"gate": gate, "up": up, "down": self.weights.biases[1]}
@@ -79,6 +95,14 @@ class Experts:
             yield f"{self.spec.gate.name.format(e=e)}.bias", bias13[:width]
             yield f"{self.spec.up.name.format(e=e)}.bias", bias13[width:]
             yield f"{self.spec.down.name.format(e=e)}.bias", bias2
+
+
+def packer_of(cells: tuple[BoundCell, ...]) -> ModuleType | None:
+    """The backend that all cells want the weights packed by. ValueError where they disagree: there is one storage."""
+    packers = {cell.packer for cell in cells}
+    if len(packers) > 1:
+        raise ValueError("the cells of a layer want its weights in different orders")
+    return packers.pop() if packers else None
 
 
 def common_scheme(spec: MoESpec) -> Scheme:
