@@ -33,10 +33,13 @@ class Tuning:
         return Tuning(points_of(tables, device, installed or {}))
 
     def near(self, need: MixtureNeed) -> tuple[Point, ...]:
-        """The points of the need's shape, else of the nearest one; none where its scheme was never measured."""
+        """The points of the need's shape, else of the nearest one; none where its scheme was never measured.
+
+        All that is measured is measured with rows of a model that computes in BF16.
+        """
         asks = need.need
         shapes = self.points.get((asks.stored, str(Encoding(asks.encoding, need.static))), {})
-        return nearest(shapes, shape_of(need)) if need.experts else ()
+        return nearest(shapes, shape_of(need)) if need.experts and asks.dtype == "bfloat16" else ()
 
     def costs(self, need: MixtureNeed, backends: Iterable[str]) -> dict[str, float]:
         """Milliseconds, at the need's tokens, of those backends that were measured.
