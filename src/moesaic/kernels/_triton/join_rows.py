@@ -101,7 +101,7 @@ def join_rows(
 
 def join_slots(x_ECJ: Tensor, counts_E: Tensor, activation: Activation, how: str,
                extras: Extras = NONE) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The same of slots [E, C, 2I]; those behind counts[e] are left undefined. 
+    """The same of slots [E, C, 2I]; those behind counts[e] are left undefined.
 
     Scales [E, C, G], transposed per expert.
     """
