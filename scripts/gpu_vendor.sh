@@ -62,11 +62,15 @@ if [ "${ONLY:-bench}" = bench ]; then
 	for scheme in "${large[@]}"; do
 		compile "compile-large-$scheme" --shapes large --tokens 1 16 128 1024 4096 --schemes "$scheme"
 	done
+	dense=(benchmarks/gemm.py --schemes fp8 --backends triton deep_gemm --tokens 1 64 1024 4096)
+	timeout 200 "$PY" "${dense[@]}" >"$OUT/compile-gemm.log" 2>&1 &
 	wait
 	step 120 experts-small "$PY" benchmarks/experts.py --backends triton deep_gemm humming --shapes small \
 		--schemes "${schemes[@]}" "${peers[@]}" --name experts-backends-small
 	step 120 experts-large "$PY" benchmarks/experts.py --backends triton deep_gemm humming --shapes large \
 		--schemes "${large[@]}" --tokens 1 16 128 1024 4096 --name experts-backends-large
+	step 60 gemm "$PY" "${dense[@]}"
+	grep '^|' "$OUT/gemm.log"
 	cp benchmarks/results/experts-backends-*.json "$OUT/" 2>/dev/null
 fi
 echo "== summary, after $((SECONDS - began)) s"
