@@ -276,6 +276,31 @@ def test_a_package_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.Monk
         installed.within("1.0", "==1.0")
 
 
+def test_the_compilers_library_is_found_where_torch_or_the_toolkit_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[str] = []
+    good = {str(tmp_path / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13"), str(tmp_path / "lib64" / "libnvrtc.so.13")}
+
+    def load(name: str) -> None:
+        tried.append(name)
+        if name not in good:
+            raise OSError(name)
+
+    monkeypatch.setattr(deep_gemm, "CDLL", load)
+    monkeypatch.setattr(deep_gemm, "which", lambda _: str(tmp_path / "bin" / "nvcc"))
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    deep_gemm.load_compiler()
+    assert tried == ["libnvrtc.so.13", str(tmp_path / "lib64" / "libnvrtc.so.13")]
+    (tmp_path / "nvidia" / "cu13" / "lib").mkdir(parents=True)
+    tried.clear()
+    deep_gemm.load_compiler()
+    assert tried == ["libnvrtc.so.13", str(tmp_path / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13")]
+    good.clear()
+    deep_gemm.load_compiler()  # what is lacking is told by the package that needs it
+
+
 @pytest.mark.parametrize("backend", ["deep_gemm", "humming"])
 @pytest.mark.parametrize(
     ("error", "what"),

@@ -14,12 +14,14 @@ Letters: T tokens, R routed rows, P places, E experts, C slots, K contraction, N
 
 from __future__ import annotations
 
+from contextlib import suppress
 from ctypes import CDLL
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -78,10 +80,22 @@ def library() -> Any:
     spec = find_spec("deep_gemm")
     if spec is None or spec.origin is None:
         raise ImportError("there is no module deep_gemm")
+    load_compiler()
     CDLL(str(Path(spec.origin).parent / "_C.so"))  # resolves every symbol at once
     import deep_gemm
 
     return deep_gemm
+
+
+def load_compiler() -> None:
+    """NVRTC, which the package links and torch loads late: by its name, else from torch's packages or the toolkit."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '').split('.')[0]}"
+    nvcc, packages = which("nvcc"), Path(torch.__file__).parent.parent / "nvidia"
+    toolkit = [Path(nvcc).resolve().parent.parent / "lib64"] if nvcc else []
+    for path in (name, *(folder / name for folder in (*packages.glob("*/lib"), *toolkit))):
+        with suppress(OSError):  # the last word is the package's own: it says which library it lacks
+            CDLL(str(path))
+            return
 
 
 def tried() -> bool:
