@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moesaic.commands.plan import Asked
-from moesaic.contracts.plan import ModelPlan
+from moesaic.contracts.plan import ModelPlan, Refusal
 from moesaic.hardware import GPUS
 from moesaic.models.build import spec_of
 from moesaic.planning.mixture import find
@@ -153,16 +153,37 @@ def test_what_does_not_fit_says_how_many_more_would_do(mixtral: Path) -> None:
 
 
 def test_what_would_fit_with_half_the_cache_says_so(mixtral: Path) -> None:
-    """131,072 bytes per token: at some context only the cache is too large."""
+    """131,072 bytes per token: at some context only the cache is too large. Said where attention reads FP8 here, or
+    would with a kernel that is known, and nowhere else."""
     usable = int(141e9 * 0.92)
     kv = 131072
     weights = parsed(mixtral, "--gpu", "h200")["memory"]["weights"]
     context = (usable - weights) // kv
     assert "\nfits, with" in planned(mixtral, "--gpu", "h200", "--context", str(context))
-    out = planned(mixtral, "--gpu", "h200", "--context", str(2 * context))
+    twice = ("--gpu", "h200", "--context", str(2 * context))
+    out = planned(mixtral, *twice)
     assert "does not fit" in out
-    assert out.endswith("fits with FP8 KV, which is not built yet\n")
+    assert out.endswith("fits with FP8 KV (--kv fp8), which is known, but not built into Moesaic yet\n")
+    assert planned(mixtral, *twice, "--hypothetical").endswith("fits with FP8 KV (--kv fp8)\n")
     assert "FP8 KV" not in planned(mixtral, "--gpu", "h200", "--context", str(2 * context + 2))
+    assert "FP8 KV" not in planned(mixtral, "--gpu", "a100", "--context", str(10**6)), "no kernel reads it there"
+    held = parsed(mixtral, *twice, "--hypothetical", "--kv", "fp8")
+    assert (held["memory"]["kv"], held["memory"]["kv_per_token"], held["memory"]["fits"]) == ("fp8", kv // 2, True)
+    shown = planned(mixtral, *twice, "--hypothetical", "--kv", "fp8")
+    assert "KV in fp8, 65,536 bytes per token" in " ".join(shown.split())
+
+
+def test_a_cache_in_fp8_needs_attention_that_reads_it(mixtral: Path) -> None:
+    """Refused by name where no kernel does, for this architecture: latent caches are not keys and values of heads."""
+    refused = parsed(mixtral, "--gpu", "h200", "--kv", "fp8", code=4)["refusal"]
+    assert (refused["kind"], refused["nearest"]) == ("not_built", "--kv bf16")
+    assert {"candidate": "triton", "reason": "reads a KV cache in bf16, not in fp8"} in refused["reasons"]
+    latent = spec_of(plan_fixtures.read("deepseek-v2-lite").config)
+    made = plan(latent, GPUS["h200"], CATALOGUE, replace(HYPOTHETICAL, kv="fp8"))
+    assert isinstance(made, Refusal)
+    assert made.kind == "impossible"
+    assert made.nearest == "--kv bf16"
+    assert any("not over MLA's latent cache" in each.reason for each in made.reasons)
 
 
 def test_a_processor_has_no_more_of_its_kind(mixtral: Path) -> None:

@@ -24,7 +24,7 @@ def as_json(report: Report) -> dict[str, Any]:
                  "chosen": {choice.op: choice.chosen for choice in choices}} for need, choices in made.ops.items()],
         "memory": plain(report.fit) | {
             "kv_per_token": made.kv_bytes_per_token, "fits": not report.fit.lacking,
-            "fits_with_fp8_kv": report.fits_with_fp8_kv,
+            "kv": made.kv, "fits_with_fp8_kv": report.fp8_kv is not None,
             "fits_on": {"tp": report.more.tp, "ep": report.more.ep} if report.more else None,
         },
         "steps": [{"phase": phase, "requests": requests} | plain(each) for phase, requests, each in report.steps()],

@@ -29,6 +29,7 @@ class Report:
     """A plan with what it was made for. context: positions per request, for the costs.
 
     more: where it does not fit, wishes for the fewest ranks on which it would, or None where none were found.
+    fp8_kv: where it does not fit, wishes with an FP8 cache, with which it would, or None where it would not.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Report:
     made: ModelPlan | Refusal
     context: int
     more: Wishes | None = None
+    fp8_kv: Wishes | None = None
 
     @property
     def ranks(self) -> int:
@@ -46,11 +48,6 @@ class Report:
     @cached_property
     def fit(self) -> Fit:
         return fit(self.plan, self.hardware, self.context)
-
-    @property
-    def fits_with_fp8_kv(self) -> bool:
-        """Half the bytes per token. Moesaic has no such cache yet."""
-        return self.fit.lacking > 0 and self.fit.lacking <= self.plan.kv_bytes_per_token * self.context // 2
 
     @property
     def plan(self) -> ModelPlan:
@@ -202,8 +199,9 @@ def costs(report: Report) -> Iterator[str | Table]:
 
 def memory(report: Report) -> Iterator[str]:
     held, kv = report.fit, report.plan.kv_bytes_per_token
+    form = "" if report.plan.kv == "bf16" else f"in {report.plan.kv}, "
     yield (f"memory of one rank: weights {size(held.weights)}, usable {size(held.usable)} "
-           f"({100 * (1 - RESERVE):.0f}% of {size(report.hardware.memory)}), KV {kv:,} bytes per token")  # fmt: skip
+           f"({100 * (1 - RESERVE):.0f}% of {size(report.hardware.memory)}), KV {form}{kv:,} bytes per token")  # fmt: skip
     if not held.lacking:
         requests = held.tokens // report.context
         yield f"[bold]fits[/bold], with room for {held.tokens:,} tokens: {requests:,} requests of {report.context}"
@@ -216,8 +214,9 @@ def memory(report: Report) -> Iterator[str]:
     yield text
     if report.more and not report.wishes.hypothetical:
         yield "several ranks are not built yet: --hypothetical shows what they would do"
-    if report.fits_with_fp8_kv:
-        yield "fits with FP8 KV, which is not built yet"
+    if report.fp8_kv:
+        known = report.fp8_kv.hypothetical and not report.wishes.hypothetical
+        yield "fits with FP8 KV (--kv fp8)" + (", which is known, but not built into Moesaic yet" if known else "")
 
 
 # --- a refusal -------------------------------------------------------------------------------------------------------

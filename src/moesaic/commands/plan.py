@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.assets import embedded_model
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
-from moesaic.contracts.scheme import ENCODINGS
+from moesaic.contracts.scheme import ENCODINGS, KV_FORMATS
 from moesaic.contracts.spec import ModelSpec
 from moesaic.errors import OptionError, UnsupportedError
 from moesaic.hardware import GPUS, Hardware, local_cpu
@@ -52,6 +52,8 @@ def add_parser(subparsers: Any) -> None:
         help="demand this encoding between dispatch and experts (default: the cheapest)")  # fmt: skip
     add("--router-dtype", choices=("float32", "bfloat16"),
         help="demand this dtype of the router logits (default: what the kernel takes)")  # fmt: skip
+    add("--kv", choices=KV_FORMATS, default="bf16",
+        help="format of the KV cache (default: bf16, meaning the dtype that is computed in)")  # fmt: skip
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="that is computed in (default: auto, bfloat16 where the hardware has it)")  # fmt: skip
     add("--max-batch", metavar="N", type=int, default=64, help="requests decoding at once (default: 64)")
@@ -117,9 +119,21 @@ class Asked:
 
         made = self.plan(wishes)
         report = Report(self.model, self.spec, self.hardware, wishes, made, self.context)
-        if isinstance(made, Refusal) or not report.fit.lacking or self.hardware.device == "cpu":
+        if isinstance(made, Refusal) or not report.fit.lacking:
             return report
-        return replace(report, more=self.enough(wishes))
+        more = None if self.hardware.device == "cpu" else self.enough(wishes)
+        return replace(report, more=more, fp8_kv=self.in_fp8(wishes))
+
+    def in_fp8(self, wishes: Wishes) -> Wishes | None:
+        """The same wishes with an FP8 cache, if attention can read one here and everything would fit then."""
+        from moesaic.planning.cost import fit
+
+        for hypothetical in sorted({wishes.hypothetical, True}):
+            less = replace(wishes, kv="fp8", hypothetical=hypothetical)
+            made = self.plan(less) if wishes.kv == "bf16" else None
+            if isinstance(made, ModelPlan):
+                return None if fit(made, self.hardware, self.context).lacking else less
+        return None
 
     def plan(self, wishes: Wishes) -> ModelPlan | Refusal:
         from moesaic.planning.plan import plan
@@ -168,6 +182,6 @@ def machine(name: str) -> Hardware:
 
 
 def wishes_of(args: argparse.Namespace) -> Wishes:
-    names = ("experts", "dispatch", "wire", "router_dtype", "deterministic", "lossy", "hypothetical", "max_batch",
+    names = ("experts", "dispatch", "wire", "router_dtype", "kv", "deterministic", "lossy", "hypothetical", "max_batch",
              "tp", "ep")  # fmt: skip
     return replace(Wishes(), **{name: getattr(args, name) for name in names})

@@ -17,6 +17,8 @@ Layout = Literal["tokens", "sorted", "slotted"]
 """`tokens` [T, H] plus ids; `sorted` by expert, groups padded to an alignment; `slotted` [E_local, capacity, H]."""
 
 FLOATS16 = frozenset({"float32", "bfloat16"})
+CACHE_OPS = frozenset({"attend_paged", "attend_latent", "store_latent"})
+"""Those that read or write the KV cache as it is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,8 @@ class Contract:
     broken: why it cannot run on this very machine, found by trying; empty where it can, or where nobody tried.
     formats, encodings: of the weights and rows that it multiplies; pairs, where given, lists the only combinations.
     gate_up: order of the rows of the first product as the kernel wants them; packing: of its scales.
-    activations, expert_bias, sinks: as the names say.  latent_only: attention that knows MLA's cache alone.
+    activations, expert_bias, sinks: as the names say.  kv: formats of the cache that attention reads.
+    latent_only: attention that knows MLA's cache alone; heads_only: that knows keys and values of heads alone.
     scorings, logits, router_bias, groups: of routing, by name and dtype.  capturable: it can stand in a CUDA graph.
     workspace: bytes per token and element of width, roughly.
     """
@@ -99,6 +102,8 @@ class Contract:
     expert_bias: bool = False
     sinks: bool = False
     latent_only: bool = False
+    heads_only: bool = False
+    kv: frozenset[str] = frozenset({"bf16"})
     pairs: frozenset[tuple[str, str]] | None = None
     arch: tuple[int, int] | None = None
     package: str | None = None
@@ -147,8 +152,12 @@ class Contract:
             return f"applies {listed(self.activations)}, not {need.activation}"
         if routed and need.expert_bias and not self.expert_bias:
             return "takes no expert biases"
+        if self.op in CACHE_OPS and need.kv not in self.kv:
+            return f"reads a KV cache in {listed(self.kv)}, not in {need.kv}"
         if self.op.startswith("attend") and self.latent_only and not need.latent:
             return "attends over MLA's latent cache only"
+        if self.op in CACHE_OPS and self.heads_only and need.latent:
+            return "attends over keys and values of heads only, not over MLA's latent cache"
         return "takes no attention sinks" if need.sinks and self.op.startswith("attend") and not self.sinks else None
 
 
@@ -159,7 +168,8 @@ def listed(names: frozenset[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one build asks of every op (latent: its attention is MLA), and, from `format` on, one layer of its own."""
+    """What one build asks of every op (latent: its attention is MLA; kv: format of its cache), and, from `format` on,
+    one layer of its own."""
 
     device: str
     dtype: str
@@ -168,6 +178,7 @@ class Need:
     arch: int = 0
     capturable: bool = False
     latent: bool = False
+    kv: str = "bf16"
     format: str = "bf16"
     encoding: str = "bf16"
     activation: str = "silu"

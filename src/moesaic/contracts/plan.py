@@ -95,7 +95,7 @@ class Wishes:
     """What the user demands of a plan; None is free. Each is honoured or refused, never overridden.
 
     lossy: roundings that the checkpoint's scheme does not ask for are allowed.  hypothetical: kernels that Moesaic
-    knows and cannot run yet may be planned with.
+    knows and cannot run yet may be planned with.  kv: format of the KV cache (`scheme.py: KV_FORMATS`).
     """
 
     experts: str | None = None
@@ -111,6 +111,7 @@ class Wishes:
     tp: int = 1
     ep: int = 1
     """Ranks that cut each projection, and ranks that share whole experts (with ep > 1, tp cuts the dense ones only)."""
+    kv: str = "bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,7 @@ class LayerPlan:
 @dataclass(frozen=True)
 class ModelPlan:
     """How a model runs. base: what every layer asks.  ops: for each need of a layer, the choice for each op that it
-    calls; kernels are bound from it. Weights in bytes per rank."""
+    calls; kernels are bound from it. kv: format of the cache.  Weights in bytes per rank."""
 
     architecture: str
     hardware: str
@@ -173,6 +174,7 @@ class ModelPlan:
     notes: tuple[str, ...] = ()
     weight_bytes: int = 0
     kv_bytes_per_token: int = 0
+    kv: str = "bf16"
 
     def explain(self) -> str:
         """Every choice with the reasons against the others; where layers ask for more, what is chosen otherwise."""

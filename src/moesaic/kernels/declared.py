@@ -93,6 +93,8 @@ def others() -> list[Contract]:
                formats=frozenset({"mxfp8", "nvfp4"}), encodings=frozenset({"mxfp8", "nvfp4"}),
                pairs=frozenset({("mxfp8", "mxfp8"), ("nvfp4", "nvfp4")})),
         vendor("attend_paged", "flashinfer", 30, arch=(80, 120), package="flashinfer-python", sinks=True),
+        vendor("attend_paged", "flashinfer", 30, arch=(89, 120), package="flashinfer-python", sinks=True,
+               heads_only=True, kv=frozenset({"bf16", "fp8"})),
         vendor("attend_paged", "flash_mla", 29, arch=(90, 100), package="flash-mla", latent_only=True),
         vendor("attend_dense", "flash_attention", 30, arch=(80, 100), package="flash-attn"),
         vendor("finish", "weigh_and_sum", 10, path=Path("sorted", "tokens", does=WEIGH)),

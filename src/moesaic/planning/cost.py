@@ -19,6 +19,8 @@ from moesaic.planning.needs import blocks_of, experts_scheme, stacks_of
 RESERVE = 0.08
 """Part of a device's memory that activations, graphs and the allocator need."""
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
+KV_BYTES = {"fp8": 1.0}
+"""Per element of a KV row, scales included; a cache in `bf16` has elements of the dtype that is computed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def kv_bytes(block: LayerSpec, wishes: Wishes, dtype: str) -> int:
     """Per token on one rank. MLA's row serves all heads, so that each rank has it; kv heads are dealt out."""
     at = block.attention
     width = at.kv_width if isinstance(at, MLASpec) else max(at.kv_width // wishes.tp, 2 * at.head_dim)
-    return ITEMSIZE[dtype] * width
+    return round(KV_BYTES.get(wishes.kv, ITEMSIZE[dtype]) * width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-from moesaic.contracts.contract import Choice, Contract, Need, Rejection
+from moesaic.contracts.contract import CACHE_OPS, Choice, Contract, Need, Rejection
 from moesaic.contracts.plan import Cell, LayerPlan, LinearPlan, MixtureNeed, ModelPlan, Refusal, Wishes
 from moesaic.contracts.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, MoESpec
 from moesaic.formats.sizes import illegal_cut
@@ -139,7 +139,8 @@ def plan(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], wis
          dtype: str = "bfloat16") -> ModelPlan | Refusal:  # fmt: skip
     """How the model runs on `hardware`, or why it cannot. Pure: no tensor, no GPU, nothing read or remembered."""
     latent = any(isinstance(block.attention, MLASpec) for block in spec.layers)
-    base = Need(hardware.device, dtype, wishes.deterministic, hardware.features, hardware.arch, latent=latent)
+    base = Need(hardware.device, dtype, wishes.deterministic, hardware.features, hardware.arch, latent=latent,
+                kv=wishes.kv)  # fmt: skip
     planner = Planner(spec, hardware, tuple(catalogue), wishes, base)
     try:
         return planned(planner)
@@ -169,6 +170,7 @@ def planned(planner: Planner) -> ModelPlan:
         spec.architecture, planner.hardware.name, base, wishes, tuple(layers),
         {need: tuple(chosen.values()) for need, chosen in ops.items()}, spec.notes,
         weights(spec, wishes, base.dtype), sum(kv_bytes(block, wishes, base.dtype) for block in spec.layers),
+        wishes.kv,
     )  # fmt: skip
 
 
@@ -200,11 +202,17 @@ def choose(op: str, need: Need, catalogue: Sequence[Contract], wishes: Wishes) -
     able = [name for name, miss in misses.items() if miss is None]
     if not able or (wish is not None and wish not in able):
         reasons = tuple(Rejection(name, miss) for name, miss in misses.items() if miss)
-        what = f"no kernel for {op} of {need.format} weights with {need.encoding} rows in {need.dtype}"
+        of = f"over a cache in {need.kv}" if op in CACHE_OPS else f"of {need.format} weights with {need.encoding} rows"
+        what = f"no kernel for {op} {of} in {need.dtype}"
         if wish is not None and able:
             what = f"{wish!r} cannot be used for {op}: {misses.get(wish) or 'there is no such backend'}"
         kind: Literal["impossible", "not_built"] = "not_built" if UNBUILT in misses.values() else "impossible"
-        raise Refused(Refusal(what, op, kind, reasons, f"{able[0]} for {op}" if able else None))
+        nearest = f"{able[0]} for {op}" if able else None
+        if nearest is None and op in CACHE_OPS and need.kv != "bf16":
+            plain = replace(need, kv="bf16")
+            works = any(c.op == op and not c.misses(plain) and (c.built or wishes.hypothetical) for c in catalogue)
+            nearest = "--kv bf16" if works else None
+        raise Refused(Refusal(what, op, kind, reasons, nearest))
     chosen = wish or able[0]
     rejected = tuple(
         Rejection(name, miss or ("another was asked for" if wish else f"{chosen} is preferred"))
