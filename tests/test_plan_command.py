@@ -199,7 +199,7 @@ def test_a_demand_that_cannot_be_met_names_why_and_what_works(mixtral: Path) -> 
     assert "no plan (impossible). layer 0, decode: no path for bf16 weights with bf16 rows on h100" in out
     first = out.splitlines()[4].split(maxsplit=1)
     assert first == ["flashinfer_trtllm", "is for compute capability 100 to 103, not 90"], "what was asked for is first"
-    assert "works here: --experts deep_gemm_contiguous --dispatch local" in out
+    assert "works here: --experts decode=deep_gemm_masked,prefill=deep_gemm_contiguous" in out
     found = parsed(mixtral, "--gpu", "h100", "--experts", "flashinfer_trtllm", "--hypothetical", code=4)["refusal"]
     assert found["kind"] == "impossible"
     assert found["reasons"][0].keys() == {"candidate", "reason"}
@@ -225,7 +225,7 @@ def test_a_wire_that_would_round_needs_the_users_word(mixtral: Path) -> None:
     """And the reasons are about the wire that was asked for, not about others."""
     argv = (mixtral, "--gpu", "h100", "--ep", "8", "--hypothetical", "--wire", "fp8_group128")
     reasons = {each["candidate"]: each["reason"] for each in parsed(*argv, code=4)["refusal"]["reasons"]}
-    assert reasons["triton with deepep"] == "a wire in fp8_group128 would round what the scheme keeps (bf16)"
+    assert reasons["triton with all_gather"] == "a wire in fp8_group128 would round what the scheme keeps (bf16)"
     assert not any("bf16, not fp8_group128" in reason for name, reason in reasons.items() if "with" in name)
     assert "would round what the scheme" in planned(*argv, code=4)
     lossy = parsed(*argv, "--lossy")
@@ -274,7 +274,13 @@ def test_ranks_do_not_share_a_scale_that_each_finds_for_itself() -> None:
         (("--experts", "tritn"), "--experts: unknown name 'tritn'. Known: cpu"),
         (("--dispatch", "triton"), "--dispatch: unknown name 'triton'. Known: all_gather"),
         (("--why", "nobody"), "--why: unknown name 'nobody'"),
-        (("--wire", "fp3"), "invalid choice: 'fp3'"),
+        (("--wire", "fp3"), "--wire: unknown name 'fp3'. Known: bf16, fp8_group128"),
+        (("--wire", "decode=mxfp8,prefill=fp3"), "--wire: unknown name 'fp3'"),
+        (("--dispatch", "decode=deepep,prefill=triton"), "--dispatch: unknown name 'triton'. Known: all_gather"),
+        (("--dispatch", "decoding=local"), "'decoding=local' is neither a name nor one for each phase"),
+        (("--experts", "decode=cpu,decode=cpu"), "Write NAME, or decode=NAME,prefill=NAME."),
+        (("--experts", "decode="), "--experts: 'decode=' is neither"),
+        (("--kv", "fp4"), "invalid choice: 'fp4'"),
         (("--router-dtype", "float16"), "invalid choice: 'float16'"),
     ],
 )
@@ -295,8 +301,11 @@ def test_why_tells_of_every_place_where_a_kernel_could_stand(mixtral: Path) -> N
     taken = planned(mixtral, "--gpu", "b200", "--why", "flashinfer_trtllm", "--hypothetical").splitlines()
     assert taken == [f"{each}taken for experts" for each in where]
     real = planned(mixtral, "--gpu", "h100", "--why", "deep_gemm_contiguous").splitlines()
-    assert real
-    assert all(line.endswith("is known, but not built into Moesaic yet") for line in real), "not what a variant lacks"
+    assert [line.split(": ")[0] for line in real] == [each.strip(": ") for each in where]
+    assert real[0].endswith("cannot stand in a CUDA graph"), "which decoding does"
+    assert real[1].endswith("is known, but not built into Moesaic yet"), "not what a variant lacks"
+    eager = planned(mixtral, "--gpu", "h100", "--why", "deep_gemm_contiguous", "--no-graphs").splitlines()
+    assert all(line.endswith("is known, but not built into Moesaic yet") for line in eager)
     beaten = planned(mixtral, "--gpu", "h100", "--why", "triton", "--hypothetical")
     assert "triton with local: deep_gemm_contiguous with local is preferred" in beaten
     assert "rms_norm: taken" in beaten
@@ -335,7 +344,8 @@ def test_the_keys_are_those_that_are_documented(mixtral: Path) -> None:
     bad = parsed(mixtral, "--gpu", "h100", "--tp", "2", code=4)
     ep = parsed(mixtral, "--gpu", "h100", "--ep", "16", "--hypothetical", code=4)
     worse = parsed(mixtral, "--gpu", "mi300x", code=4)
-    found = set().union(*(keys(each) for each in (good, bad, ep, worse)))
+    phased = parsed(mixtral, "--gpu", "h100", "--dispatch", "decode=local")
+    found = set().union(*(keys(each) for each in (good, bad, ep, worse, phased)))
     ops = {key for key in found if key.startswith("ops[].chosen.")}
     assert found - ops == documented()
     assert good["memory"]["kv_per_token"] == 131072

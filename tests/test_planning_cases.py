@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from moesaic.contracts.plan import MixtureNeed, Refusal, Wishes
+from moesaic.contracts.contract import Contract
+from moesaic.contracts.plan import MixtureNeed, Refusal
 from moesaic.errors import OptionError
 from moesaic.hardware import GPUS
 from moesaic.models.build import refused as as_error
 from moesaic.models.build import spec_of
+from moesaic.planning.chain import Chain, Parts, build
 from moesaic.planning.mixture import find
 from moesaic.planning.plan import plan
 from tests.planning_support import CATALOGUE, HYPOTHETICAL, need, path_of, roles
@@ -137,19 +139,21 @@ def test_a_fused_shared_expert_weighs_one_or_one_over_the_factor() -> None:
     late = [replace(c, path=replace(c.path, does=frozenset({"route"}))) for c in routers]
     rest = [c for c in base if c.op != "route"]
     for chosen, weight in ((routers, 1.0), (late, 1 / 2.5)):
-        paths = {}
-        for fused in (True, False):
-            kernel = fusing if fused else replace(fusing, path=replace(fusing.path, can=frozenset()))
-            paths[fused], _ = find(need(on="cpu"), [*rest, *chosen, kernel], Wishes())
-        assert paths[False] is not None
-        assert paths[False].shared_weight is None
-        from moesaic.planning.mixture import chains
+        free, _ = find(need(on="cpu"), [*rest, *chosen, fusing], HYPOTHETICAL)
+        assert free is not None
+        assert free.shared_weight is None, "a kernel that can, and need not"
+        parts = Parts(fusing, local(), "bf16", "float32", True, chosen[0], None)
+        taken = build(Chain(need(on="cpu"), HYPOTHETICAL), parts)
+        always = replace(fusing, path=replace(fusing.path, does=fusing.path.does | {"shared"}))
+        forced, _ = find(need(on="cpu"), [*rest, *chosen, always], HYPOTHETICAL)
+        for path in (taken, forced):
+            assert path is not None
+            assert "shared" in path.stage("experts").does
+            assert path.shared_weight == weight
+            assert ("factor" in path.stage("route").does) == (weight == 1.0)
 
-        found = [path for _, path in chains(need(on="cpu"), (fusing, local()), [*rest, *chosen, fusing], Wishes(), [])]
-        assert {path.shared_weight for path in found} == {None, weight}
 
-
-def local():  # type: ignore[no-untyped-def]
+def local() -> Contract:
     return next(c for c in CATALOGUE if c.op == "dispatch" and c.backend == "local")
 
 

@@ -71,7 +71,7 @@ def layer_of(spec: ModelSpec, plan: ModelPlan, like: Tensor, seed: int) -> MoELa
     """A mixture layer built from a plan, with random numbers in its codes that are the same for every plan."""
     mixture = spec.layers[0].mlp
     assert isinstance(mixture, MoESpec)
-    layer = MoELayer(mixture, 0, 0, Kernels(plan), LocalDispatcher(), LoadMeter([EXPERTS]), like)
+    layer = MoELayer(mixture, 0, 0, Kernels(plan), {"local": LocalDispatcher()}, LoadMeter([EXPERTS]), like)
     generator = torch.Generator().manual_seed(seed)
     settle = []
     for item in layer.sources():

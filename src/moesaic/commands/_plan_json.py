@@ -12,13 +12,14 @@ from moesaic.contracts.plan import Refusal
 def as_json(report: Report) -> dict[str, Any]:
     base = {
         "model": report.model, "architecture": report.spec.architecture, "hardware": report.hardware.name,
-        "ranks": report.ranks, "wishes": plain(report.wishes), "notes": list(report.spec.notes),
+        "ranks": report.ranks, "wishes": plain(report.wishes),
+        "notes": list(report.spec.notes if isinstance(report.made, Refusal) else report.plan.notes),
     }  # fmt: skip
     if isinstance(report.made, Refusal):
         return base | {"refusal": plain(report.made)}
     made = report.plan
     return base | {
-        "dtype": made.base.dtype,
+        "dtype": made.base.dtype, "graphs": made.base.capturable,
         "layers": [plain(layer) | {"name": named(report, layer.layers)} for layer in made.layers],
         "ops": [{"format": need.format, "encoding": need.encoding, "activation": need.activation,
                  "chosen": {choice.op: choice.chosen for choice in choices}} for need, choices in made.ops.items()],

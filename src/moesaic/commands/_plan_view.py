@@ -17,7 +17,8 @@ from moesaic.contracts.spec import ModelSpec, MoESpec
 from moesaic.errors import OptionError
 from moesaic.hardware import Hardware
 from moesaic.models.floor import Step, step
-from moesaic.planning.cost import RESERVE, Fit, fit
+from moesaic.models.wishes import names_in
+from moesaic.planning.cost import ITEMSIZE, RESERVE, Fit, fit, vocabulary
 from moesaic.planning.needs import blocks_of
 
 WIDTH = 100
@@ -97,12 +98,14 @@ def headline(report: Report) -> str:
 
 def planned(report: Report) -> Iterator[str | Table]:
     made = report.plan
-    yield headline(report) + f", in {made.base.dtype}"
+    yield headline(report) + f", in {made.base.dtype}" + " with CUDA graphs" * made.base.capturable
     yield from (f"note: {escape(note)}" for note in made.notes)
     for layer in made.layers:
         yield from dense(report, layer)
         for cells in same_path(layer.cells):
             yield from mixture(report, layer, cells)
+        if layer.derived:
+            yield f"derived at load: {'; '.join(layer.derived)}"
     yield from costs(report)
     yield from memory(report)
 
@@ -198,10 +201,13 @@ def costs(report: Report) -> Iterator[str | Table]:
 
 
 def memory(report: Report) -> Iterator[str]:
-    held, kv = report.fit, report.plan.kv_bytes_per_token
+    held, kv, spec = report.fit, report.plan.kv_bytes_per_token, report.spec
+    words = (2 - spec.tied) * vocabulary(spec, report.wishes) * spec.hidden * ITEMSIZE[report.plan.base.dtype]
     form = "" if report.plan.kv == "bf16" else f"in {report.plan.kv}, "
-    yield (f"memory of one rank: weights {size(held.weights)}, usable {size(held.usable)} "
-           f"({100 * (1 - RESERVE):.0f}% of {size(report.hardware.memory)}), KV {form}{kv:,} bytes per token")  # fmt: skip
+    part = f"{100 * (1 - RESERVE):.0f}% of {size(report.hardware.memory)}"
+    yield f"memory of one rank: {size(held.usable)} usable ({part})"
+    yield (f"weights {size(held.weights)}, of them embedding and head {size(words)}; "
+           f"KV {form}{kv:,} bytes per token")  # fmt: skip
     if not held.lacking:
         requests = held.tokens // report.context
         yield f"[bold]fits[/bold], with room for {held.tokens:,} tokens: {requests:,} requests of {report.context}"
@@ -246,7 +252,7 @@ def grouped(reasons: Iterable[Rejection], wishes: Wishes) -> list[tuple[str, lis
     found: dict[str, list[str]] = {}
     for each in reasons:
         found.setdefault(each.reason, []).append(each.candidate)
-    asked = {wishes.experts, wishes.dispatch} - {None}
+    asked = {*names_in(wishes.experts), *names_in(wishes.dispatch)}
 
     def order(item: tuple[str, list[str]]) -> tuple[bool, bool]:
         reason, candidates = item

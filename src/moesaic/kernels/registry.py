@@ -15,8 +15,8 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
-from moesaic.contracts.contract import Contract
-from moesaic.contracts.plan import ModelPlan, Phase
+from moesaic.contracts.contract import Contract, Need
+from moesaic.contracts.plan import LayerPlan, MixturePath, ModelPlan, Phase
 from moesaic.errors import UnsupportedError
 from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
@@ -86,10 +86,12 @@ def probed(module: ModuleType) -> str | None:
 
 @dataclass(frozen=True)
 class BoundCell:
-    """The ops of a mixture for one phase, up to so many tokens."""
+    """What a mixture runs with in one phase, up to so many tokens: its path, and the ops that the path names (`linear`
+    in the gate's dtype; `gate`, where product and choice are one op)."""
 
     phase: Phase
     tokens: int
+    path: MixturePath
     ops: Ops
 
 
@@ -110,17 +112,31 @@ class Kernels:
             self._bound[need] = bind(chosen)
         return self._bound[need]
 
+    def layer(self, layer: int) -> LayerPlan:
+        """The plan of a layer by its index; StopIteration where there is none."""
+        return next(each for each in self.plan.layers if layer in each.layers)
+
     def mixture(self, layer: int, **asks: Any) -> tuple[BoundCell, ...]:
         """The cells of a mixture layer, in the plan's order: of each phase the smallest first."""
-        need = replace(self.plan.base, **asks)
-        encode = next(choice.chosen for choice in self.plan.ops[need] if choice.op == "encode")
-        bound = []
-        for cell in next(each for each in self.plan.layers if layer in each.layers).cells:
-            names = (encode, cell.path.stage("experts").kernel)
-            if names not in self._bound:
-                self._bound[names] = bind({"encode": names[0], "experts": names[1]})
-            bound.append(BoundCell(cell.phase, cell.tokens, self._bound[names]))
+        base, of = self.plan.base, self.layer(layer)
+        chosen = {
+            "encode": self.chosen("encode", replace(base, **asks)),
+            "linear": self.chosen("linear", replace(base, dtype=of.router_dtype)),
+        }
+        gate, bound = self.chosen("gate", replace(base, logits=of.router_dtype)), []
+        for cell in of.cells:
+            names = {**chosen, **{role: cell.path.stage(role).kernel for role in ("route", "experts")}}
+            if gate == names["route"]:
+                names["gate"] = gate
+            key = tuple(names.items())
+            if key not in self._bound:
+                self._bound[key] = bind(names)
+            bound.append(BoundCell(cell.phase, cell.tokens, cell.path, self._bound[key]))
         return tuple(bound)
+
+    def chosen(self, op: str, need: Need) -> str:
+        """The backend of an op under a need; empty where there is none, as for a fused op that nobody has."""
+        return next((choice.chosen for choice in self.plan.ops[need] if choice.op == op), "")
 
 
 def bind(chosen: Mapping[str, str]) -> Ops:

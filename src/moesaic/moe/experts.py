@@ -7,12 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moesaic.contracts.plan import Phase
-from moesaic.contracts.scheme import UNQUANTIZED, Scheme
-from moesaic.contracts.spec import LinearSpec, MoESpec
+from moesaic.contracts.scheme import Scheme
+from moesaic.contracts.spec import MoESpec
 from moesaic.formats.base import QuantTensor
 from moesaic.kernels.ops import ExpertWeights, Ops
-from moesaic.kernels.registry import Kernels
 from moesaic.layers.linear import Sources, Stored, Together
 from moesaic.moe.values import Dispatched
 
@@ -20,15 +18,13 @@ from moesaic.moe.values import Dispatched
 class Experts:
     """w13 [E, 2I, D]: gate rows, then up rows; w2 [E, D, I]. Applies top-k weights and reduces over the top-k.
 
-    Gate, up and down of a layer are held in one scheme (where a checkpoint mixes, see `common_scheme`). A static
-    input scale of a product is the largest over experts, gate and up: nothing saturates that the checkpoint foresaw.
+    Gate, up and down of a layer are held in one scheme, which the plan says. A static input scale of a product is the
+    largest over experts, gate and up: nothing saturates that the checkpoint foresaw.
     """
 
-    def __init__(self, spec: MoESpec, layer: int, kernels: Kernels, like: Tensor) -> None:
-        self.spec, self.scheme = spec, common_scheme(spec)
-        how, form = self.scheme.activation, self.scheme.weight
-        asks = {"activation": spec.activation.kind, "expert_bias": spec.gate.bias}
-        self.cells = kernels.mixture(layer, format=form.name, encoding=how.name, **asks)
+    def __init__(self, spec: MoESpec, scheme: Scheme, like: Tensor) -> None:
+        self.spec, self.scheme = spec, scheme
+        how, form = scheme.activation, scheme.weight
         count, width, hidden = spec.router.experts, spec.intermediate, spec.gate.inputs
         w13 = QuantTensor.empty(form, (width, width), hidden, like, (count,))
         w2 = QuantTensor.empty(form, (hidden,), width, like, (count,))
@@ -45,15 +41,9 @@ class Experts:
             self.input_scale = largest_3[:2].amax()
             self.weights = replace(self.weights, between_scale=largest_3[2])
 
-    def __call__(self, sent: Dispatched, phase: Phase) -> Tensor:
-        ops = self.ops_for(phase, len(sent.x_TD))
+    def __call__(self, sent: Dispatched, ops: Ops) -> Tensor:
         rows = ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
         return ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
-
-    def ops_for(self, phase: Phase, tokens: int) -> Ops:
-        """Of the phase's cells the first that is large enough; the last is planned for any number."""
-        fitting = [cell for cell in self.cells if cell.phase == phase]
-        return next((cell.ops for cell in fitting if tokens <= cell.tokens), fitting[-1].ops)
 
     def sources(self) -> Sources:
         spec, (w13, w2) = self.spec, (self.weights.w13, self.weights.w2)
@@ -78,10 +68,3 @@ class Experts:
             yield f"{self.spec.gate.name.format(e=e)}.bias", bias13[:width]
             yield f"{self.spec.up.name.format(e=e)}.bias", bias13[width:]
             yield f"{self.spec.down.name.format(e=e)}.bias", bias2
-
-
-def common_scheme(spec: MoESpec) -> Scheme:
-    """The scheme of all three projections; where they differ, unquantised: values stay as stored, at more bytes."""
-    parts: tuple[LinearSpec, ...] = (spec.gate, spec.up, spec.down)
-    schemes = {part.runs for part in parts}
-    return schemes.pop() if len(schemes) == 1 else UNQUANTIZED
