@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks.machine import RESULTS, ROOT, describe, save
+from moesaic.commands._plan_json import plain
 from tests.planning_mutants import path_mutants, plan_mutants
 from tests.planning_product import (
     ANY,
@@ -32,6 +33,7 @@ from tests.planning_product import (
     LAYER_AXES,
     PATH_AXES,
     STRATA,
+    WHOLE,
     check_layer,
     check_path,
     layer_cells,
@@ -42,7 +44,7 @@ from tests.planning_search import Held, known
 
 RESULT = RESULTS / "planner-proof.json"
 SOURCES = (
-    "src/moesaic/planning", "src/moesaic/contracts", "src/moesaic/kernels", "src/moesaic/hardware.py",
+    "src/moesaic/planning", "src/moesaic/contracts", "src/moesaic/formats/sizes.py", "src/moesaic/hardware.py",
     "tests/planning_product.py", "tests/planning_search.py", "tests/planning_mutants.py",
 )  # fmt: skip
 AXES = {
@@ -54,9 +56,10 @@ SHOWN = 20
 
 
 def fingerprint() -> str:
-    """Of everything that the counts depend on."""
+    """Of everything that the counts depend on: these sources, and every contract as data."""
     files = [file for name in SOURCES for file in sorted([ROOT / name, *(ROOT / name).glob("*.py")]) if file.is_file()]
-    return sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    contracts = json.dumps([plain(each) for each in WHOLE]).encode()
+    return sha256(b"\0".join([*(file.read_bytes() for file in files), contracts])).hexdigest()[:16]
 
 
 class Proof:

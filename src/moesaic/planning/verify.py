@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moesaic.contracts.contract import Contract
-from moesaic.contracts.plan import LayerPlan, MixtureNeed, MixturePath, ModelPlan, PerPhase, Stage, Wishes
+from moesaic.contracts.plan import HELD, LayerPlan, MixtureNeed, MixturePath, ModelPlan, PerPhase, Stage, Wishes
 
 OWN = frozenset({"gate", "cast", "encode", "requantise", "decode", "gather", "localise", "scale", "shared"})
 """Stages that are ours and have no contract."""
@@ -47,6 +47,8 @@ def verify_layer(layer: LayerPlan, needs: Sequence[MixtureNeed], catalogue: Sequ
         wrong += [f"{cell.phase}: {each}" for each in walk.end()]
         if cell.packed not in walk.packings:
             wrong.append(f"{cell.phase}: its kernel does not take weights as {cell.packed}")
+        if cell.packed not in HELD and not wishes.hypothetical:
+            wrong.append(f"{cell.phase}: weights held as {cell.packed} are not built")
     if len({cell.packed for cell in layer.cells}) > 1 + wishes.two_layouts:
         wrong.append("the weights would be held twice, and nobody asked for it")
     if len({stage.encoding for cell in layer.cells for stage in cell.path.stages if stage.role == "gate"}) > 1:
