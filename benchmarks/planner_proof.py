@@ -79,14 +79,20 @@ class Proof:
         name = f"{part} {stratum[0]} {stratum[1]}"
         if name in self.state["strata"]:
             return
-        began, asked = time.perf_counter(), len(self.held)
+        began, asked = time.process_time(), self.asked()
         count = Counter(self.paths(stratum, step) if part == "paths" else self.layers(stratum, step))
         self.state["strata"][name] = dict(count)
-        self.state["seconds"] += time.perf_counter() - began
-        self.state["questions"] += len(self.held) - asked
+        seconds = time.process_time() - began
+        self.state["seconds"] += seconds
+        self.state["questions"] += self.asked() - asked
+        self.held = {key: answer for key, answer in self.held.items() if isinstance(answer, bool)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.state), encoding="utf-8")
-        print(f"{name}: {dict(count)}, {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{name}: {dict(count)}, {seconds:.0f} s of processor time", flush=True)
+
+    def asked(self) -> int:
+        """Questions that brute force was asked."""
+        return sum(isinstance(answer, bool) for answer in self.held.values())
 
     def paths(self, stratum: tuple[str, str], step: int) -> Iterable[str]:
         for cell in path_cells(*stratum, step):

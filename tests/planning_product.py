@@ -30,7 +30,7 @@ from moesaic.formats.base import QuantTensor
 from moesaic.hardware import GPUS, Hardware
 from moesaic.planning.mixture import find
 from moesaic.planning.needs import WIRES
-from moesaic.planning.plan import plan
+from moesaic.planning.plan import decide
 from moesaic.planning.verify import verify, verify_model
 from scripts.plan_golden import CPU
 from tests.planning_search import Held, known
@@ -220,7 +220,7 @@ def check_layer(cell: LayerCell, held: Held) -> tuple[str, str | None]:
     """(planned, or what stands in the way by brute force; what is wrong or None)."""
     machine, wishes = MACHINES[cell.on], cell.wishes
     spec = model(cell.scheme, cell.width, cell.routing)
-    made = plan(spec, machine, WHOLE, wishes)
+    made = decide(spec, machine, WHOLE, wishes)
     verdict = expected(cell, held)
     if isinstance(made, ModelPlan) != (verdict == "planned"):
         return verdict, f"by brute force: {verdict}; but {made}"
@@ -228,18 +228,23 @@ def check_layer(cell: LayerCell, held: Held) -> tuple[str, str | None]:
         graphs = made.base.capturable
         needs = [mixture_asked(cell, phase, tokens, graphs) for phase, tokens in PHASES]
         return verdict, "; ".join(verify_model(made, {0: needs}, WHOLE)) or None
-    return verdict, None if made.what else "refused without a reason"
+    return verdict, None if made.refusal.what else "refused without a reason"
 
 
 def mixture_asked(cell: LayerCell, phase: Phase, tokens: int, graphs: bool) -> MixtureNeed:
     base, (scoring, renormalize, shared) = asked(cell.scheme, cell.on), cell.routing
-    sigmoid = scoring == "sigmoid"
+    (width, ranks), sigmoid = share(cell), scoring == "sigmoid"
     return replace(
         base, need=replace(base.need, capturable=graphs and phase == "decode"), hidden=2048,
-        width=cell.width // (cell.tp if cell.ep == 1 else 1), ranks=cell.ep, phase=phase, tokens=tokens,
+        width=width, ranks=ranks, phase=phase, tokens=tokens,
         scoring=scoring, renormalize=renormalize, factor=2.5 if sigmoid else 1.0, groups_kept=4 if sigmoid else 0,
         router_bias="float32" if sigmoid else None, group_score="top2_sum" if sigmoid else "max", shared=shared,
     )  # fmt: skip
+
+
+def share(cell: LayerCell) -> tuple[int, int]:
+    """(width of one rank's experts, ranks that share them)."""
+    return (cell.width // cell.tp, 1) if cell.ep == 1 else (cell.width, cell.ep)
 
 
 def expected(cell: LayerCell, held: Held) -> str:
@@ -255,6 +260,13 @@ def expected(cell: LayerCell, held: Held) -> str:
 
 def joint(cell: LayerCell, held: Held, graphs: bool) -> str:
     """Both phases, with one dtype of the gate; and with one layout of the weights, unless two are allowed."""
+    key = (cell.scheme, cell.on, cell.kernels, *share(cell), cell.routing, cell.two_layouts, graphs)
+    if key not in held:
+        held[key] = both_phases(cell, held, graphs)
+    return str(held[key])
+
+
+def both_phases(cell: LayerCell, held: Held, graphs: bool) -> str:
     ways: list[set[tuple[object, str]]] = []
     for kernel, (phase, tokens) in zip(cell.kernels, PHASES, strict=True):
         need, packings = mixture_asked(cell, phase, tokens, graphs), {c.packed for c in WHOLE if c.backend == kernel}

@@ -38,7 +38,7 @@ OWNABLE: dict[str, frozenset[Duty]] = {
 """What a stage of a role could own at all; anything else is tried by the mutants."""
 
 Question = tuple[object, ...]
-Held = dict[Question, bool]
+Held = dict[Question, object]
 
 
 def subsets(duties: frozenset[Duty]) -> list[frozenset[Duty]]:
@@ -154,4 +154,4 @@ def known(wanted: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes, he
         return False
     if asked not in held:
         held[asked] = exists(wanted, named, free)
-    return held[asked]
+    return bool(held[asked])

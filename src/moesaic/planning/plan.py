@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
@@ -47,9 +48,11 @@ DEMANDS = {"experts": "experts", "dispatch": "dispatch", "wire": "dispatch", "ro
 
 
 class Refused(Exception):
-    def __init__(self, refusal: Refusal) -> None:
+    """complete: gives the refusal with what takes time to find out: its kind, and the nearest plan that works."""
+
+    def __init__(self, refusal: Refusal, complete: Callable[[], Refusal] | None = None) -> None:
         super().__init__(refusal.what)
-        self.refusal = refusal
+        self.refusal, self.complete = refusal, complete or (lambda: refusal)
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,14 @@ class Planner:
         """Decode up to the largest batch, prefill up to one long step; both with what the layer holds once."""
         needs, here = self.needs(block), f"layer {block.index}"
         each, hows = self.ways(needs, self.wishes)
-        for need, held in zip(needs, each, strict=True):
-            if not held.best:
-                form = f"{need.need.format} weights with {need.need.encoding} rows"
-                what = f"no path for {form} on {self.hardware.name}"
-                raise Refused(self.refusal(block, what, f"{here}, {need.phase}", unique(held.rejected)))
+        if hows is None and not each[-1].best:
+            need, held = needs[len(each) - 1], each[-1]
+            form = f"{need.need.format} weights with {need.need.encoding} rows"
+            what = f"no path for {form} on {self.hardware.name}"
+            raise self.refused(block, what, f"{here}, {need.phase}", unique(held.rejected))
         if hows is None:
             what = "decode and prefill share one layout of the experts' weights, and no kernels of both take the same"
-            raise Refused(self.refusal(block, what, here, layouts(needs, each)))
+            raise self.refused(block, what, here, layouts(needs, each))
         cells = []
         for need, held, how in zip(needs, each, hows, strict=True):
             path, rejected = held.taken(how)
@@ -116,21 +119,27 @@ class Planner:
         return [mixture_need(mixture, self.base, self.wishes, phase, tokens[phase]) for phase in PHASES]
 
     def ways(self, needs: Sequence[MixtureNeed], wishes: Wishes) -> tuple[list[Options], list[How] | None]:
-        """(options of each phase, what is taken of them such that they can share)."""
-        each, hows = [options(need, self.catalogue, wishes) for need in needs], None
-        if all(held.best for held in each):
-            hows = in_common(each, twice(wishes))
-            if hows is None:
-                each = [options(need, self.catalogue, wishes, wide=True) for need in needs]
-                hows = in_common(each, twice(wishes))
-        return each, hows
+        """(options of each phase up to one that has none, what is taken of them such that all can share)."""
+        each: list[Options] = []
+        for need in needs:
+            each.append(options(need, self.catalogue, wishes))
+            if not each[-1].best:
+                return each, None
+        if hows := in_common(each, twice(wishes)):
+            return each, hows
+        each = [options(need, self.catalogue, wishes, wide=True) for need in needs]
+        return each, in_common(each, twice(wishes))
 
     def paths(self, block: LayerSpec, wishes: Wishes) -> list[MixturePath] | None:
         """Of each phase, under other wishes; None where there are none."""
         each, hows = self.ways(self.needs(block), wishes)
         return None if hows is None else [held.taken(how)[0] for held, how in zip(each, hows, strict=True)]
 
-    def refusal(self, block: LayerSpec, what: str, where: str, reasons: list[Rejection]) -> Refusal:
+    def refused(self, block: LayerSpec, what: str, where: str, reasons: list[Rejection]) -> Refused:
+        plain = Refusal(what, where, "impossible", tuple(reasons))
+        return Refused(plain, lambda: self.advised(block, plain))
+
+    def advised(self, block: LayerSpec, refusal: Refusal) -> Refusal:
         """With the nearest plan that works: weights held twice, one demand less, or all of them less."""
         known = not self.wishes.hypothetical and self.paths(block, replace(self.wishes, hypothetical=True))
         demands = dict.fromkeys(name for name in DEMANDS if getattr(self.wishes, name))
@@ -143,7 +152,7 @@ class Planner:
             if works := self.paths(block, replace(self.wishes, **way)):
                 nearest = " ".join(option(name, works) for name in way)
                 break
-        return Refusal(what, where, "not_built" if known else "impossible", tuple(reasons), nearest)
+        return replace(refusal, kind="not_built" if known else "impossible", nearest=nearest)
 
     def check_cuts(self, block: LayerSpec) -> None:
         if found := illegal(block, self.wishes):
@@ -167,6 +176,13 @@ def plan(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], wis
 
     On a GPU, decoding stands in CUDA graphs. Where some op has no kernel that could, it does not, and a note says so.
     """
+    made = decide(spec, hardware, catalogue, wishes, dtype)
+    return made if isinstance(made, ModelPlan) else made.complete()
+
+
+def decide(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], wishes: Wishes,
+           dtype: str = "bfloat16") -> ModelPlan | Refused:  # fmt: skip
+    """The same, without looking for what would work instead."""
     latent = any(isinstance(block.attention, MLASpec) for block in spec.layers)
     base = Need(hardware.device, dtype, wishes.deterministic, hardware.features, hardware.arch, latent=latent,
                 kv=wishes.kv)  # fmt: skip
@@ -175,12 +191,18 @@ def plan(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], wis
         try:
             return planned(replace(planner, base=replace(base, capturable=True)))
         except Refused as refused:
-            first = refused.refusal
+            first = refused
     try:
         made = planned(planner)
     except Refused as refused:
-        return first if first and first.nearest else refused.refusal
-    return made if first is None else replace(made, notes=(*made.notes, eager(first)))
+        return refused if first is None else Refused(refused.refusal, partial(nearer, first, refused))
+    return made if first is None else replace(made, notes=(*made.notes, eager(first.refusal)))
+
+
+def nearer(first: Refused, second: Refused) -> Refusal:
+    """Of the refusals with and without CUDA graphs the first that knows of something that works."""
+    full = first.complete()
+    return full if full.nearest else second.complete()
 
 
 def eager(refusal: Refusal) -> str:
