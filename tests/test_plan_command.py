@@ -53,7 +53,8 @@ def test_the_embedded_model_on_this_machine_is_the_default() -> None:
     assert "\nfits, with room for" in out
 
 
-@pytest.mark.parametrize("argv", [("--gpu", "h100"), ("--gpu", "b200", "--ep", "8", "--hypothetical"), ()])
+@pytest.mark.parametrize("argv", [("--gpu", "h100"), ("--gpu", "b200", "--ep", "8", "--hypothetical"), (),
+                                  ("--gpu", "h100", "--kv", "fp8", "--hypothetical"), ("--gpu", "a100")])  # fmt: skip
 def test_no_line_is_wider_than_a_hundred_columns_or_ends_in_spaces(mixtral: Path, argv: tuple[str, ...]) -> None:
     for line in planned(mixtral, *argv).splitlines():
         assert line == line.rstrip()
@@ -119,8 +120,8 @@ def test_drafts_are_named_apart_and_planned_apart_where_they_differ(tmp_path: Pa
             assert ("encode" in stages) == (code != "bf16")
 
 
-def test_planning_takes_less_than_a_fifth_of_a_second() -> None:
-    """DeepSeek-V3 with every candidate that is known. The least of five: other work may run beside this."""
+def test_planning_takes_less_than_a_tenth_of_a_second() -> None:
+    """DeepSeek-V3 with every candidate; 200 ms are allowed. The least of five: other work may run beside this."""
     for name in ("deepseek-v3-mxfp8", "deepseek-v3-fp8"):
         spec = spec_of(plan_fixtures.read(name).config)
         for on in ("h100", "b200"):
@@ -131,7 +132,7 @@ def test_planning_takes_less_than_a_fifth_of_a_second() -> None:
                 least = min(least, time.perf_counter() - began)
             assert isinstance(made, ModelPlan)
             print(f"{name} on {on}: {least * 1e3:.1f} ms")
-            assert least < 0.2
+            assert least < 0.1
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -194,6 +195,17 @@ def test_a_processor_has_no_more_of_its_kind(mixtral: Path) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("argv", [
+    ("--gpu", "h100", "--experts", "flashinfer_trtllm", "--hypothetical"), ("--gpu", "mi300x"),
+    ("--gpu", "b200", "--hypothetical", "--ep", "8", "--dispatch", "decode=deepep_low_latency", "--wire", "nvfp4"),
+    ("--gpu", "b200", "--scheme", "fp8", "--experts", "decode=flashinfer_trtllm,prefill=deep_gemm_contiguous"),
+])  # fmt: skip
+def test_no_line_of_a_refusal_is_wider_either(mixtral: Path, argv: tuple[str, ...]) -> None:
+    for line in planned(mixtral, *argv, code=4).splitlines():
+        assert line == line.rstrip()
+        assert len(line) <= 100 or str(mixtral) in line
+
+
 def test_a_demand_that_cannot_be_met_names_why_and_what_works(mixtral: Path) -> None:
     out = planned(mixtral, "--gpu", "h100", "--experts", "flashinfer_trtllm", "--hypothetical", code=4)
     assert "no plan (impossible). layer 0, decode: no path for bf16 weights with bf16 rows on h100" in out
@@ -232,6 +244,70 @@ def test_a_wire_that_would_round_needs_the_users_word(mixtral: Path) -> None:
     stages = lossy["layers"][0]["cells"][0]["path"]["stages"]
     assert any(not stage["exact"] for stage in stages)
     assert "LOSSY" in planned(*argv, "--lossy")
+
+
+def paths(found: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """phase -> role -> stage of the last layer that is a mixture."""
+    cells = found["layers"][-1]["cells"]
+    return {cell["phase"]: {stage["role"]: stage for stage in cell["path"]["stages"]} for cell in cells}
+
+
+def test_a_dispatcher_is_demanded_for_one_phase_and_refused_for_another(tmp_path: Path) -> None:
+    """Low latency takes 128 tokens per rank: good for decoding, impossible for a long prefill."""
+    plan_fixtures.write(plan_fixtures.shortened(plan_fixtures.read("deepseek-v3-fp8"), 4), tmp_path / "model")
+    on = (tmp_path / "model", "--gpu", "h100", "--tp", "8", "--ep", "8", "--hypothetical")
+    one = paths(parsed(*on, "--dispatch", "decode=all_to_all_low_latency"))
+    assert one["decode"]["dispatch"]["kernel"] == "all_to_all_low_latency"
+    assert one["prefill"]["dispatch"]["kernel"] == paths(parsed(*on))["prefill"]["dispatch"]["kernel"] == "deepep"
+    both = paths(parsed(*on, "--dispatch", "decode=deepep_low_latency,prefill=all_gather", "--wire", "prefill=bf16"))
+    assert (both["decode"]["dispatch"]["kernel"], both["prefill"]["dispatch"]["kernel"]) == (
+        "deepep_low_latency", "all_gather",
+    )  # fmt: skip
+    assert (both["decode"]["dispatch"]["encoding"], both["prefill"]["dispatch"]["encoding"]) == ("fp8_group128", "bf16")
+    for wish in ("deepep_low_latency", "prefill=deepep_low_latency"):
+        refused = parsed(*on, "--dispatch", wish, code=4)["refusal"]
+        assert refused["where"] == "layer 3, prefill"
+        reasons = {each["candidate"]: each["reason"] for each in refused["reasons"]}
+        assert reasons["deepep_low_latency"] == "takes at most 128 tokens per rank, not 8192"
+        assert refused["nearest"] == "--dispatch decode=deepep_low_latency,prefill=deepep"
+    out = planned(*on, "--dispatch", "prefill=deepep_low_latency", code=4)
+    assert out.split("candidate")[1].split()[1] == "deepep_low_latency", "what was asked for is first"
+
+
+def test_one_layout_of_the_weights_serves_both_phases_unless_two_are_paid_for(mixtral: Path) -> None:
+    on = (mixtral, "--gpu", "b200", "--hypothetical", "--scheme", "fp8")
+    wish = ("--experts", "decode=flashinfer_trtllm,prefill=deep_gemm_contiguous")
+    refused = parsed(*on, *wish, code=4)["refusal"]
+    assert refused["reasons"] == [
+        {"candidate": "flashinfer_trtllm with local, decode", "reason": "takes expert weights as swapped, plain"},
+        {"candidate": "deep_gemm_contiguous with local, prefill", "reason": "takes expert weights as halves, plain"},
+    ]
+    assert refused["nearest"].startswith("--two-layouts (a second copy of the experts, 1.3 GiB on a rank")
+    once, twice = parsed(*on), parsed(*on, *wish, "--two-layouts")
+    experts = 8 * (3 * 4096 * 14336 + 4 * 3 * 32 * 112)
+    assert twice["memory"]["weights"] - once["memory"]["weights"] == 32 * experts
+    packed = [cell["packed"] for cell in twice["layers"][0]["cells"]]
+    assert packed == [{"gate_up": "swapped", "packing": "plain"}, {"gate_up": "halves", "packing": "plain"}]
+    assert len({json.dumps(cell["packed"]) for cell in once["layers"][0]["cells"]}) == 1
+    assert any("(a second copy)" in each for each in twice["layers"][0]["derived"])
+    real = parsed(mixtral, "--gpu", "b200", "--scheme", "fp8", *wish, "--two-layouts", code=4)["refusal"]
+    assert real["kind"] == "not_built"
+
+
+def test_decoding_stands_in_a_graph_unless_it_cannot_or_the_user_says_no(mixtral: Path) -> None:
+    """deep_gemm_contiguous reads counts on the host: good for prefill. The reference looks at values: for neither."""
+    on = (mixtral, "--gpu", "h100", "--hypothetical")
+    graphs, eager, slow = parsed(*on), parsed(*on, "--no-graphs"), parsed(mixtral, "--gpu", "a100")
+    assert [each["graphs"] for each in (graphs, eager, slow)] == [True, False, False]
+    kernels = {phase: stages["experts"]["kernel"] for phase, stages in paths(graphs).items()}
+    assert kernels == {"decode": "deep_gemm_masked", "prefill": "deep_gemm_contiguous"}
+    assert {stages["experts"]["kernel"] for stages in paths(eager).values()} == {"deep_gemm_contiguous"}
+    assert (graphs["notes"], eager["notes"]) == ([], [])
+    (note,) = slow["notes"]
+    assert note == "decoding does not stand in CUDA graphs: reference cannot stand in a CUDA graph"
+    asked = parsed(*on, "--experts", "deep_gemm_contiguous")
+    assert not asked["graphs"], "a demand is honoured, and what it costs is said"
+    assert "deep_gemm_contiguous" in asked["notes"][0]
 
 
 def test_a_wire_that_nobody_carries_is_said_to_be_so() -> None:
@@ -281,6 +357,8 @@ def test_ranks_do_not_share_a_scale_that_each_finds_for_itself() -> None:
         (("--experts", "decode=cpu,decode=cpu"), "Write NAME, or decode=NAME,prefill=NAME."),
         (("--experts", "decode="), "--experts: 'decode=' is neither"),
         (("--kv", "fp4"), "invalid choice: 'fp4'"),
+        (("--tp", "1.5"), "invalid int value: '1.5'"),
+        (("--gpu",), "expected at least one argument"),
         (("--router-dtype", "float16"), "invalid choice: 'float16'"),
     ],
 )
@@ -289,6 +367,36 @@ def test_an_option_that_means_nothing_is_an_error_of_one_line(argv: tuple[str, .
     assert done.code == 2
     assert done.out == ""
     assert says in done.error
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("./nowhere", "no such directory"),
+        ("a/b/c", "no such directory"),
+        ("no hub id!", "no such directory"),
+        ("", "holds no safetensors file"),
+        ("/dev/null", "is not a directory"),
+        ("org/model", "cannot be read from the hub"),
+    ],
+)
+def test_a_model_that_is_not_there_is_an_error_of_one_line(model: str, says: str) -> None:
+    """Without a network (the tests are offline) a hub id that is not in the cache is one, too."""
+    done = call("plan", model, "--gpu", "h100")
+    assert (done.code, done.out) == (3, "")
+    assert says in done.error
+
+
+def test_ranks_that_cannot_share_name_the_nearest_that_can(mixtral: Path) -> None:
+    for argv, what, near in (
+        (("--tp", "3"), "32 query heads and 8 of keys cannot be shared by 3 ranks", "--tp 2"),
+        (("--tp", "64"), "cannot be shared by 64 ranks", "--tp 32"),
+        (("--ep", "16"), "8 experts cannot be shared by 16 ranks", "--ep 8"),
+        (("--tp", "2", "--ep", "6"), "8 experts cannot be shared by 6 ranks", "--ep 4"),
+    ):
+        refused = parsed(mixtral, "--gpu", "h100", *argv, "--hypothetical", code=4)["refusal"]
+        assert what in refused["what"]
+        assert refused["nearest"] == near
 
 
 # --- one kernel ------------------------------------------------------------------------------------------------------

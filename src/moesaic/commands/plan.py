@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from moesaic.models.wishes import names_in
     from moesaic.moe.dispatch import contracts
 
-    model, wishes = args.model or str(embedded_model()), wishes_of(args)
+    model, wishes = str(embedded_model()) if args.model is None else args.model, wishes_of(args)
     spec = hold_online(read_metadata(model, args.revision).spec, args.scheme)
     found = []
     for hardware in machines:
