@@ -29,7 +29,7 @@ from moesaic.models.build import plan_here, spec_of
 from moesaic.models.weights import settle, slots_of
 from moesaic.moe.balance import LoadMeter
 from moesaic.moe.dispatch.local import LocalDispatcher
-from moesaic.moe.experts import Experts, packer_of
+from moesaic.moe.experts import Experts
 from moesaic.moe.layer import MoELayer
 from tests.humming_support import hopper, repacking
 
@@ -264,7 +264,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> tuple[MoELayer, Packing]:
     assert isinstance(plan, ModelPlan)
     mixture = spec.layers[0].mlp
     assert isinstance(mixture, MoESpec)
-    return MoELayer(mixture, 0, 0, Kernels(plan), LocalDispatcher(), LoadMeter([8]), LIKE), backend
+    return MoELayer(mixture, 0, 0, Kernels(plan), {"local": LocalDispatcher()}, LoadMeter([8]), LIKE), backend
 
 
 def load(layer: MoELayer, seed: int) -> Tensor:
@@ -315,12 +315,3 @@ def test_opened_storage_reads_as_the_formats_say_and_is_packed_before_it_runs(la
     backend.calls.clear()
     made(torch.randn(2, 256).bfloat16(), "decode")
     assert backend.calls == ["again", "run"]
-
-
-def test_cells_that_want_different_orders_are_refused(layer: tuple[MoELayer, Packing]) -> None:
-    from dataclasses import replace
-
-    cells = layer[0].experts.cells
-    assert packer_of(cells) is layer[1]
-    with pytest.raises(ValueError, match="different orders"):
-        packer_of((cells[0], replace(cells[1], packer=None)))

@@ -77,13 +77,29 @@ def test_a_table_is_of_one_device() -> None:
         assert bool(Tuning.of([table()], device).points) == same, device
 
 
-def test_measured_kernels_exchange_their_ranks_and_others_keep_theirs() -> None:
+def test_measured_kernels_stand_behind_the_best_of_them_and_others_keep_their_ranks() -> None:
+    """By the logarithms of their times: the best rank that one of them has is the fastest's."""
     tuning = Tuning.of([table()], "h100")
     kernels = [c for c in KNOWN if c.op == "experts"]
     ranked = [(c.backend, c.rank) for c in tuning.ranked(wanted(4096), kernels)]
-    assert ranked == [("wide", 50), ("unmeasured", 55), ("swift", 60), ("triton", 61)]
+    assert ranked == [("wide", 50), ("swift", 50 + log(2)), ("triton", 50 + log(2.5)), ("unmeasured", 55)]
     eager = replace(OTHERS[2], rank=1)
     assert chosen(tuning, wanted(4096), (*KNOWN[:-1], eager)) == "unmeasured", "a user's own backend comes as it asks"
+
+
+@pytest.mark.parametrize(("wide", "layout", "taken"), [
+    (8.0, "plain", ["triton", "swift", "triton", "swift"]),  # a cell that `wide` would have is `swift`'s
+    (0.1, "tiles", ["wide", "wide"]),  # so much faster at the end that it is worth its slowness before
+])  # fmt: skip
+def test_one_layout_of_the_weights_is_taken_by_the_product_of_times(wide: float, layout: str, taken: list[str]) -> None:
+    spec = spec_of(plan_fixtures.read("deepseek-v3-fp8").config)
+    kernels = [replace(c, packing="tiles") if c.backend == "wide" else c for c in KNOWN if c.backend != "unmeasured"]
+    times = MEASURED | {4096: {"triton": 20.0, "swift": 16.0, "wide": wide}}
+    made = plan(spec, GPUS["h100"], kernels, Wishes(max_batch=256), tuning=Tuning.of([table(times)], "h100"))
+    assert isinstance(made, ModelPlan)
+    cells = next(each for each in made.layers if each.cells).cells
+    assert {cell.packed.packing for cell in cells} == {layout}
+    assert [cell.path.stage("experts").kernel for cell in cells] == taken
 
 
 def test_buckets_end_where_the_winner_changes() -> None:

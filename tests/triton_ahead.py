@@ -157,7 +157,8 @@ def row_wise(tokens: int) -> None:
     rotate(meta(tokens, 32, 128), meta(tokens, 64, dtype=torch.float32), meta(tokens, 64, dtype=torch.float32), False)
     activate(meta(tokens, 4096), SILU)
     spec = RouterSpec(256, 8, "sigmoid", "w", "b", True, 2.5, 8, 4, "top2_sum")
-    route(meta(tokens, 256, dtype=torch.float32), meta(256, dtype=torch.float32), spec)
+    for logits in (torch.float32, torch.bfloat16):
+        route(meta(tokens, 256, dtype=logits), meta(256, dtype=torch.float32), spec)
     slots = meta(8, 64, 2048, dtype=torch.float8_e4m3fn)
     requantize_slots(slots, meta(8, 64, 16, dtype=torch.float32), meta(8, dtype=torch.int32),
                      meta(dtype=torch.float32))  # fmt: skip

@@ -201,7 +201,8 @@ class Ops(Protocol):
 
     def gate(self, x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
              spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`route` of the logits w x + logit_bias, in FP32 throughout; w and the biases are FP32."""
+        """`route` of the logits w x + logit_bias. In FP32 throughout where w and logit_bias are FP32 (bias always is);
+        where they are BF16, the logits are rounded to it."""
         ...
 
     def store_latent(self, x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,

@@ -55,6 +55,11 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
 
     Raises UnsupportedError for a model type or a quantisation that is not known, CheckpointError for a malformed one.
     """
+    return with_schemes(described(config), config)
+
+
+def described(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec by the architecture alone."""
     kind = config.get("model_type")
     known = architectures()
     if not isinstance(kind, str) or kind not in known:
@@ -62,6 +67,10 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
             f"model_type {kind!r} is not implemented", where="config.json", remedy=f"Known: {', '.join(known)}."
         )
     spec: ModelSpec = import_module(f"moesaic.models.{kind}").describe(config)
+    return spec
+
+
+def with_schemes(spec: ModelSpec, config: Mapping[str, Any]) -> ModelSpec:
     dialect = read_quantization(config)
     if dialect is None:
         return spec
@@ -135,7 +144,8 @@ def build(checkpoint: Checkpoint, spec: ModelSpec, plan: ModelPlan, length: int,
 
 def stored_spec(checkpoint: Checkpoint) -> tuple[ModelSpec, Dialect | None]:
     """The spec of a checkpoint, by its config and its headers, and how it stores what is quantised."""
-    spec, dialect = without_absent_drafts(spec_of(checkpoint.config), checkpoint), read_quantization(checkpoint.config)
+    dialect = read_quantization(checkpoint.config)
+    spec = with_schemes(without_absent_drafts(described(checkpoint.config), checkpoint), checkpoint.config)
     if dialect is None:
         return spec, None
     settled = dialect.settle(spec, {name: stored.info.dtype for name, stored in checkpoint.tensors().items()})

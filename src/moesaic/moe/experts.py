@@ -8,13 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from moesaic.contracts.contract import asks_of
-from moesaic.contracts.plan import Phase
-from moesaic.contracts.scheme import UNQUANTIZED, Scheme
-from moesaic.contracts.spec import LinearSpec, MoESpec
+from moesaic.contracts.scheme import Scheme
+from moesaic.contracts.spec import MoESpec
 from moesaic.formats.base import QuantTensor
 from moesaic.kernels.ops import ExpertWeights, Ops
-from moesaic.kernels.registry import BoundCell, Kernels
 from moesaic.layers.linear import Sources, Stored, Together
 from moesaic.moe.values import Dispatched
 
@@ -22,15 +19,14 @@ from moesaic.moe.values import Dispatched
 class Experts:
     """w13 [E, 2I, D]: gate rows, then up rows; w2 [E, D, I]. Applies top-k weights and reduces over the top-k.
 
-    Gate, up and down of a layer are held in one scheme (where a checkpoint mixes, see `common_scheme`). A static
-    input scale of a product is the largest over experts, gate and up: nothing saturates that the checkpoint foresaw.
+    Gate, up and down of a layer are held in one scheme, which the plan says. A static input scale of a product is the
+    largest over experts, gate and up: nothing saturates that the checkpoint foresaw.
+    packer: the backend in whose order of bytes the kernels want the weights, if they do.
     """
 
-    def __init__(self, spec: MoESpec, layer: int, kernels: Kernels, like: Tensor) -> None:
-        self.spec, self.scheme = spec, common_scheme(spec)
-        how, form = self.scheme.activation, self.scheme.weight
-        asks = asks_of(self.scheme) | {"activation": spec.activation.kind, "expert_bias": spec.gate.bias}
-        self.cells = kernels.mixture(layer, **asks)
+    def __init__(self, spec: MoESpec, scheme: Scheme, like: Tensor, packer: ModuleType | None = None) -> None:
+        self.spec, self.scheme = spec, scheme
+        how, form = scheme.activation, scheme.weight
         count, width, hidden = spec.router.experts, spec.intermediate, spec.gate.inputs
         w13 = QuantTensor.empty(form, (width, width), hidden, like, (count,))
         w2 = QuantTensor.empty(form, (hidden,), width, like, (count,))
@@ -38,7 +34,7 @@ class Experts:
         self.input_scales_E3 = like.new_ones(count, 3, dtype=torch.float32) if how.static else None
         self.input_scale: Tensor | None = None
         self.weights = ExpertWeights(w13, w2, spec.activation, how, biases=biases)
-        self.plain, self.packer, self.packed = self.weights, packer_of(self.cells), None
+        self.plain, self.packer, self.packed = self.weights, packer, None
         self.scale()
 
     def scale(self) -> None:
@@ -60,17 +56,11 @@ class Experts:
             self.packer.unpack(self.weights)
             self.weights = self.plain
 
-    def __call__(self, sent: Dispatched, phase: Phase) -> Tensor:
+    def __call__(self, sent: Dispatched, ops: Ops) -> Tensor:
         if self.packer and self.weights.packing == "plain":
             self.settle()
-        ops = self.ops_for(phase, len(sent.x_TD))
         rows = ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
         return ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
-
-    def ops_for(self, phase: Phase, tokens: int) -> Ops:
-        """Of the phase's cells the first that is large enough; the last is planned for any number."""
-        fitting = [cell for cell in self.cells if cell.phase == phase]
-        return next((cell.ops for cell in fitting if tokens <= cell.tokens), fitting[-1].ops)
 
     def sources(self) -> Sources:
         spec, (w13, w2) = self.spec, (self.plain.w13, self.plain.w2)
@@ -95,18 +85,3 @@ class Experts:
             yield f"{self.spec.gate.name.format(e=e)}.bias", bias13[:width]
             yield f"{self.spec.up.name.format(e=e)}.bias", bias13[width:]
             yield f"{self.spec.down.name.format(e=e)}.bias", bias2
-
-
-def packer_of(cells: tuple[BoundCell, ...]) -> ModuleType | None:
-    """The backend that all cells want the weights packed by. ValueError where they disagree: there is one storage."""
-    packers = {cell.packer for cell in cells}
-    if len(packers) > 1:
-        raise ValueError("the cells of a layer want its weights in different orders")
-    return packers.pop() if packers else None
-
-
-def common_scheme(spec: MoESpec) -> Scheme:
-    """The scheme of all three projections; where they differ, unquantised: values stay as stored, at more bytes."""
-    parts: tuple[LinearSpec, ...] = (spec.gate, spec.up, spec.down)
-    schemes = {part.runs for part in parts}
-    return schemes.pop() if len(schemes) == 1 else UNQUANTIZED

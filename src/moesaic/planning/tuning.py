@@ -3,8 +3,9 @@
 Between measured numbers of tokens times are interpolated. A shape that nobody measured is judged by the nearest one
 that was, at as many rows per expert.
 
-Measured kernels exchange their ranks: the fastest takes the best rank that one of them has, and so on. A kernel that
-was not measured keeps its own: without a table the contracts decide, and a user's own backend is preferred as it asks.
+The fastest of the measured kernels takes the best rank that one of them has; the others stand behind it by the
+logarithms of their times. A kernel that was not measured keeps its own rank: without a table the contracts decide, and
+a user's own backend is preferred as it asks.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ class Tuning:
         return {name: interpolated(times, mean(shape_of(need), need.tokens)) for name, times in each.items()}
 
     def ranked(self, need: MixtureNeed, kernels: Sequence[Contract]) -> list[Contract]:
-        """The kernels with the ranks that they deserve here, best first."""
-        own: dict[str, int] = {}
-        for kernel in kernels:
-            own[kernel.backend] = min(kernel.rank, own.get(kernel.backend, kernel.rank))
-        costs = self.costs(need, own)
-        by_time, by_rank = sorted(costs, key=lambda name: (costs[name], own[name])), sorted(own[n] for n in costs)
-        moved = {name: rank - own[name] for name, rank in zip(by_time, by_rank, strict=True)}
-        made = [replace(kernel, rank=kernel.rank + moved.get(kernel.backend, 0)) for kernel in kernels]
+        """The kernels with the ranks that they deserve here, best first.
+
+        A layer takes the kernels with the least sum of ranks over its cells: so those with the least product of times.
+        """
+        costs = self.costs(need, [kernel.backend for kernel in kernels])
+        best = min((kernel.rank for kernel in kernels if kernel.backend in costs), default=0)
+        ranks = {name: best + log(ms / min(costs.values())) for name, ms in costs.items()}
+        made = [replace(kernel, rank=ranks.get(kernel.backend, kernel.rank)) for kernel in kernels]
         return sorted(made, key=lambda kernel: kernel.rank)
 
     def buckets(self, need: MixtureNeed, backends: Iterable[str]) -> tuple[int, ...]:
