@@ -178,7 +178,7 @@ def test_a_demand_that_cannot_be_met_names_why_and_what_works(mixtral: Path) -> 
     assert "no plan (impossible). layer 0, decode: no path for bf16 weights with bf16 rows on h100" in out
     first = out.splitlines()[4].split(maxsplit=1)
     assert first == ["flashinfer_trtllm", "is for compute capability 100 to 103, not 90"], "what was asked for is first"
-    assert "works here: --experts triton --dispatch local" in out
+    assert "works here: --experts deep_gemm_contiguous --dispatch local" in out
     found = parsed(mixtral, "--gpu", "h100", "--experts", "flashinfer_trtllm", "--hypothetical", code=4)["refusal"]
     assert found["kind"] == "impossible"
     assert found["reasons"][0].keys() == {"candidate", "reason"}
@@ -273,11 +273,11 @@ def test_why_tells_of_every_place_where_a_kernel_could_stand(mixtral: Path) -> N
     assert out.splitlines() == [f"{each}is for compute capability 100 to 103, not 90" for each in where]
     taken = planned(mixtral, "--gpu", "b200", "--why", "flashinfer_trtllm", "--hypothetical").splitlines()
     assert taken == [f"{each}taken for experts" for each in where]
-    real = planned(mixtral, "--gpu", "b200", "--why", "deep_gemm_contiguous").splitlines()
+    real = planned(mixtral, "--gpu", "h100", "--why", "deep_gemm_contiguous").splitlines()
     assert real
     assert all(line.endswith("is known, but not built into Moesaic yet") for line in real), "not what a variant lacks"
-    beaten = planned(mixtral, "--gpu", "b200", "--why", "triton", "--hypothetical")
-    assert "triton with local: flashinfer_trtllm with local is preferred" in beaten
+    beaten = planned(mixtral, "--gpu", "h100", "--why", "triton", "--hypothetical")
+    assert "triton with local: deep_gemm_contiguous with local is preferred" in beaten
     assert "rms_norm: taken" in beaten
 
 

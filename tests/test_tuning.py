@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moesaic.assets import read_table, tuning_tables
-from moesaic.contracts.contract import Contract
+from moesaic.contracts.contract import Contract, Need
 from moesaic.contracts.contract import Path as Way
 from moesaic.contracts.plan import MixtureNeed, ModelPlan, Phase, Wishes
 from moesaic.contracts.scheme import SCHEMES
@@ -21,7 +21,7 @@ from moesaic.hardware import GPUS
 from moesaic.kernels import registry
 from moesaic.models.build import spec_of
 from moesaic.planning.mixture import find
-from moesaic.planning.plan import plan
+from moesaic.planning.plan import choose, plan
 from moesaic.planning.timetable import interpolated
 from moesaic.planning.tuning import UNTUNED, Tuning
 from moesaic.planning.verify import verify
@@ -245,3 +245,16 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str, what: str) 
     assert "mine.json" in str(error.value)
     with pytest.raises(CheckpointError):
         tuning_tables(tmp_path)
+
+
+def test_a_backend_is_preferred_by_the_rank_of_its_variant_that_fits() -> None:
+    """DeepGEMM's projections are known for Blackwell, at a good rank, and built for Hopper, behind Triton's."""
+    need = Need("cuda", "bfloat16", arch=90, format="fp8_block", encoding="fp8_group128")
+    ranks = [("deep_gemm", 30, (100, 103)), ("triton", 50, (90, 103)), ("deep_gemm", 55, (90, 90))]
+    known = [Contract("linear_quant", name, frozenset({"cuda"}), frozenset({"bfloat16"}), False, rank, arch=arch,
+                      formats=frozenset({"fp8_block"}), encodings=frozenset({"fp8_group128"}))
+             for name, rank, arch in ranks]  # fmt: skip
+    made = choose("linear_quant", need, known, Wishes())
+    assert (made.chosen, [each.candidate for each in made.rejected]) == ("triton", ["deep_gemm"])
+    assert choose("linear_quant", need, known, Wishes(linear="deep_gemm")).chosen == "deep_gemm"
+    assert choose("linear_quant", replace(need, arch=100), known, Wishes()).chosen == "deep_gemm"

@@ -73,25 +73,25 @@ _HUMMING = frozenset(
 
 
 def others() -> list[Contract]:
-    deep = {"arch": BLACKWELL, "package": "sgl-deep-gemm", "versions": ">=0.1.5,<0.2",
+    deep = {"arch": HOPPER_UP, "package": "sgl-deep-gemm", "versions": ">=0.1.5,<0.2",
             "limits": Limits(hidden_multiple=128, width_multiple=128)}  # fmt: skip
-    masked = {**deep, "arch": HOPPER_UP}  # on Hopper it exists, and no dispatcher fills slots yet
     humming = vendor(
         "experts", "humming", 40, package="humming-kernels", versions=">=0.1.19,<0.2", pairs=_HUMMING,
         formats=frozenset(form for form, _ in _HUMMING), encodings=frozenset(code for _, code in _HUMMING),
         path=Path("tokens", "sorted", can=WEIGHTS), packing="int32 tiles",
     )  # fmt: skip
     return [
+        # Of rows as a dispatcher leaves them, sorted or in slots; `deep_gemm` sorts and reduces tokens itself.
         vendor("experts", "deep_gemm_contiguous", 30, **deep, **_FP8, path=_SORTED, capturable=False),
         vendor("experts", "deep_gemm_contiguous", 30, **deep, path=_SORTED, capturable=False),
-        vendor("experts", "deep_gemm_masked", 57, **masked, **_FP8, path=_SLOTTED),
-        vendor("experts", "deep_gemm_masked", 57, **masked, path=_SLOTTED),
+        vendor("experts", "deep_gemm_masked", 31, **deep, **_FP8, path=_SLOTTED),
+        vendor("experts", "deep_gemm_masked", 31, **deep, path=_SLOTTED),
         replace(humming, arch=(75, 89)),
         replace(humming, arch=BLACKWELL_UP),
         vendor("experts", "cutlass_w4afp8", 35, arch=HOPPER, formats=frozenset({"int4"}),
                encodings=frozenset({"fp8_tensor"}), path=_SLOTTED,
                limits=Limits(hidden_multiple=512, width_multiple=128)),
-        vendor("linear_quant", "deep_gemm", 30, **deep, **_FP8),
+        vendor("linear_quant", "deep_gemm", 30, **{**deep, "arch": BLACKWELL}, **_FP8),
         vendor("linear_quant", "cutlass_scaled_mm", 32, arch=(89, 103),
                formats=frozenset({"fp8_tensor", "fp8_channel"}), encodings=frozenset({"fp8_tensor", "fp8_token"})),
         vendor("linear_quant", "flashinfer_mm", 33, arch=BLACKWELL, package="flashinfer-python",

@@ -204,8 +204,10 @@ def choose(op: str, need: Need, catalogue: Sequence[Contract], wishes: Wishes) -
         reason = contract.misses(need)
         if reason is None and not (contract.built or wishes.hypothetical):
             reason = UNBUILT
-        if contract.backend not in misses or misses[contract.backend] is not None:
-            misses[contract.backend] = reason  # of several variants of one backend, one that fits is enough
+        if misses.get(contract.backend, "") is not None:  # of several variants of one backend, one that fits is enough
+            if reason is None:
+                misses.pop(contract.backend, None)  # it is preferred by that one's rank
+            misses[contract.backend] = reason
     able = [name for name, miss in misses.items() if miss is None]
     if not able or (wish is not None and wish not in able):
         reasons = tuple(Rejection(name, miss) for name, miss in misses.items() if miss)
