@@ -18,10 +18,11 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 PROMPTS := src/moesaic/assets/prompts.txt
 
-# Every file of benchmarks/ stands in exactly one list (a test checks): what runs on any machine, what needs a GPU,
-# and what is no benchmark but is shared by them.
+# Every file of benchmarks/ stands in exactly one list (a test checks): what runs on any machine, what does so for hours,
+# what needs a GPU, and what is no benchmark but is shared by them.
 BENCH_CPU := load_memory.py cpu_generate.py sensitivity.py quantize_memory.py kv_b_proj.py rounding.py schemes.py serve_overhead.py
 BENCH_GPU := experts.py gemm.py route.py attention.py throughput.py
+BENCH_LONG := planner_proof.py
 BENCH_LIBRARY := machine.py gpu.py
 
 # Two test processes of one thread each: small tensors gain nothing from threads, and lose much on a busy machine.

@@ -1,112 +1,149 @@
 """How long does a mixture layer take on a GPU, in every scheme, and how far is that from the hardware's floor?
 
     python benchmarks/experts.py [--shapes small large] [--schemes fp8 mxfp8 ...] [--tokens 1 16 ...]
+                                 [--backends triton deep_gemm humming] [--peers]
 
 Given top-k ids and weights of uniformly random routing: encode, sort, first product with activation, encode, second
 product, weighted sum. One CUDA graph holds so many calls, with rows and routings of their own, that it reads more than
-four L2 caches; the median of its replays, per call.
+four L2 caches; the median of its replays, per call. All kernels get the same weights, rows and routings.
 floor = max(bytes of the touched experts / read bandwidth, products / peak of the operands).
+
+--peers: also pairs of weights and rows that packages multiply and no scheme of ours asks for.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 from benchmarks import gpu
-from benchmarks.machine import save
-from moesaic.contracts.scheme import SCHEMES, Scheme
-from moesaic.contracts.spec import SILU
-from moesaic.formats.base import QuantTensor
-from moesaic.formats.dummy import fill
-from moesaic.kernels import triton
+from benchmarks.machine import installed, save
+from moesaic.commands._measure import Candidate, Case, Inputs, candidates, ops_of, packed, time_calls
+from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
+from moesaic.hardware import Hardware, local_gpu
+from moesaic.kernels.humming import CONTRACTS as HUMMING
 from moesaic.kernels.ops import ExpertWeights
+from moesaic.kernels.registry import local_catalogue
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
+SHAPES = {"small": (128, 2048, 768, 8), "large": (256, 7168, 2048, 8), "lite": (64, 2048, 1408, 6)}
+"""Experts, hidden size, width, experts per token: Qwen3-30B-A3B, DeepSeek-V3, DeepSeek-V2-Lite."""
+PACKAGES = ("sgl-deep-gemm", "apache-tvm-ffi", "humming-kernels")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """experts, hidden size, expert width, experts per token."""
-
-    experts: int
-    hidden: int
-    width: int
-    top_k: int
-
-    def __str__(self) -> str:
-        return f"E{self.experts} K{self.hidden} N{self.width} top{self.top_k}"
+def foreign() -> dict[str, Scheme]:
+    """Pairs that only other packages' kernels multiply, under names of their own."""
+    ours = {(each.weight.name, each.activation.name) for each in SCHEMES.values()}
+    pairs = sorted((HUMMING[0].pairs or frozenset()) - ours)
+    return {f"{form}+{rows}": Scheme(f"{form}+{rows}", WeightFormat(form), Encoding(rows)) for form, rows in pairs}
 
 
-SHAPES = {"small": Shape(128, 2048, 768, 8), "large": Shape(256, 7168, 2048, 8), "lite": Shape(64, 2048, 1408, 6)}
+FOREIGN = foreign()
 
 
-def make(scheme: Scheme, shape: Shape) -> ExpertWeights:
-    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
-    w13 = QuantTensor.empty(scheme.weight, (shape.width, shape.width), shape.hidden, like, (shape.experts,))
-    w2 = QuantTensor.empty(scheme.weight, (shape.hidden,), shape.width, like, (shape.experts,))
-    return ExpertWeights(fill(w13), fill(w2), SILU, scheme.activation, scale_of(scheme))
+class Bench:
+    def __init__(self, backends: list[str]) -> None:
+        found = local_gpu()
+        if found is None:
+            raise SystemExit("needs a GPU")
+        self.hardware: Hardware = found
+        self.backends = backends
+        self.catalogue = local_catalogue()
+
+    def rows(self, case: Case, tokens: list[int], compile_only: bool = False) -> Iterator[dict[str, Any]]:
+        """One per kernel, with what it was fastest with, and number of tokens; a failure is a row with the reason."""
+        found, rejected = candidates(case, self.hardware, self.catalogue, self.backends)
+        for each in rejected:
+            print(f"{case}: not {each.candidate}: {each.reason}", file=sys.stderr)
+        w = case.weights("cuda")
+        for name in sorted({each.backend for each in found}, key=self.backends.index):
+            mine = [each for each in found if each.backend == name]
+            head = {"shape": shape_of(case), "scheme": case.scheme.name, "format": str(case.scheme.weight),
+                    "encoding": str(case.scheme.activation), "backend": name}  # fmt: skip
+            try:
+                with packed(w, mine[0].packer) as ready:
+                    for count in tokens:
+                        times = self.times(case, mine, ready, count, compile_only)
+                        yield head | self.judged(case, ready, count, times)
+            except Exception as error:  # another package's kernel may raise anything: the other rows still count
+                yield head | {"error": f"{error!r:.300}"}
+
+    def times(self, case: Case, mine: list[Candidate], w: ExpertWeights, tokens: int,
+              compile_only: bool) -> dict[Candidate, float]:  # fmt: skip
+        inputs, times = Inputs.of(case, w, tokens), {}
+        for each in mine:
+            calls = inputs.calls(case, ops_of(each, case, self.hardware, self.catalogue), w)
+            if compile_only:
+                calls[0]()
+            times[each] = 1.0 if compile_only else time_calls(calls)
+        return times
+
+    def judged(self, case: Case, w: ExpertWeights, tokens: int, times: dict[Candidate, float]) -> dict[str, Any]:
+        """Milliseconds, the floor, and the share of the floor."""
+        best = min(times, key=lambda each: times[each])
+        nbytes = Inputs.of(case, w, tokens).touched * (w.w13.nbytes + w.w2.nbytes) / case.experts
+        products = 2 * tokens * case.top_k * 3 * case.hidden * case.width
+        peak = gpu.FP8 if case.scheme.activation.name.startswith("fp8") else gpu.BF16
+        floor = max(nbytes / gpu.READ, products / peak) * 1e3
+        return {"tokens": tokens, "parameters": dict(best.parameters), "ms": times[best], "floor_ms": floor,
+                "share": floor / times[best]}  # fmt: skip
 
 
-def scale_of(scheme: Scheme) -> torch.Tensor | None:
-    return torch.tensor(0.01, device="cuda") if scheme.activation.static else None
+def shape_of(case: Case) -> str:
+    return f"E{case.experts} K{case.hidden} N{case.width} top{case.top_k}"
 
 
-def measure(w: ExpertWeights, scheme: Scheme, shape: Shape, tokens: int) -> dict[str, Any]:
-    """Milliseconds, the floor, and the share of the floor."""
-    each = (w.w13.nbytes + w.w2.nbytes) / shape.experts
-    count = max(1, min(16, -(-gpu.CACHE // int(each * min(shape.experts, tokens * shape.top_k)))))
-    inputs = []
-    for _ in range(count):
-        ids = torch.rand(tokens, shape.experts, device="cuda").argsort(-1)[:, : shape.top_k].to(torch.int32)
-        weights = torch.rand(tokens, shape.top_k, device="cuda")
-        inputs.append((torch.randn(tokens, shape.hidden, device="cuda").bfloat16(), ids, weights))
-    scale = scale_of(scheme)
+def line(row: dict[str, Any]) -> str:
+    head = [row["shape"], row["scheme"], row["backend"]]
+    if "error" in row:
+        return f"| {' | '.join(head)} | failed: {row['error']} |"
+    given = "".join(f" {name}={value}" for name, value in row["parameters"].items())
+    tail = [str(row["tokens"]), f"{row['ms']:.4f}", f"{row['floor_ms']:.4f}", f"{row['share']:.2f}"]
+    return f"| {' | '.join(head)}{given} | {' | '.join(tail)} |"
 
-    def layer(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = triton.experts(triton.encode(x, scheme.activation, scale), w, ids, weights)
-        return out
 
-    milliseconds = gpu.time_calls([lambda each=each: layer(*each) for each in inputs])
-    touched = sum(len(ids.unique()) for _, ids, _ in inputs) / count
-    eight = scheme.activation.name.startswith("fp8") and scheme.weight.name in ("fp8_tensor", "fp8_channel",
-                                                                                "fp8_block", "int4")  # fmt: skip
-    products = 2 * tokens * shape.top_k * 3 * shape.hidden * shape.width
-    floor = max(touched * each / gpu.READ, products / (gpu.FP8 if eight else gpu.BF16)) * 1e3
-    return {"shape": str(shape), "scheme": scheme.name, "tokens": tokens, "ms": milliseconds, "floor_ms": floor,
-            "share": floor / milliseconds}  # fmt: skip
+def fastest(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """For each format of weights the fastest of all kernels and rows: what a peer could be."""
+    best: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["shape"], row["format"], row.get("tokens", 0))
+        if "ms" in row and (key not in best or row["ms"] < best[key]["ms"]):
+            best[key] = row
+    for (shape, form, tokens), row in best.items():
+        yield f"| {shape} | {form} | {tokens} | {row['backend']} | {row['encoding']} | {row['ms']:.4f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["small", "large"], choices=sorted(SHAPES))
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=sorted(SCHEMES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=sorted(SCHEMES | FOREIGN))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--backends", nargs="+", default=["triton"])
+    parser.add_argument("--peers", action="store_true", help="also pairs that no scheme asks for")
     parser.add_argument("--compile", action="store_true", help="only compile, for another process to find it done")
+    parser.add_argument("--name", help="of the result (default: by the shapes)")
     args = parser.parse_args()
-    rows = []
-    print("| shape | scheme | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|")
+    bench, rows, names = Bench(args.backends), [], dict.fromkeys([*args.schemes, *(FOREIGN if args.peers else ())])
+    print("| shape | scheme | kernel | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|---|")
     for shape in (SHAPES[name] for name in args.shapes):
-        for scheme in (SCHEMES[name] for name in args.schemes):
-            w = make(scheme, shape)
-            for tokens in args.tokens:
-                row = measure(w, scheme, shape, tokens)
+        for scheme in ((SCHEMES | FOREIGN)[name] for name in names):
+            for row in bench.rows(Case(scheme, *shape), args.tokens, args.compile):
                 rows.append(row)
-                if args.compile:
-                    continue
-                print(f"| {shape} | {scheme.name} | {tokens} | {row['ms']:.4f} | {row['floor_ms']:.4f} | "
-                      f"{row['share']:.2f} |", flush=True)  # fmt: skip
-            del w
-    if not args.compile:
-        name = f"experts-{'-'.join(args.shapes)}-{gpu.device_slug()}"
-        save(name, {"what": "experts", **gpu.describe(), "rows": rows})
+                print(line(row), flush=True)
+    if args.compile:
+        return
+    if len({row["backend"] for row in rows}) > 1:
+        print("\n| shape | weights | tokens | fastest | rows | ms |\n|---|---|---|---|---|---|")
+        print("\n".join(fastest(rows)))
+    about = gpu.describe()
+    about["versions"] |= {name: installed(name) for name in PACKAGES}
+    name = args.name or f"experts-{'-'.join(args.shapes)}"
+    save(f"{name}-{gpu.device_slug()}", {"what": "experts", **about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long do dense projections take on a GPU in every scheme, activations encoded included?
 
-    python benchmarks/gemm.py [--schemes fp8 mxfp8 ...] [--tokens 1 16 ...]
+    python benchmarks/gemm.py [--schemes fp8 mxfp8 ...] [--tokens 1 16 ...] [--backends triton deep_gemm]
 
 Shapes: qkv and output projection of Qwen3-30B-A3B, gate and up of DeepSeek-V3's dense layers. One CUDA graph of calls
 with weights of their own, together more than four L2 caches. Peer: torch's BF16 product of the same shape.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,31 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.machine import save
+from moesaic.contracts.contract import Need, asks_of
 from moesaic.contracts.scheme import SCHEMES, Scheme
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.dummy import fill
+from moesaic.hardware import local_gpu
 from moesaic.kernels import triton
+from moesaic.kernels.registry import backends, local_catalogue
 
 SHAPES = {"qkv 2048 -> 5120": (2048, (4096, 512, 512)), "o 4096 -> 2048": (4096, (2048,)),
           "gate_up 7168 -> 36864": (7168, (18432, 18432))}  # fmt: skip
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 
 
-def measure(scheme: Scheme, size: tuple[int, tuple[int, ...]], tokens: int) -> dict[str, float]:
+def takers(scheme: Scheme, names: list[str]) -> list[str]:
+    """Of these backends those that multiply a scheme here."""
+    found = local_gpu()
+    if found is None:
+        raise SystemExit("needs a GPU")
+    need = Need("cuda", "bfloat16", False, found.features, found.arch, **asks_of(scheme))
+    op = "linear_quant" if scheme.quantized else "linear"
+    able = {each.backend for each in local_catalogue() if each.op == op and each.built and not each.misses(need)}
+    return [name for name in names if name in able]
+
+
+def measure(scheme: Scheme, size: tuple[int, tuple[int, ...]], tokens: int, backend: str) -> dict[str, float]:
     columns, segments = size
     like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
     one = fill(QuantTensor.empty(scheme.weight, segments, columns, like))
@@ -39,15 +54,17 @@ def measure(scheme: Scheme, size: tuple[int, tuple[int, ...]], tokens: int) -> d
     x = torch.randn(tokens, columns, device="cuda").bfloat16()
     scale = torch.tensor(0.01, device="cuda") if scheme.activation.static else None
 
-    def product(w: QuantTensor) -> object:
+    multiply = getattr(backends()[backend], "linear_quant", None)
+
+    def call(w: QuantTensor) -> object:
         if not scheme.quantized:
             return triton.linear(x, w.plain)
-        return triton.linear_quant(triton.encode(x, scheme.activation, scale), w)
+        return multiply(triton.encode(x, scheme.activation, scale), w)
 
     eight = scheme.activation.name.startswith("fp8") and scheme.weight.name.startswith(("fp8", "int4"))
     work = 2 * tokens * columns * sum(segments)
     floor = max(one.nbytes / gpu.READ, work / (gpu.FP8 if eight else gpu.BF16)) * 1e3
-    milliseconds = gpu.time_calls([lambda w=w: product(w) for w in weights])
+    milliseconds = gpu.time_calls([lambda w=w: call(w) for w in weights])
     return {"ms": milliseconds, "floor_ms": floor, "share": floor / milliseconds}
 
 
@@ -55,15 +72,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=sorted(SCHEMES))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--backends", nargs="+", default=["triton"])
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    print("| projection | scheme | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|")
+    print("| projection | scheme | kernel | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|---|")
     for name, size in SHAPES.items():
         for scheme in args.schemes:
-            for tokens in args.tokens:
-                row = {"shape": name, "scheme": scheme, "tokens": tokens, **measure(SCHEMES[scheme], size, tokens)}
+            for backend, tokens in product(takers(SCHEMES[scheme], args.backends), args.tokens):
+                row = {"shape": name, "scheme": scheme, "backend": backend, "tokens": tokens,
+                       **measure(SCHEMES[scheme], size, tokens, backend)}  # fmt: skip
                 rows.append(row)
-                print(f"| {name} | {scheme} | {tokens} | {row['ms']:.4f} | {row['floor_ms']:.4f} | "
+                print(f"| {name} | {scheme} | {backend} | {tokens} | {row['ms']:.4f} | {row['floor_ms']:.4f} | "
                       f"{row['share']:.2f} |", flush=True)  # fmt: skip
     save(f"gemm-{gpu.device_slug()}", {"what": "gemm", **gpu.describe(), "rows": rows})
 

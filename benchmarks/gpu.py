@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import torch
 
 from benchmarks.machine import commit, installed
+from moesaic.commands._measure import CACHE, time_calls, time_replays
+
+__all__ = ["BF16", "CACHE", "FP8", "READ", "ceilings", "describe", "device_slug", "time_calls", "time_replays"]
 
 READ, BF16, FP8 = 3.07e12, 747e12, 1261e12
 """Bytes read and products per second that one H100 80GB reached (8192^3 on random data); `ceilings` measures anew."""
-CACHE = 4 * 50 * 2**20
-"""Four times the L2 cache: what one timed graph must read at least, or it measures the cache."""
 
 
 def describe() -> dict[str, Any]:
@@ -29,34 +28,6 @@ def describe() -> dict[str, Any]:
 
 def device_slug() -> str:
     return torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
-
-
-def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 30) -> float:
-    """Milliseconds per call: all calls in one CUDA graph, the median of its replays. The first run compiles."""
-    for call in calls[:1]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    milliseconds = time_replays(graph, repeats) / len(calls)
-    del kept
-    return milliseconds
-
-
-def time_replays(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:
-    """The median, in milliseconds."""
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def ceilings() -> dict[str, float]:

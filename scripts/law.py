@@ -20,9 +20,10 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
 # Amended from the design's 1,200 for planning and contracts, which the search, its values and the contracts keep.
-# Beside them live what a model is (`contracts/spec.py`, 240 lines), the verifier, which may share no code with the
-# search (220), and the cost of a plan (120).
-LINE_BUDGETS = {("moe",): 1200, ("planning", "contracts"): 1700}
+# Beside them live what a model is (`contracts/spec.py`, 260 lines), the verifier, which may share no code with the
+# search (310), the cost of a plan (120), measured times (190), and what a plan says of a whole model beyond each path:
+# its cache, the one layout of a layer's weights, demands per phase, legal cuts.
+LINE_BUDGETS = {("moe",): 1200, ("planning", "contracts"): 2500}
 
 TORCH_FREE_ROOMS = ("contracts", "planning")
 TORCH_FREE_FILES = ("engine/request.py", "engine/blocks.py", "engine/scheduler.py", "engine/params.py")
@@ -263,7 +264,7 @@ def benchmarks_are_listed(repo: Path) -> list[str]:
     listed = [
         word
         for line in text.splitlines()
-        if (match := re.match(r"BENCH_(CPU|GPU|LIBRARY)\s*:?=(.*)", line))
+        if (match := re.match(r"BENCH_(CPU|LONG|GPU|LIBRARY)\s*:?=(.*)", line))
         for word in match[2].split()
     ]
     bad = [f"benchmarks/{name} is in none of the Makefile's BENCH_ lists" for name in sorted(files - set(listed))]

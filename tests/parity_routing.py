@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.contracts.spec import RouterSpec
+from moesaic.kernels.ops import Ops
 from moesaic.moe.layer import MoELayer
 from moesaic.moe.values import Routing
 
@@ -84,9 +85,9 @@ class Gates:
         for layer, own in zip(self.layers, self.own, strict=True):
             layer.route = own
 
-    def route(self, index: int, x_TD: Tensor) -> Routing:
+    def route(self, index: int, x_TD: Tensor, ops: Ops) -> Routing:
         router = self.own[index]
-        routing = router(x_TD)
+        routing = router(x_TD, ops)
         wanted_TA = torch.stack([self.choices[text].ids[index][position] for text, position in self.at])
         turned_T = (routing.ids_TA.long().sort(-1).values != wanted_TA.sort(-1).values).any(-1)
         rows = turned_T.nonzero()[:, 0].tolist()
@@ -95,7 +96,7 @@ class Gates:
             return routing
         ids_TA, weights_TA = routing.ids_TA.clone(), routing.weights_TA.clone()
         ids_TA[rows] = wanted_TA[rows].to(ids_TA.dtype)
-        weights_TA[rows] = weights(router.logits(x_TD[rows]), wanted_TA[rows], router.spec)
+        weights_TA[rows] = weights(router.logits(x_TD[rows], ops), wanted_TA[rows], router.spec)
         return Routing(ids_TA, weights_TA)
 
 

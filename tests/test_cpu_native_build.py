@@ -161,3 +161,21 @@ def test_a_stretch_with_other_kernels_has_no_tape() -> None:
     assert record(mixed)[1] is None
     assert not cpu_native.LINEAR, "recording leaves nothing behind"
     assert cpu_native.Entry.note is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("copies", [True, False])
+def test_what_may_copy_and_may_not_is_looked_at(copies: bool) -> None:
+    """`to` is a view where there is nothing to convert, and a kernel where there is: under inference mode it comes as
+    one operator that says it is a view."""
+    x, w = torch.randn(2, 32), torch.randn(8, 32)
+
+    between = torch.bfloat16 if copies else torch.float32
+
+    def stretch() -> Tensor:
+        return cpu_native.linear(cpu_native.linear(x, w).to(between).float(), w[:, :8])
+
+    with torch.inference_mode():
+        y, tape = record(stretch)
+    assert torch.equal(y, stretch())
+    assert (tape is None) == copies

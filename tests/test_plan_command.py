@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moesaic.commands.plan import Asked
-from moesaic.contracts.plan import ModelPlan
+from moesaic.contracts.plan import ModelPlan, Refusal
 from moesaic.hardware import GPUS
 from moesaic.models.build import spec_of
 from moesaic.planning.mixture import find
@@ -53,7 +53,8 @@ def test_the_embedded_model_on_this_machine_is_the_default() -> None:
     assert "\nfits, with room for" in out
 
 
-@pytest.mark.parametrize("argv", [("--gpu", "h100"), ("--gpu", "b200", "--ep", "8", "--hypothetical"), ()])
+@pytest.mark.parametrize("argv", [("--gpu", "h100"), ("--gpu", "b200", "--ep", "8", "--hypothetical"), (),
+                                  ("--gpu", "h100", "--kv", "fp8", "--hypothetical"), ("--gpu", "a100")])  # fmt: skip
 def test_no_line_is_wider_than_a_hundred_columns_or_ends_in_spaces(mixtral: Path, argv: tuple[str, ...]) -> None:
     for line in planned(mixtral, *argv).splitlines():
         assert line == line.rstrip()
@@ -119,8 +120,8 @@ def test_drafts_are_named_apart_and_planned_apart_where_they_differ(tmp_path: Pa
             assert ("encode" in stages) == (code != "bf16")
 
 
-def test_planning_takes_less_than_a_fifth_of_a_second() -> None:
-    """DeepSeek-V3 with every candidate that is known. The least of five: other work may run beside this."""
+def test_planning_takes_less_than_a_tenth_of_a_second() -> None:
+    """DeepSeek-V3 with every candidate; 200 ms are allowed. The least of five: other work may run beside this."""
     for name in ("deepseek-v3-mxfp8", "deepseek-v3-fp8"):
         spec = spec_of(plan_fixtures.read(name).config)
         for on in ("h100", "b200"):
@@ -131,7 +132,7 @@ def test_planning_takes_less_than_a_fifth_of_a_second() -> None:
                 least = min(least, time.perf_counter() - began)
             assert isinstance(made, ModelPlan)
             print(f"{name} on {on}: {least * 1e3:.1f} ms")
-            assert least < 0.2
+            assert least < 0.1
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -153,16 +154,37 @@ def test_what_does_not_fit_says_how_many_more_would_do(mixtral: Path) -> None:
 
 
 def test_what_would_fit_with_half_the_cache_says_so(mixtral: Path) -> None:
-    """131,072 bytes per token: at some context only the cache is too large."""
+    """131,072 bytes per token: at some context only the cache is too large. Said where attention reads FP8 here, or
+    would with a kernel that is known, and nowhere else."""
     usable = int(141e9 * 0.92)
     kv = 131072
     weights = parsed(mixtral, "--gpu", "h200")["memory"]["weights"]
     context = (usable - weights) // kv
     assert "\nfits, with" in planned(mixtral, "--gpu", "h200", "--context", str(context))
-    out = planned(mixtral, "--gpu", "h200", "--context", str(2 * context))
+    twice = ("--gpu", "h200", "--context", str(2 * context))
+    out = planned(mixtral, *twice)
     assert "does not fit" in out
-    assert out.endswith("fits with FP8 KV, which is not built yet\n")
+    assert out.endswith("fits with FP8 KV (--kv fp8), which is known, but not built into Moesaic yet\n")
+    assert planned(mixtral, *twice, "--hypothetical").endswith("fits with FP8 KV (--kv fp8)\n")
     assert "FP8 KV" not in planned(mixtral, "--gpu", "h200", "--context", str(2 * context + 2))
+    assert "FP8 KV" not in planned(mixtral, "--gpu", "a100", "--context", str(10**6)), "no kernel reads it there"
+    held = parsed(mixtral, *twice, "--hypothetical", "--kv", "fp8")
+    assert (held["memory"]["kv"], held["memory"]["kv_per_token"], held["memory"]["fits"]) == ("fp8", kv // 2, True)
+    shown = planned(mixtral, *twice, "--hypothetical", "--kv", "fp8")
+    assert "KV in fp8, 65,536 bytes per token" in " ".join(shown.split())
+
+
+def test_a_cache_in_fp8_needs_attention_that_reads_it(mixtral: Path) -> None:
+    """Refused by name where no kernel does, for this architecture: latent caches are not keys and values of heads."""
+    refused = parsed(mixtral, "--gpu", "h200", "--kv", "fp8", code=4)["refusal"]
+    assert (refused["kind"], refused["nearest"]) == ("not_built", "--kv bf16")
+    assert {"candidate": "triton", "reason": "reads a KV cache in bf16, not in fp8"} in refused["reasons"]
+    latent = spec_of(plan_fixtures.read("deepseek-v2-lite").config)
+    made = plan(latent, GPUS["h200"], CATALOGUE, replace(HYPOTHETICAL, kv="fp8"))
+    assert isinstance(made, Refusal)
+    assert made.kind == "impossible"
+    assert made.nearest == "--kv bf16"
+    assert any("not over MLA's latent cache" in each.reason for each in made.reasons)
 
 
 def test_a_processor_has_no_more_of_its_kind(mixtral: Path) -> None:
@@ -173,12 +195,23 @@ def test_a_processor_has_no_more_of_its_kind(mixtral: Path) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("argv", [
+    ("--gpu", "h100", "--experts", "flashinfer_trtllm", "--hypothetical"), ("--gpu", "mi300x"),
+    ("--gpu", "b200", "--hypothetical", "--ep", "8", "--dispatch", "decode=deepep_low_latency", "--wire", "nvfp4"),
+    ("--gpu", "b200", "--scheme", "fp8", "--experts", "decode=flashinfer_trtllm,prefill=deep_gemm_contiguous"),
+])  # fmt: skip
+def test_no_line_of_a_refusal_is_wider_either(mixtral: Path, argv: tuple[str, ...]) -> None:
+    for line in planned(mixtral, *argv, code=4).splitlines():
+        assert line == line.rstrip()
+        assert len(line) <= 100 or str(mixtral) in line
+
+
 def test_a_demand_that_cannot_be_met_names_why_and_what_works(mixtral: Path) -> None:
     out = planned(mixtral, "--gpu", "h100", "--experts", "flashinfer_trtllm", "--hypothetical", code=4)
     assert "no plan (impossible). layer 0, decode: no path for bf16 weights with bf16 rows on h100" in out
     first = out.splitlines()[4].split(maxsplit=1)
     assert first == ["flashinfer_trtllm", "is for compute capability 100 to 103, not 90"], "what was asked for is first"
-    assert "works here: --experts deep_gemm_contiguous --dispatch local" in out
+    assert "works here: --experts decode=deep_gemm_masked,prefill=deep_gemm_contiguous" in out
     found = parsed(mixtral, "--gpu", "h100", "--experts", "flashinfer_trtllm", "--hypothetical", code=4)["refusal"]
     assert found["kind"] == "impossible"
     assert found["reasons"][0].keys() == {"candidate", "reason"}
@@ -204,13 +237,77 @@ def test_a_wire_that_would_round_needs_the_users_word(mixtral: Path) -> None:
     """And the reasons are about the wire that was asked for, not about others."""
     argv = (mixtral, "--gpu", "h100", "--ep", "8", "--hypothetical", "--wire", "fp8_group128")
     reasons = {each["candidate"]: each["reason"] for each in parsed(*argv, code=4)["refusal"]["reasons"]}
-    assert reasons["triton with deepep"] == "a wire in fp8_group128 would round what the scheme keeps (bf16)"
+    assert reasons["triton with all_gather"] == "a wire in fp8_group128 would round what the scheme keeps (bf16)"
     assert not any("bf16, not fp8_group128" in reason for name, reason in reasons.items() if "with" in name)
     assert "would round what the scheme" in planned(*argv, code=4)
     lossy = parsed(*argv, "--lossy")
     stages = lossy["layers"][0]["cells"][0]["path"]["stages"]
     assert any(not stage["exact"] for stage in stages)
     assert "LOSSY" in planned(*argv, "--lossy")
+
+
+def paths(found: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """phase -> role -> stage of the last layer that is a mixture."""
+    cells = found["layers"][-1]["cells"]
+    return {cell["phase"]: {stage["role"]: stage for stage in cell["path"]["stages"]} for cell in cells}
+
+
+def test_a_dispatcher_is_demanded_for_one_phase_and_refused_for_another(tmp_path: Path) -> None:
+    """Low latency takes 128 tokens per rank: good for decoding, impossible for a long prefill."""
+    plan_fixtures.write(plan_fixtures.shortened(plan_fixtures.read("deepseek-v3-fp8"), 4), tmp_path / "model")
+    on = (tmp_path / "model", "--gpu", "h100", "--tp", "8", "--ep", "8", "--hypothetical")
+    one = paths(parsed(*on, "--dispatch", "decode=all_to_all_low_latency"))
+    assert one["decode"]["dispatch"]["kernel"] == "all_to_all_low_latency"
+    assert one["prefill"]["dispatch"]["kernel"] == paths(parsed(*on))["prefill"]["dispatch"]["kernel"] == "deepep"
+    both = paths(parsed(*on, "--dispatch", "decode=deepep_low_latency,prefill=all_gather", "--wire", "prefill=bf16"))
+    assert (both["decode"]["dispatch"]["kernel"], both["prefill"]["dispatch"]["kernel"]) == (
+        "deepep_low_latency", "all_gather",
+    )  # fmt: skip
+    assert (both["decode"]["dispatch"]["encoding"], both["prefill"]["dispatch"]["encoding"]) == ("fp8_group128", "bf16")
+    for wish in ("deepep_low_latency", "prefill=deepep_low_latency"):
+        refused = parsed(*on, "--dispatch", wish, code=4)["refusal"]
+        assert refused["where"] == "layer 3, prefill"
+        reasons = {each["candidate"]: each["reason"] for each in refused["reasons"]}
+        assert reasons["deepep_low_latency"] == "takes at most 128 tokens per rank, not 8192"
+        assert refused["nearest"] == "--dispatch decode=deepep_low_latency,prefill=deepep"
+    out = planned(*on, "--dispatch", "prefill=deepep_low_latency", code=4)
+    assert out.split("candidate")[1].split()[1] == "deepep_low_latency", "what was asked for is first"
+
+
+def test_one_layout_of_the_weights_serves_both_phases_unless_two_are_paid_for(mixtral: Path) -> None:
+    on = (mixtral, "--gpu", "b200", "--hypothetical", "--scheme", "fp8")
+    wish = ("--experts", "decode=flashinfer_trtllm,prefill=deep_gemm_contiguous")
+    refused = parsed(*on, *wish, code=4)["refusal"]
+    assert refused["reasons"] == [
+        {"candidate": "flashinfer_trtllm with local, decode", "reason": "takes expert weights as swapped, plain"},
+        {"candidate": "deep_gemm_contiguous with local, prefill", "reason": "takes expert weights as halves, plain"},
+    ]
+    assert refused["nearest"].startswith("--two-layouts (a second copy of the experts, 1.3 GiB on a rank")
+    once, twice = parsed(*on), parsed(*on, *wish, "--two-layouts")
+    experts = 8 * (3 * 4096 * 14336 + 4 * 3 * 32 * 112)
+    assert twice["memory"]["weights"] - once["memory"]["weights"] == 32 * experts
+    packed = [cell["packed"] for cell in twice["layers"][0]["cells"]]
+    assert packed == [{"gate_up": "swapped", "packing": "plain"}, {"gate_up": "halves", "packing": "plain"}]
+    assert len({json.dumps(cell["packed"]) for cell in once["layers"][0]["cells"]}) == 1
+    assert any("(a second copy)" in each for each in twice["layers"][0]["derived"])
+    real = parsed(mixtral, "--gpu", "b200", "--scheme", "fp8", *wish, "--two-layouts", code=4)["refusal"]
+    assert real["kind"] == "not_built"
+
+
+def test_decoding_stands_in_a_graph_unless_it_cannot_or_the_user_says_no(mixtral: Path) -> None:
+    """deep_gemm_contiguous reads counts on the host: good for prefill. The reference looks at values: for neither."""
+    on = (mixtral, "--gpu", "h100", "--hypothetical")
+    graphs, eager, slow = parsed(*on), parsed(*on, "--no-graphs"), parsed(mixtral, "--gpu", "a100")
+    assert [each["graphs"] for each in (graphs, eager, slow)] == [True, False, False]
+    kernels = {phase: stages["experts"]["kernel"] for phase, stages in paths(graphs).items()}
+    assert kernels == {"decode": "deep_gemm_masked", "prefill": "deep_gemm_contiguous"}
+    assert {stages["experts"]["kernel"] for stages in paths(eager).values()} == {"deep_gemm_contiguous"}
+    assert (graphs["notes"], eager["notes"]) == ([], [])
+    (note,) = slow["notes"]
+    assert note == "decoding does not stand in CUDA graphs: reference cannot stand in a CUDA graph"
+    asked = parsed(*on, "--experts", "deep_gemm_contiguous")
+    assert not asked["graphs"], "a demand is honoured, and what it costs is said"
+    assert "deep_gemm_contiguous" in asked["notes"][0]
 
 
 def test_a_wire_that_nobody_carries_is_said_to_be_so() -> None:
@@ -253,7 +350,15 @@ def test_ranks_do_not_share_a_scale_that_each_finds_for_itself() -> None:
         (("--experts", "tritn"), "--experts: unknown name 'tritn'. Known: cpu"),
         (("--dispatch", "triton"), "--dispatch: unknown name 'triton'. Known: all_gather"),
         (("--why", "nobody"), "--why: unknown name 'nobody'"),
-        (("--wire", "fp3"), "invalid choice: 'fp3'"),
+        (("--wire", "fp3"), "--wire: unknown name 'fp3'. Known: bf16, fp8_group128"),
+        (("--wire", "decode=mxfp8,prefill=fp3"), "--wire: unknown name 'fp3'"),
+        (("--dispatch", "decode=deepep,prefill=triton"), "--dispatch: unknown name 'triton'. Known: all_gather"),
+        (("--dispatch", "decoding=local"), "'decoding=local' is neither a name nor one for each phase"),
+        (("--experts", "decode=cpu,decode=cpu"), "Write NAME, or decode=NAME,prefill=NAME."),
+        (("--experts", "decode="), "--experts: 'decode=' is neither"),
+        (("--kv", "fp4"), "invalid choice: 'fp4'"),
+        (("--tp", "1.5"), "invalid int value: '1.5'"),
+        (("--gpu",), "expected at least one argument"),
         (("--router-dtype", "float16"), "invalid choice: 'float16'"),
     ],
 )
@@ -262,6 +367,36 @@ def test_an_option_that_means_nothing_is_an_error_of_one_line(argv: tuple[str, .
     assert done.code == 2
     assert done.out == ""
     assert says in done.error
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("./nowhere", "no such directory"),
+        ("a/b/c", "no such directory"),
+        ("no hub id!", "no such directory"),
+        ("", "holds no safetensors file"),
+        ("/dev/null", "is not a directory"),
+        ("org/model", "cannot be read from the hub"),
+    ],
+)
+def test_a_model_that_is_not_there_is_an_error_of_one_line(model: str, says: str) -> None:
+    """Without a network (the tests are offline) a hub id that is not in the cache is one, too."""
+    done = call("plan", model, "--gpu", "h100")
+    assert (done.code, done.out) == (3, "")
+    assert says in done.error
+
+
+def test_ranks_that_cannot_share_name_the_nearest_that_can(mixtral: Path) -> None:
+    for argv, what, near in (
+        (("--tp", "3"), "32 query heads and 8 of keys cannot be shared by 3 ranks", "--tp 2"),
+        (("--tp", "64"), "cannot be shared by 64 ranks", "--tp 32"),
+        (("--ep", "16"), "8 experts cannot be shared by 16 ranks", "--ep 8"),
+        (("--tp", "2", "--ep", "6"), "8 experts cannot be shared by 6 ranks", "--ep 4"),
+    ):
+        refused = parsed(mixtral, "--gpu", "h100", *argv, "--hypothetical", code=4)["refusal"]
+        assert what in refused["what"]
+        assert refused["nearest"] == near
 
 
 # --- one kernel ------------------------------------------------------------------------------------------------------
@@ -274,8 +409,11 @@ def test_why_tells_of_every_place_where_a_kernel_could_stand(mixtral: Path) -> N
     taken = planned(mixtral, "--gpu", "b200", "--why", "flashinfer_trtllm", "--hypothetical").splitlines()
     assert taken == [f"{each}taken for experts" for each in where]
     real = planned(mixtral, "--gpu", "h100", "--why", "deep_gemm_contiguous").splitlines()
-    assert real
-    assert all(line.endswith("is known, but not built into Moesaic yet") for line in real), "not what a variant lacks"
+    assert [line.split(": ")[0] for line in real] == [each.strip(": ") for each in where]
+    assert real[0].endswith("cannot stand in a CUDA graph"), "which decoding does"
+    assert real[1].endswith("is known, but not built into Moesaic yet"), "not what a variant lacks"
+    eager = planned(mixtral, "--gpu", "h100", "--why", "deep_gemm_contiguous", "--no-graphs").splitlines()
+    assert all(line.endswith("is known, but not built into Moesaic yet") for line in eager)
     beaten = planned(mixtral, "--gpu", "h100", "--why", "triton", "--hypothetical")
     assert "triton with local: deep_gemm_contiguous with local is preferred" in beaten
     assert "rms_norm: taken" in beaten
@@ -314,7 +452,8 @@ def test_the_keys_are_those_that_are_documented(mixtral: Path) -> None:
     bad = parsed(mixtral, "--gpu", "h100", "--tp", "2", code=4)
     ep = parsed(mixtral, "--gpu", "h100", "--ep", "16", "--hypothetical", code=4)
     worse = parsed(mixtral, "--gpu", "mi300x", code=4)
-    found = set().union(*(keys(each) for each in (good, bad, ep, worse)))
+    phased = parsed(mixtral, "--gpu", "h100", "--dispatch", "decode=local")
+    found = set().union(*(keys(each) for each in (good, bad, ep, worse, phased)))
     ops = {key for key in found if key.startswith("ops[].chosen.")}
     assert found - ops == documented()
     assert good["memory"]["kv_per_token"] == 131072

@@ -17,7 +17,7 @@ from moesaic.models.build import spec_of
 from moesaic.models.decoder import Decoder
 from moesaic.models.floor import Step, step, touched
 from moesaic.models.hold import hold_online
-from moesaic.planning.cost import fit
+from moesaic.planning.cost import fit, vocabulary
 from moesaic.planning.plan import plan
 from scripts import plan_fixtures
 from tests.planning_support import CATALOGUE, HYPOTHETICAL
@@ -69,11 +69,12 @@ def test_the_weights_are_those_that_the_model_allocates(name: str, changes: dict
 
 
 def test_the_weights_on_eight_ranks_are_counted_by_hand() -> None:
-    """Qwen3-30B-A3B on 8 ranks: 4 q heads and 1 of 4 kv heads (each on two ranks), a width of 96, whole routers."""
+    """Qwen3-30B-A3B on 8 ranks: 4 q heads and 1 of 4 kv heads (each on two ranks), a width of 96, whole routers, and an
+    eighth of the vocabulary."""
     planned = made(spec("qwen3-30b-a3b"), tp=8)
     attention = 2048 * (4 * 128 + 2 * 128) + 2048 * 4 * 128
     layer = 2 * (attention + 128 * 3 * 2048 * 96 + 2 * 2048 + 2 * 128) + 4 * 128 * 2048
-    assert planned.weight_bytes == 48 * layer + 2 * (2 * 151936 * 2048 + 2048)
+    assert planned.weight_bytes == 48 * layer + 2 * (2 * 151936 // 8 * 2048 + 2048)
     assert planned.kv_bytes_per_token == 48 * 2 * 2 * 128
     qkv = next(each for each in planned.layers[0].linears if each.role == "qkv")
     assert qkv.nbytes == 2 * 2048 * 6 * 128
@@ -95,8 +96,19 @@ def test_experts_are_dealt_out_under_expert_parallelism_and_cut_under_tensor_par
     of, experts = spec("mixtral-8x7b"), 2 * 3 * 4096 * 14336
     one, dealt, cut = made(of), made(of, ep=8), made(of, tp=8)
     assert one.weight_bytes - dealt.weight_bytes == 32 * 7 * experts
-    attention = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096)
-    assert one.weight_bytes - cut.weight_bytes == 32 * (7 * experts + attention * 7 // 8)
+    attention, words = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096), 2 * 2 * 32000 * 4096
+    assert one.weight_bytes - cut.weight_bytes == 32 * (7 * experts + attention * 7 // 8) + words * 7 // 8
+
+
+def test_the_last_rank_of_a_vocabulary_that_does_not_divide_has_fewer_rows() -> None:
+    """Whole where no projection is cut, as with experts shared out alone."""
+    of, words = replace(spec("mixtral-8x7b"), vocab=32001), 2 * 2 * 4096
+    whole, dealt, two = made(of), made(of, ep=8), made(of, tp=2)
+    assert vocabulary(of, Wishes(ep=8)) == 32001
+    assert vocabulary(of, Wishes(tp=2)) == 16001
+    layers = {id(p): sum(len(each.layers) * each.nbytes for each in p.layers) for p in (whole, dealt, two)}
+    assert whole.weight_bytes - layers[id(whole)] == dealt.weight_bytes - layers[id(dealt)] == 32001 * words + 2 * 4096
+    assert two.weight_bytes - layers[id(two)] == 16001 * words + 2 * 4096
 
 
 def test_a_model_that_computes_in_float32_takes_twice_the_memory() -> None:
@@ -202,11 +214,11 @@ def test_a_decode_step_of_deepseek_v3_counted_by_hand() -> None:
     shared = 2 * fp8(256, 7168) + fp8(7168, 256)
     routed = 2 * fp8(2048, 7168) + fp8(7168, 2048) + 4 * (256 * 7168 + 256)
     layers = 61 * (attention + norms + cache) + 3 * dense + 58 * (shared + routed)
-    assert found.nbytes == pytest.approx(layers + 2 * 129280 * 7168 + 2 * 7168, rel=1e-9)
+    assert found.nbytes == pytest.approx(layers + (2 * 129280 * 7168 + 2 * 7168) / 8, rel=1e-9)
     projections = 7168 * (1536 + 576) + 1536 * 3072 + 2048 * 7168 + 4096 * 512
     attended = 16 * (2 * 512 + 64) * 4096
     feed = 3 * 3 * 7168 * 2304 + 58 * (3 * 7168 * 256 + 3 * 7168 * 2048 + 256 * 7168)
-    assert found.operations == 2 * (61 * (projections + attended) + feed + 129280 * 7168)
+    assert found.operations == 2 * (61 * (projections + attended) + feed + 129280 * 7168 // 8)
 
 
 def test_prefill_attends_to_earlier_positions_and_its_floor_is_operations() -> None:

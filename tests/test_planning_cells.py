@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.contracts.plan import ModelPlan, Wishes
+from moesaic.contracts.plan import PHASES, ModelPlan, Phase, Wishes
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.contracts.spec import ModelSpec, MoESpec
 from moesaic.errors import MoesaicError
@@ -71,7 +71,7 @@ def layer_of(spec: ModelSpec, plan: ModelPlan, like: Tensor, seed: int) -> MoELa
     """A mixture layer built from a plan, with random numbers in its codes that are the same for every plan."""
     mixture = spec.layers[0].mlp
     assert isinstance(mixture, MoESpec)
-    layer = MoELayer(mixture, 0, 0, Kernels(plan), LocalDispatcher(), LoadMeter([EXPERTS]), like)
+    layer = MoELayer(mixture, 0, 0, Kernels(plan), {"local": LocalDispatcher()}, LoadMeter([EXPERTS]), like)
     generator = torch.Generator().manual_seed(seed)
     settle = []
     for item in layer.sources():
@@ -113,13 +113,31 @@ def run_cell(name: str, config: dict[str, Any], scheme: str, kernel: str, dtype:
     assert mine.experts.weights.w13.nbytes + mine.experts.weights.w2.nbytes == counted, "bytes as planned"
     for tokens in (0, 1, 7, 33):
         x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).to(like.dtype)
-        for phase in ("decode", "prefill"):
-            y = mine(x, phase)  # type: ignore[arg-type]
+        for phase in PHASES:
+            y = mine(x, phase)
+            if tokens in (0, 7):
+                check_arrows(mine, x, phase)
             assert y.dtype == like.dtype
             assert y.shape == x.shape
             if tokens:
-                same(y, theirs(x, phase), LIMIT[dtype], SCHEMES[scheme].activation.name)  # type: ignore[arg-type]
+                same(y, theirs(x, phase), LIMIT[dtype], SCHEMES[scheme].activation.name)
     return True
+
+
+def check_arrows(layer: MoELayer, x_TD: Tensor, phase: Phase) -> None:
+    """What travels behind each stage has the dtype that the plan states; codes of rows are one byte each, or a half."""
+    cell = layer.cell(phase, len(x_TD))
+    said = {stage.role: stage.encoding for stage in cell.path.stages}
+    assert str(layer.route.logits(x_TD, cell.ops).dtype) == f"torch.{said['gate']}"
+    routing = layer.route(x_TD, cell.ops)
+    assert (routing.ids_TA.dtype, routing.weights_TA.dtype) == (torch.int32, torch.float32)
+    sent = layer.dispatchers[cell.path.stage("dispatch").kernel].dispatch(x_TD, routing)
+    assert (said["dispatch"], sent.x_TD.dtype) == ("bf16", x_TD.dtype), "a wire in bf16 is in the model's own dtype"
+    rows = cell.ops.encode(sent.x_TD, layer.experts.scheme.activation, layer.experts.input_scale)
+    assert rows.encoding.name == said.get("encode", "bf16")
+    assert rows.dtype == x_TD.dtype
+    assert rows.data.dtype.itemsize == (1 if "encode" in said else x_TD.element_size())
+    assert cell.ops.experts(rows, layer.experts.weights, sent.ids_TA, sent.weights_TA).dtype == x_TD.dtype
 
 
 def same(y_TD: Tensor, expected_TD: Tensor, limit: float, encoding: str) -> None:

@@ -157,16 +157,41 @@ def row_wise(tokens: int) -> None:
     rotate(meta(tokens, 32, 128), meta(tokens, 64, dtype=torch.float32), meta(tokens, 64, dtype=torch.float32), False)
     activate(meta(tokens, 4096), SILU)
     spec = RouterSpec(256, 8, "sigmoid", "w", "b", True, 2.5, 8, 4, "top2_sum")
-    route(meta(tokens, 256, dtype=torch.float32), meta(256, dtype=torch.float32), spec)
+    for logits in (torch.float32, torch.bfloat16):
+        route(meta(tokens, 256, dtype=logits), meta(256, dtype=torch.float32), spec)
     slots = meta(8, 64, 2048, dtype=torch.float8_e4m3fn)
     requantize_slots(slots, meta(8, 64, 16, dtype=torch.float32), meta(8, dtype=torch.int32),
                      meta(dtype=torch.float32))  # fmt: skip
+
+
+def around(tokens: int) -> None:
+    """What stands around products that are not ours, of DeepSeek-V3's mixture."""
+    from moesaic.kernels._triton.gather import gather, transposed
+    from moesaic.kernels._triton.join_rows import Extras, join_rows, join_slots
+    from moesaic.kernels._triton.place import place
+    from moesaic.kernels._triton.weigh import weigh
+
+    (count, hidden, width, top_k), floats = DEEPSEEK, torch.float32
+    ids = meta(tokens, top_k, dtype=torch.int32)
+    places = place(ids, count, 64)
+    gather(meta(tokens, hidden, dtype=torch.float8_e4m3fn), meta(tokens, hidden // 128, dtype=floats), places)
+    gather(meta(tokens, hidden), None, places)
+    transposed(meta(tokens, hidden // 128, dtype=floats))
+    extras = Extras(meta(count, 2 * width), meta(count, 2, dtype=floats), meta(tokens, 1, dtype=floats))
+    for how in ("bf16", "wide", "fp8_group128", "mxfp8"):
+        join_rows(meta(places.count, 2 * width), ids.flatten(), places.place_R, SILU, how)
+        join_rows(meta(tokens * top_k, 2 * width), ids.flatten(), None, Activation("swiglu_oai"), how, extras, top_k)
+        join_slots(meta(count, 128, 2 * width), meta(count, dtype=torch.int32), SILU, how)
+    last = Extras(meta(count, hidden), meta(count, 1, dtype=floats), meta(tokens * top_k, 1, dtype=floats))
+    for more, at in ((Extras(), places.place_R), (last, None)):
+        weigh(meta(places.count, hidden), ids, meta(tokens, top_k, dtype=floats), at, more)
 
 
 LATENT, GROUPED = KVView(1, 576, 0, 512), KVView(4, 128, 512, 128)
 DEEPSEEK = (256, 7168, 2048, 8)
 CASES: dict[str, Callable[[], object]] = {
     "row wise": lambda: row_wise(64),
+    "around": lambda: around(128),
     "gate": lambda: gate(16),
     "latent decode": lambda: attend(LATENT, 128, 8, 1),
     "latent prefill": lambda: attend(LATENT, 128, 1, 256),

@@ -28,7 +28,10 @@ class EngineConfig:
     prefix_cache: reuse the KV of shared prompt beginnings.
     deterministic: a request's tokens do not depend on what runs beside it, on chunking, preemption or prefix hits.
     quantization: a scheme in which weights are held, quantised while they are loaded; None or "none": as stored.
-    seed: of requests that bring none.  experts: backend of the expert product, or `auto`.
+    seed: of requests that bring none.
+    experts: backend of the expert product, or `auto`; `decode=A,prefill=B` for each phase its own.
+    router_dtype: that the routers compute in; `auto` is what the planner prefers, float32.
+    graphs: on a GPU, decode in CUDA graphs where every kernel can stand in one.
     revision: of a hub model.  progress: show progress bars.
     """
 
@@ -45,18 +48,21 @@ class EngineConfig:
     quantization: str | None = None
     seed: int = 0
     experts: str = "auto"
+    router_dtype: str = "auto"
+    graphs: bool = True
     revision: str | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)
         one_of("device", self.device, DEVICES)
+        one_of("router_dtype", self.router_dtype, DTYPES)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             positive(name, getattr(self, name))
         for name in ("max_model_len", "kv_memory"):
             if getattr(self, name) is not None:
                 positive(name, getattr(self, name))
-        for name in ("prefix_cache", "deterministic", "progress"):
+        for name in ("prefix_cache", "deterministic", "graphs", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError("must be True or False", where=flag(name), remedy="Correct the value.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

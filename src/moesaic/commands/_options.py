@@ -81,7 +81,9 @@ ENGINE: Mapping[str, Hint] = {
         f"scheme to quantise to while loading: {', '.join(SCHEMES)}; none is as stored", "S", "none", parse=scheme
     ),
     "seed": Hint("seeds sampling: the same command gives the same answers", "N"),
-    "experts": Hint("kernel backend of the expert product", "NAME"),
+    "experts": Hint("kernel backend of the expert product; decode=A,prefill=B for each phase its own", "NAME"),
+    "router_dtype": Hint("what the routers compute in; auto: float32", choices=DTYPES),
+    "graphs": Hint("do not decode in CUDA graphs", default="where every kernel can stand in one"),
     "revision": Hint("branch, tag or commit of a hub model", "NAME", "its main branch"),
     "progress": Hint("show no progress bars", default="show them on a terminal"),
 }
@@ -190,7 +192,7 @@ def load(args: argparse.Namespace) -> LLM:
 def announce(args: argparse.Namespace, llm: LLM) -> None:
     """Says on stderr what runs."""
     print(f"moesaic: {args.model or embedded_model()}: {llm.launched.summary()}", file=sys.stderr, flush=True)
-    for note in llm.launched.built.model.spec.notes:
+    for note in llm.launched.built.plan.notes:
         print(f"moesaic: note: {note}", file=sys.stderr, flush=True)
     if args.explain:
         print(llm.launched.built.plan.explain(), file=sys.stderr, flush=True)

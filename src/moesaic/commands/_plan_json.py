@@ -12,19 +12,20 @@ from moesaic.contracts.plan import Refusal
 def as_json(report: Report) -> dict[str, Any]:
     base = {
         "model": report.model, "architecture": report.spec.architecture, "hardware": report.hardware.name,
-        "ranks": report.ranks, "wishes": plain(report.wishes), "notes": list(report.spec.notes),
+        "ranks": report.ranks, "wishes": plain(report.wishes),
+        "notes": list(report.spec.notes if isinstance(report.made, Refusal) else report.plan.notes),
     }  # fmt: skip
     if isinstance(report.made, Refusal):
         return base | {"refusal": plain(report.made)}
     made = report.plan
     return base | {
-        "dtype": made.base.dtype,
+        "dtype": made.base.dtype, "graphs": made.base.capturable,
         "layers": [plain(layer) | {"name": named(report, layer.layers)} for layer in made.layers],
         "ops": [{"format": need.format, "encoding": need.encoding, "activation": need.activation,
                  "chosen": {choice.op: choice.chosen for choice in choices}} for need, choices in made.ops.items()],
         "memory": plain(report.fit) | {
             "kv_per_token": made.kv_bytes_per_token, "fits": not report.fit.lacking,
-            "fits_with_fp8_kv": report.fits_with_fp8_kv,
+            "kv": made.kv, "fits_with_fp8_kv": report.fp8_kv is not None,
             "fits_on": {"tp": report.more.tp, "ep": report.more.ep} if report.more else None,
         },
         "steps": [{"phase": phase, "requests": requests} | plain(each) for phase, requests, each in report.steps()],

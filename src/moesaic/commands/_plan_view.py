@@ -17,7 +17,8 @@ from moesaic.contracts.spec import ModelSpec, MoESpec
 from moesaic.errors import OptionError
 from moesaic.hardware import Hardware
 from moesaic.models.floor import Step, step
-from moesaic.planning.cost import RESERVE, Fit, fit
+from moesaic.models.wishes import names_in
+from moesaic.planning.cost import ITEMSIZE, RESERVE, Fit, fit, vocabulary
 from moesaic.planning.needs import blocks_of
 
 WIDTH = 100
@@ -29,6 +30,7 @@ class Report:
     """A plan with what it was made for. context: positions per request, for the costs.
 
     more: where it does not fit, wishes for the fewest ranks on which it would, or None where none were found.
+    fp8_kv: where it does not fit, wishes with an FP8 cache, with which it would, or None where it would not.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Report:
     made: ModelPlan | Refusal
     context: int
     more: Wishes | None = None
+    fp8_kv: Wishes | None = None
 
     @property
     def ranks(self) -> int:
@@ -46,11 +49,6 @@ class Report:
     @cached_property
     def fit(self) -> Fit:
         return fit(self.plan, self.hardware, self.context)
-
-    @property
-    def fits_with_fp8_kv(self) -> bool:
-        """Half the bytes per token. Moesaic has no such cache yet."""
-        return self.fit.lacking > 0 and self.fit.lacking <= self.plan.kv_bytes_per_token * self.context // 2
 
     @property
     def plan(self) -> ModelPlan:
@@ -100,12 +98,14 @@ def headline(report: Report) -> str:
 
 def planned(report: Report) -> Iterator[str | Table]:
     made = report.plan
-    yield headline(report) + f", in {made.base.dtype}"
+    yield headline(report) + f", in {made.base.dtype}" + " with CUDA graphs" * made.base.capturable
     yield from (f"note: {escape(note)}" for note in made.notes)
     for layer in made.layers:
         yield from dense(report, layer)
         for cells in same_path(layer.cells):
             yield from mixture(report, layer, cells)
+        if layer.derived:
+            yield f"derived at load: {'; '.join(layer.derived)}"
     yield from costs(report)
     yield from memory(report)
 
@@ -201,9 +201,13 @@ def costs(report: Report) -> Iterator[str | Table]:
 
 
 def memory(report: Report) -> Iterator[str]:
-    held, kv = report.fit, report.plan.kv_bytes_per_token
-    yield (f"memory of one rank: weights {size(held.weights)}, usable {size(held.usable)} "
-           f"({100 * (1 - RESERVE):.0f}% of {size(report.hardware.memory)}), KV {kv:,} bytes per token")  # fmt: skip
+    held, kv, spec = report.fit, report.plan.kv_bytes_per_token, report.spec
+    words = (2 - spec.tied) * vocabulary(spec, report.wishes) * spec.hidden * ITEMSIZE[report.plan.base.dtype]
+    form = "" if report.plan.kv == "bf16" else f"in {report.plan.kv}, "
+    part = f"{100 * (1 - RESERVE):.0f}% of {size(report.hardware.memory)}"
+    yield f"memory of one rank: {size(held.usable)} usable ({part})"
+    yield (f"weights {size(held.weights)}, of them embedding and head {size(words)}; "
+           f"KV {form}{kv:,} bytes per token")  # fmt: skip
     if not held.lacking:
         requests = held.tokens // report.context
         yield f"[bold]fits[/bold], with room for {held.tokens:,} tokens: {requests:,} requests of {report.context}"
@@ -216,8 +220,9 @@ def memory(report: Report) -> Iterator[str]:
     yield text
     if report.more and not report.wishes.hypothetical:
         yield "several ranks are not built yet: --hypothetical shows what they would do"
-    if report.fits_with_fp8_kv:
-        yield "fits with FP8 KV, which is not built yet"
+    if report.fp8_kv:
+        known = report.fp8_kv.hypothetical and not report.wishes.hypothetical
+        yield "fits with FP8 KV (--kv fp8)" + (", which is known, but not built into Moesaic yet" if known else "")
 
 
 # --- a refusal -------------------------------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def grouped(reasons: Iterable[Rejection], wishes: Wishes) -> list[tuple[str, lis
     found: dict[str, list[str]] = {}
     for each in reasons:
         found.setdefault(each.reason, []).append(each.candidate)
-    asked = {wishes.experts, wishes.dispatch} - {None}
+    asked = {*names_in(wishes.experts), *names_in(wishes.dispatch)}
 
     def order(item: tuple[str, list[str]]) -> tuple[bool, bool]:
         reason, candidates = item

@@ -1,4 +1,4 @@
-"""`moesaic bench`: measurements that a user can make."""
+"""`moesaic bench`: measurements that a user can make: of a server, and of the kernels on this machine."""
 
 from __future__ import annotations
 
@@ -6,28 +6,54 @@ import argparse
 import asyncio
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.config import DEVICES, cache_folder
+from moesaic.contracts.scheme import SCHEMES
 from moesaic.errors import OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from moesaic.commands._load import Sample
+    from moesaic.commands._measure import Case
 
 EPILOG = """\
+`moesaic bench serve --help` and `moesaic bench tune --help` tell the options.
+
 examples:
   moesaic bench serve --url http://127.0.0.1:8000 --model tiny --requests 200 --rate 10
   moesaic bench serve --url http://host:8000 --model mixtral --concurrency 64 --words 50:500 --tokens 100:300
+  moesaic bench tune ./model
 """
+TUNE = """\
+Plans then take, for each number of tokens, the kernel that was the fastest. Tables ship for some GPUs and shapes; a
+shape that nobody measured is judged by the nearest one. Rows that a table has already are measured again.
+
+examples:
+  moesaic bench tune ./model                                   what this model needs, on this machine
+  moesaic bench tune org/model --ep 8 --tokens 1 16 64 256
+  moesaic bench tune --shape 128x2048x768x8 --scheme fp8 mxfp8 --out table.json
+"""
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "bench", help="measure a server", epilog=EPILOG, usage="moesaic bench serve --url URL [options]",
+        "bench", help="measure a server, or the kernels here", epilog=EPILOG,
+        usage="moesaic bench serve|tune [options]", description="Measure a server, or the kernels on this machine.",
+    )  # fmt: skip
+    what = parser.add_subparsers(title="what to measure", metavar="serve|tune", dest="what", required=True)
+    add_serve(what)
+    add_tune(what)
+
+
+def add_serve(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "serve", help="put load on a server", epilog=EPILOG, usage="moesaic bench serve --url URL [options]",
         description="Put load on any OpenAI-compatible server, and report throughput and latencies.",
     )  # fmt: skip
     add = parser.add_argument
-    add("what", choices=("serve",), metavar="serve", help="what to measure: a server")
     add("--url", metavar="URL", required=True, help="of the server, with or without /v1 (required)")
     add("--model", metavar="NAME", default="tiny", help="as the server calls it (default: tiny)")
     add("--requests", metavar="N", type=int, default=100, help="how many (default: 100)")
@@ -40,6 +66,79 @@ def add_parser(subparsers: Any) -> None:
     add("--json", metavar="FILE", help="write the summary and every request to this file (default: no file)")
     add("--plot", metavar="FILE", help="draw the latencies; needs matplotlib (default: no drawing)")
     parser.set_defaults(run=run)
+
+
+def add_tune(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "tune", help="measure expert kernels, for plans to choose by", epilog=TUNE,
+        usage="moesaic bench tune [MODEL | --shape S --scheme NAME] [options]",
+        description="Measure every expert kernel that can run here, and keep the times for plans to choose by.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="a directory or hub id; only its config and headers are read")
+    add("--shape", metavar="S", type=shape, nargs="+", default=[],
+        help="experts of a rank x hidden size x width x experts per token, for want of a model (default: none)")
+    add("--scheme", metavar="NAME", nargs="+", choices=tuple(SCHEMES), default=[],
+        help="schemes to measure (default: the model's own)")  # fmt: skip
+    add("--ep", metavar="N", type=int, default=1, help="ranks that share the model's experts (default: 1)")
+    add("--tokens", metavar="N", type=int, nargs="+", default=TOKENS, help="of a step (default: 1 to 8192)")
+    add("--kernels", metavar="NAME", nargs="+", default=[], help="to measure (default: all but the reference)")
+    add("--device", choices=DEVICES, default="auto", help="auto, cpu or cuda (default: auto, a GPU if there is one)")
+    add("--out", metavar="FILE", help="table to write or add to (default: the device's, in the cache folder)")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a hub model (default: its main branch)")
+    parser.set_defaults(run=tune)
+
+
+def shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        experts, hidden, width, top_k = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form EXPERTSxHIDDENxWIDTHxTOP_K") from None
+    if min(experts, hidden, width, top_k) < 1 or top_k > experts:
+        raise argparse.ArgumentTypeError(f"{text!r} has a size that cannot be")
+    return experts, hidden, width, top_k
+
+
+def tune(args: argparse.Namespace) -> int:
+    from moesaic.commands import _tune
+    from moesaic.hardware import local
+    from moesaic.kernels.registry import local_catalogue
+
+    if bool(args.model) == bool(args.shape) or (args.shape and not args.scheme):
+        raise OptionError("name a model, or shapes with schemes", where="bench tune", remedy="See its --help.")
+    if min(*args.tokens, args.ep, 1) < 1:
+        raise OptionError("must be positive", where="--tokens, --ep", remedy="Correct the value.")
+    hardware, known = local(args.device), local_catalogue()
+    if hardware is None:
+        raise UnsupportedError("torch sees no GPU here", where="--device cuda", remedy="Use --device cpu.")
+    if unknown := set(args.kernels) - {each.backend for each in known if each.op == "experts" and each.built}:
+        names = ", ".join(sorted(unknown))
+        raise OptionError(f"no such kernel: {names}", where="--kernels", remedy="See moesaic doctor.")
+    tuner = _tune.Tuner(hardware, known, sorted(set(args.tokens)), args.kernels, partial(print, file=sys.stderr))
+    path = Path(args.out) if args.out else cache_folder() / "tuning" / f"{_tune.word_of(hardware.name)}.json"
+    count = 0
+    for rows in tuner.rows(cases(args)):
+        if rows:
+            _tune.write(tuner.table(rows), path)  # after each case: what was interrupted is not lost
+        count += len(rows)
+    print(f"{count} rows written to {path}" if count else "nothing could be measured")
+    return int(not count)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    from moesaic.commands._measure import Case
+    from moesaic.commands._tune import cases_of
+    from moesaic.models.hold import hold_online
+    from moesaic.models.metadata import read_metadata
+
+    if args.shape:
+        return [Case(SCHEMES[name], *each) for each in args.shape for name in args.scheme]
+    spec = read_metadata(args.model, args.revision).spec
+    found = [case for name in args.scheme or [None] for case in cases_of(hold_online(spec, name), args.ep)]
+    if not found or any(case.experts == 0 for case in found):
+        what = "has no mixture layers, or fewer experts than ranks"
+        raise OptionError(what, where=args.model, remedy="Name another model, or a smaller --ep.")
+    return list(dict.fromkeys(found))
 
 
 def span(text: str) -> tuple[int, int]:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from moesaic.assets import embedded_model
+from moesaic.assets import embedded_model, tuning_tables
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
-from moesaic.contracts.scheme import ENCODINGS
+from moesaic.contracts.scheme import ENCODINGS, KV_FORMATS
 from moesaic.contracts.spec import ModelSpec
 from moesaic.errors import OptionError, UnsupportedError
 from moesaic.hardware import GPUS, Hardware, local_cpu
@@ -31,6 +31,7 @@ examples:
   moesaic plan deepseek-ai/DeepSeek-V3 --gpu h200 --tp 8 --ep 8 --hypothetical
   moesaic plan ./model --gpu h100 b200 --scheme mxfp8 --hypothetical
   moesaic plan ./model --gpu h100 --why flashinfer_trtllm
+  moesaic plan ./model --gpu h100 --ep 8 --hypothetical --dispatch decode=deepep_low_latency,prefill=deepep
 """
 
 
@@ -46,12 +47,16 @@ def add_parser(subparsers: Any) -> None:
     add("--tp", metavar="N", type=int, default=1, help="ranks that cut each projection (default: 1)")
     add("--ep", metavar="N", type=int, default=1, help="ranks that share the experts (default: 1)")
     add("--scheme", metavar="NAME", help="hold weights in this scheme, quantised at load (default: as stored)")
-    add("--experts", metavar="NAME", help="demand this expert kernel (default: the best)")
-    add("--dispatch", metavar="NAME", help="demand this dispatcher (default: the best)")
-    add("--wire", choices=ENCODINGS,
-        help="demand this encoding between dispatch and experts (default: the cheapest)")  # fmt: skip
+    each = "decode=A,prefill=B for each phase its own"
+    add("--experts", metavar="NAME", help=f"demand this expert kernel; {each} (default: the best)")
+    add("--dispatch", metavar="NAME", help=f"demand this dispatcher; {each} (default: the best)")
+    wires = f"{', '.join(ENCODINGS)}; {each}"
+    add("--wire", metavar="NAME",
+        help=f"demand this encoding between dispatch and experts: {wires} (default: the cheapest)")  # fmt: skip
     add("--router-dtype", choices=("float32", "bfloat16"),
         help="demand this dtype of the router logits (default: what the kernel takes)")  # fmt: skip
+    add("--kv", choices=KV_FORMATS, default="bf16",
+        help="format of the KV cache (default: bf16, meaning the dtype that is computed in)")  # fmt: skip
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="that is computed in (default: auto, bfloat16 where the hardware has it)")  # fmt: skip
     add("--max-batch", metavar="N", type=int, default=64, help="requests decoding at once (default: 64)")
@@ -59,6 +64,10 @@ def add_parser(subparsers: Any) -> None:
     add("--deterministic", action="store_true",
         help="only kernels whose rows do not depend on one another (default: any)")  # fmt: skip
     add("--lossy", action="store_true", help="allow roundings that the scheme does not ask for (default: refuse)")
+    add("--two-layouts", action="store_true",
+        help="hold expert weights twice where the phases' kernels want two layouts (default: refuse)")  # fmt: skip
+    add("--no-graphs", dest="graphs", action="store_false",
+        help="do not decode in CUDA graphs (default: where every kernel can stand in one)")  # fmt: skip
     add("--hypothetical", action="store_true", help="plan with kernels that are not built yet, too (default: refuse)")
     add("--why", metavar="KERNEL", help="only say why this kernel or dispatcher was not taken (default: show all)")
     add("--json", action="store_true", help="print JSON (default: tables)")
@@ -75,18 +84,22 @@ def run(args: argparse.Namespace) -> int:
     from moesaic.models.build import choose_dtype
     from moesaic.models.hold import hold_online
     from moesaic.models.metadata import read_metadata
+    from moesaic.models.wishes import names_in
     from moesaic.moe.dispatch import contracts
 
-    model = args.model or str(embedded_model())
+    model, wishes = str(embedded_model()) if args.model is None else args.model, wishes_of(args)
     spec = hold_online(read_metadata(model, args.revision).spec, args.scheme)
     found = []
     for hardware in machines:
         known = (*(local_catalogue() if hardware.device == "cpu" else catalogue()), *contracts())
-        for option in ("experts", "dispatch", "why"):
-            if name := getattr(args, option):
+        for option, names in (("experts", names_in(wishes.experts)), ("dispatch", names_in(wishes.dispatch)),
+                              ("why", [args.why] if args.why else [])):  # fmt: skip
+            for name in names:
                 check_known(name, (c.backend for c in known if option in (c.op, "why")), f"--{option}")
+        for name in names_in(wishes.wire):
+            check_known(name, ENCODINGS, "--wire")
         dtype = choose_dtype(args.dtype, spec, hardware)
-        found.append(Asked(model, spec, hardware, known, dtype, args.context).report(wishes_of(args)))
+        found.append(Asked(model, spec, hardware, known, dtype, args.context).report(wishes))
     if args.json:
         printed = [as_json(report) | ({"why": why(report, args.why)} if args.why else {}) for report in found]
         json.dump(printed if len(printed) > 1 else printed[0], sys.stdout, indent=1)
@@ -117,14 +130,28 @@ class Asked:
 
         made = self.plan(wishes)
         report = Report(self.model, self.spec, self.hardware, wishes, made, self.context)
-        if isinstance(made, Refusal) or not report.fit.lacking or self.hardware.device == "cpu":
+        if isinstance(made, Refusal) or not report.fit.lacking:
             return report
-        return replace(report, more=self.enough(wishes))
+        more = None if self.hardware.device == "cpu" else self.enough(wishes)
+        return replace(report, more=more, fp8_kv=self.in_fp8(wishes))
+
+    def in_fp8(self, wishes: Wishes) -> Wishes | None:
+        """The same wishes with an FP8 cache, if attention can read one here and everything would fit then."""
+        from moesaic.planning.cost import fit
+
+        for hypothetical in sorted({wishes.hypothetical, True}):
+            less = replace(wishes, kv="fp8", hypothetical=hypothetical)
+            made = self.plan(less) if wishes.kv == "bf16" else None
+            if isinstance(made, ModelPlan):
+                return None if fit(made, self.hardware, self.context).lacking else less
+        return None
 
     def plan(self, wishes: Wishes) -> ModelPlan | Refusal:
         from moesaic.planning.plan import plan
+        from moesaic.planning.tuning import Tuning
 
-        return plan(self.spec, self.hardware, self.known, wishes, self.dtype)
+        tuning = Tuning.of(tuning_tables(), self.hardware.name)
+        return plan(self.spec, self.hardware, self.known, wishes, self.dtype, tuning)
 
     def enough(self, wishes: Wishes) -> Wishes | None:
         """The same wishes on more ranks: what is as wide as all of them grows with them."""
@@ -154,6 +181,7 @@ def check(args: argparse.Namespace) -> None:
             f"the {args.tp} ranks that cut projections must divide the {args.ep} that share experts",
             where="--ep", remedy="Use --ep 1 or a multiple of --tp.",
         )  # fmt: skip
+    wishes_of(args)
     if args.scheme is not None:
         scheme_named(args.scheme, "--scheme")
 
@@ -168,6 +196,11 @@ def machine(name: str) -> Hardware:
 
 
 def wishes_of(args: argparse.Namespace) -> Wishes:
-    names = ("experts", "dispatch", "wire", "router_dtype", "deterministic", "lossy", "hypothetical", "max_batch",
-             "tp", "ep")  # fmt: skip
-    return replace(Wishes(), **{name: getattr(args, name) for name in names})
+    """Raises OptionError for a wish for each phase that is none."""
+    from moesaic.models.wishes import wish_of
+
+    names = ("router_dtype", "kv", "deterministic", "lossy", "hypothetical", "max_batch", "tp", "ep", "graphs",
+             "two_layouts")  # fmt: skip
+    found: dict[str, Any] = {name: getattr(args, name) for name in names}
+    found |= {name: wish_of(getattr(args, name), f"--{name}") for name in ("experts", "dispatch", "wire")}
+    return Wishes(**found)

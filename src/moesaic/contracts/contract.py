@@ -7,7 +7,9 @@ built; nothing asks again at run time. Fields that do not concern an op keep the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from moesaic.contracts.scheme import Scheme, WeightFormat
 
 Duty = Literal["route", "weights", "factor", "reduce", "shared"]
 """What must be done exactly once on the path of a mixture: choose experts; apply the top-k weights; apply
@@ -16,7 +18,13 @@ Duty = Literal["route", "weights", "factor", "reduce", "shared"]
 Layout = Literal["tokens", "sorted", "slotted"]
 """`tokens` [T, H] plus ids; `sorted` by expert, groups padded to an alignment; `slotted` [E_local, capacity, H]."""
 
+GateUp = Literal["halves", "swapped", "interleaved"]
+"""Rows of an expert's first product: gate then up, up then gate, or row by row in turn."""
+
 FLOATS16 = frozenset({"float32", "bfloat16"})
+EAGER = "cannot stand in a CUDA graph"
+CACHE_OPS = frozenset({"attend_paged", "attend_latent", "store_latent"})
+"""Those that read or write the KV cache as it is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,18 @@ class Limits:
     max_ranks: int | None = None
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Packed:
+    """How expert weights lie in memory for a kernel: the order of the first product's rows, and how codes and scales
+    are packed. One copy serves every phase and token bucket, so all kernels of a layer must want the same."""
+
+    gate_up: GateUp = "halves"
+    packing: str = "plain"
+
+    def __str__(self) -> str:
+        return f"{self.gate_up}, {self.packing}"
+
+
 @dataclass(frozen=True, slots=True)
 class Contract:
     """One op of one backend.
@@ -79,10 +99,13 @@ class Contract:
     name (see `hardware.py`).  arch: inclusive range of CUDA compute capability times ten, 90 being Hopper.
     package, versions: what must be installed.  built: False where Moesaic knows the kernel and cannot run it yet.
     broken: why it cannot run on this very machine, found by trying; empty where it can, or where nobody tried.
-    formats, encodings: of the weights and rows that it multiplies; pairs, where given, lists the only combinations.
-    gate_up: order of the rows of the first product as the kernel wants them; packing: of its scales.
-    activations, expert_bias, sinks: as the names say.  latent_only: attention that knows MLA's cache alone.
-    scorings, logits, router_bias, groups: of routing, by name and dtype.  capturable: it can stand in a CUDA graph.
+    formats, encodings: of the weights and rows that it multiplies; pairs, where given, lists the only combinations;
+    forms, where given, the only variants of the formats that it names (groups, dtypes of scales, zero points).
+    gate_up: order of the rows of the first product as the kernel wants them; packing: of its codes and scales.
+    activations, expert_bias, sinks: as the names say.  kv: formats of the cache that attention reads.
+    latent_only: attention that knows MLA's cache alone; heads_only: that knows keys and values of heads alone.
+    scorings, logits, router_bias, groups: of routing, by name and dtype; group_scores: by which groups are ranked;
+    renormalizes: whether it can, and can not, divide weights by their sum.  capturable: it can stand in a CUDA graph.
     workspace: bytes per token and element of width, roughly.
     """
 
@@ -91,7 +114,7 @@ class Contract:
     devices: frozenset[str]
     dtypes: frozenset[str]
     batch_invariant: bool
-    rank: int
+    rank: float
     requires: frozenset[str] = frozenset()
     formats: frozenset[str] = frozenset({"bf16"})
     encodings: frozenset[str] = frozenset({"bf16"})
@@ -99,22 +122,31 @@ class Contract:
     expert_bias: bool = False
     sinks: bool = False
     latent_only: bool = False
+    heads_only: bool = False
+    kv: frozenset[str] = frozenset({"bf16"})
     pairs: frozenset[tuple[str, str]] | None = None
+    forms: frozenset[WeightFormat] = frozenset()
     arch: tuple[int, int] | None = None
     package: str | None = None
     versions: str = ""
     built: bool = True
     broken: str = ""
     capturable: bool = True
-    gate_up: Literal["halves", "swapped", "interleaved"] = "halves"
+    gate_up: GateUp = "halves"
     packing: str = "plain"
     scorings: frozenset[str] = frozenset({"softmax", "sigmoid", "softmax_topk"})
     logits: frozenset[str] = FLOATS16
     router_bias: frozenset[str] = frozenset({"float32"})
     groups: bool = True
+    group_scores: frozenset[str] = frozenset({"max", "top2_sum"})
+    renormalizes: frozenset[bool] = frozenset({True, False})
     path: Path = Path()
     limits: Limits = Limits()
     workspace: int = 0
+
+    @property
+    def packed(self) -> Packed:
+        return Packed(self.gate_up, self.packing)
 
     def misses(self, need: Need) -> str | None:
         """The first reason why this kernel cannot serve the need, or None where it can."""
@@ -131,7 +163,7 @@ class Contract:
         if lacking := self.requires - need.features:
             return f"needs {listed(lacking)}, which this hardware lacks"
         if need.capturable and not self.capturable:
-            return "cannot stand in a CUDA graph"
+            return EAGER
         return self.misses_operands(need)
 
     def misses_operands(self, need: Need) -> str | None:
@@ -143,13 +175,30 @@ class Contract:
             return f"takes rows in {listed(self.encodings)}, not in {need.encoding}"
         if multiplies and self.pairs is not None and (need.format, need.encoding) not in self.pairs:
             return f"does not multiply {need.format} weights with rows in {need.encoding}"
+        if multiplies and (reason := self.misses_form(need)):
+            return reason
         if (routed or self.op in ("activate", "mlp")) and need.activation not in self.activations:
             return f"applies {listed(self.activations)}, not {need.activation}"
         if routed and need.expert_bias and not self.expert_bias:
             return "takes no expert biases"
+        if self.op == "gate" and need.logits not in self.logits:
+            return f"computes router logits in {listed(self.logits)}, not in {need.logits}"
+        if self.op in CACHE_OPS and need.kv not in self.kv:
+            return f"reads a KV cache in {listed(self.kv)}, not in {need.kv}"
         if self.op.startswith("attend") and self.latent_only and not need.latent:
             return "attends over MLA's latent cache only"
+        if self.op in CACHE_OPS and self.heads_only and need.latent:
+            return "attends over keys and values of heads only, not over MLA's latent cache"
         return "takes no attention sinks" if need.sinks and self.op.startswith("attend") and not self.sinks else None
+
+    def misses_form(self, need: Need) -> str | None:
+        """Only of formats that come in variants; a need that does not say which one is content with any."""
+        known = [form for form in self.forms if form.name == need.format]
+        if need.form is None or not known or need.form in known:
+            return None
+        zero = " and zero points" * need.form.zero_points
+        only = listed(frozenset(f"{form} with {form.scale_dtype} scales" for form in known))
+        return f"takes {only}, not {need.form} with {need.form.scale_dtype} scales{zero}"
 
 
 def listed(names: frozenset[str]) -> str:
@@ -159,7 +208,8 @@ def listed(names: frozenset[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one build asks of every op (latent: its attention is MLA), and, from `format` on, one layer of its own."""
+    """What one build asks of every op (capturable: to stand in a CUDA graph, as decoding does; latent: its attention is
+    MLA; kv: format of its cache), and, from `format` on, one layer of its own."""
 
     device: str
     dtype: str
@@ -168,11 +218,25 @@ class Need:
     arch: int = 0
     capturable: bool = False
     latent: bool = False
+    kv: str = "bf16"
     format: str = "bf16"
     encoding: str = "bf16"
     activation: str = "silu"
     expert_bias: bool = False
     sinks: bool = False
+    form: WeightFormat | None = None
+    logits: str = "float32"
+
+    @property
+    def stored(self) -> str:
+        """The format with its group, where it has one."""
+        return self.format if self.form is None else str(self.form)
+
+
+def asks_of(scheme: Scheme) -> dict[str, Any]:
+    """The fields of a Need that a scheme decides. form: None for formats without variants."""
+    weight = scheme.weight
+    return {"format": weight.name, "encoding": scheme.activation.name, "form": weight if weight.group else None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from moesaic.contracts.contract import Choice, Duty, Layout, Need, Rejection
+from moesaic.contracts.contract import Choice, Duty, GateUp, Layout, Need, Packed, Rejection
 from moesaic.contracts.scheme import Scheme
 
 Role = Literal["gate", "cast", "route", "encode", "dispatch", "requantise", "decode", "gather", "localise", "experts",
                "finish", "combine", "scale", "shared"]  # fmt: skip
 ADAPTERS: frozenset[Role] = frozenset({"cast", "encode", "requantise", "decode", "gather", "localise"})
+RUNS: tuple[Role, ...] = ("gate", "route", "dispatch", "encode", "experts", "combine", "shared")
+"""The stages that `moe/layer.py` can run, in its order; paths with others can be planned only hypothetically."""
+PLAIN = Packed()
+HELD: GateUp = "halves"
+"""The order of rows in which `moe/experts.py` holds expert weights; backends pack them themselves. The same goes for
+others."""
 Phase = Literal["decode", "prefill"]
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
 Ids = Literal["none", "global", "local"]
+Parameters = tuple[tuple[str, int], ...]
+"""Keyword arguments with which a kernel is called, where it was measured fastest with them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One step of a path, and what travels after it.
 
-    kernel: the backend.  encoding, layout, ids: of the rows behind this stage (for `gate` and `cast`, encoding is the
-    dtype of the router logits).  does: the duties that it discharges.  exact: no value is rounded that was not asked to
-    be.  nbytes: read and written, for an adapter.
+    kernel: the backend; of adapters and other stages of our own, their role.  encoding, layout, ids: of the rows behind
+    this stage (for `gate` and `cast`, encoding is the dtype of the router logits).  does: the duties it discharges.
+    exact: no value is rounded that was not asked to be.  nbytes: read and written, for an adapter.
     """
 
     role: Role
@@ -62,7 +71,7 @@ class MixtureNeed:
     need: device, dtype, format, encoding, activation, biases.  wires: encodings in which its rows may travel between
     ranks without the user's word.  factor: `routed_scaling_factor`.  groups_kept: 0 where experts are not grouped.
     router_bias: dtype of the selection bias as stored in memory, or None.  width: of one rank's experts.
-    ranks: that share the experts.  tokens: most rows of a rank in this bucket.
+    ranks: that share the experts.  tokens: most rows of a rank in this bucket.  experts: of one rank.
     """
 
     need: Need
@@ -79,6 +88,9 @@ class MixtureNeed:
     ranks: int
     phase: Phase
     tokens: int
+    experts: int = 0
+    renormalize: bool = True
+    group_score: str = "top2_sum"
 
     def duties(self) -> frozenset[Duty]:
         """What must be done exactly once."""
@@ -91,16 +103,33 @@ class MixtureNeed:
 
 
 @dataclass(frozen=True, slots=True)
+class PerPhase:
+    """A wish of its own for each phase; None is free."""
+
+    decode: str | None = None
+    prefill: str | None = None
+
+    def __str__(self) -> str:
+        each = (("decode", self.decode), ("prefill", self.prefill))
+        return ",".join(f"{phase}={name}" for phase, name in each if name)
+
+
+Wish = str | PerPhase | None
+
+
+@dataclass(frozen=True, slots=True)
 class Wishes:
     """What the user demands of a plan; None is free. Each is honoured or refused, never overridden.
 
+    experts, dispatch, wire: of every phase, or of each its own.  two_layouts: expert weights may be held twice, where
+    the kernels of the phases want them packed differently.  graphs: on a GPU, decoding stands in CUDA graphs.
     lossy: roundings that the checkpoint's scheme does not ask for are allowed.  hypothetical: kernels that Moesaic
-    knows and cannot run yet may be planned with.
+    knows and cannot run yet may be planned with.  kv: format of the KV cache (`scheme.py: KV_FORMATS`).
     """
 
-    experts: str | None = None
-    dispatch: str | None = None
-    wire: str | None = None
+    experts: Wish = None
+    dispatch: Wish = None
+    wire: Wish = None
     router_dtype: str | None = None
     attention: str | None = None
     linear: str | None = None
@@ -111,6 +140,15 @@ class Wishes:
     tp: int = 1
     ep: int = 1
     """Ranks that cut each projection, and ranks that share whole experts (with ep > 1, tp cuts the dense ones only)."""
+    kv: str = "bf16"
+    graphs: bool = True
+    two_layouts: bool = False
+
+    def during(self, phase: Phase) -> Wishes:
+        """As they concern one phase: its own wishes, in place of those of each."""
+        own = {name: getattr(wish, phase) for name in ("experts", "dispatch", "wire")
+               if isinstance(wish := getattr(self, name), PerPhase)}  # fmt: skip
+        return replace(self, **own) if own else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +167,17 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A mixture's plan for one phase, up to so many tokens of a rank; with every candidate that was not taken."""
+    """A mixture's plan for one phase, up to so many tokens of a rank; with every candidate that was not taken.
+
+    packed: how its kernel finds the experts' weights.  parameters: with which it is called.
+    """
 
     phase: Phase
     tokens: int
     path: MixturePath
     rejected: tuple[Rejection, ...] = ()
+    packed: Packed = PLAIN
+    parameters: Parameters = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +192,10 @@ class LinearPlan:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Equal layers. cells: empty for a dense layer.  nbytes: of the weights of one of them, on one rank."""
+    """Equal layers. cells: empty for a dense layer.  nbytes: of the weights of one of them, on one rank.
+
+    derived: what is made of the stored weights when they are loaded, and anew whenever they are.
+    """
 
     layers: tuple[int, ...]
     attention: str
@@ -157,12 +203,23 @@ class LayerPlan:
     experts: Scheme | None
     cells: tuple[Cell, ...]
     nbytes: int
+    derived: tuple[str, ...] = ()
+
+    @property
+    def packed(self) -> tuple[Packed, ...]:
+        """Every way in which the experts' weights are held: one, or two by the user's word."""
+        return tuple(dict.fromkeys(cell.packed for cell in self.cells))
+
+    @property
+    def router_dtype(self) -> str:
+        """Of the gate's weight and of the logits: one for all phases."""
+        return self.cells[0].path.stage("gate").encoding if self.cells else "float32"
 
 
 @dataclass(frozen=True)
 class ModelPlan:
     """How a model runs. base: what every layer asks.  ops: for each need of a layer, the choice for each op that it
-    calls; kernels are bound from it. Weights in bytes per rank."""
+    calls; kernels are bound from it. kv: format of the cache.  Weights in bytes per rank."""
 
     architecture: str
     hardware: str
@@ -173,6 +230,7 @@ class ModelPlan:
     notes: tuple[str, ...] = ()
     weight_bytes: int = 0
     kv_bytes_per_token: int = 0
+    kv: str = "bf16"
 
     def explain(self) -> str:
         """Every choice with the reasons against the others; where layers ask for more, what is chosen otherwise."""

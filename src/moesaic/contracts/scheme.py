@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 FORMATS = ("bf16", "fp8_tensor", "fp8_channel", "fp8_block", "mxfp8", "mxfp4", "nvfp4", "int4")
 ENCODINGS = ("bf16", "fp8_tensor", "fp8_token", "fp8_group128", "mxfp8", "nvfp4")
+KV_FORMATS = ("bf16", "fp8")
+"""How keys, values and latents are cached. `bf16`: in the dtype in which the model computes.  `fp8`: E4M3."""
 
 
 @dataclass(frozen=True, slots=True)

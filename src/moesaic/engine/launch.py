@@ -22,6 +22,7 @@ from moesaic.layers.kv_pool import KVPool, block_bytes
 from moesaic.models.build import Built, build, choose_dtype, plan_here, stored_spec
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.hold import hold_online
+from moesaic.models.wishes import wish_of
 from moesaic.text.tokenizer import Tokenizer
 
 CHUNK = 256
@@ -67,15 +68,14 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
             f"{config.max_model_len} tokens exceed the model's {spec.max_length}",
             where="--max-model-len", remedy=f"Use {spec.max_length} or less.",
         )  # fmt: skip
-    experts = None if config.experts == "auto" else config.experts
-    wishes = Wishes(experts=experts, deterministic=config.deterministic, max_batch=config.max_num_seqs)
-    built = build(checkpoint, spec, plan_here(spec, hardware, dtype, wishes), length, progress=config.progress)
+    plan = plan_here(spec, hardware, dtype, wishes_of(config))
+    built = build(checkpoint, spec, plan, length, progress=config.progress)
     blocks = count_blocks(config, built, hardware, length)
     if config.max_model_len is None:
         length = min(length, (blocks - 1) * config.block_size)
     like = torch.empty(0, dtype=built.dtype, device=hardware.device)
     pool = KVPool(built.model.kv_widths(), blocks, config.block_size, like)
-    made = next((kind for kind, fits in ((DecodeGraphs, capturable), (DecodeTapes, tapeable)) if fits(built)), None)
+    made = DecodeGraphs if plan.base.capturable else DecodeTapes if tapeable(built) else None
     graphs = made(built.model, pool, config.max_num_seqs, length) if made else None
     runner = Runner(built.model, pool, like.device, not config.deterministic, graphs)
     scheduler = Scheduler(limits(config, length), BlockManager(blocks, config.block_size, config.prefix_cache))
@@ -84,18 +84,18 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
     return Launched(engine, built, hardware, blocks, length)
 
 
+def wishes_of(config: EngineConfig) -> Wishes:
+    router = None if config.router_dtype == "auto" else config.router_dtype
+    return Wishes(experts=wish_of(config.experts, "--experts"), router_dtype=router, graphs=config.graphs,
+                  deterministic=config.deterministic, max_batch=config.max_num_seqs)  # fmt: skip
+
+
 def hardware_of(device: str) -> Hardware:
     """Raises OptionError for a GPU that is not here."""
     found = local(device)
     if found is None:
         raise OptionError("torch finds no CUDA device", where="--device", remedy="Use cpu, or check the driver.")
     return found
-
-
-def capturable(built: Built) -> bool:
-    """Whether decoding can be a CUDA graph: on a GPU, where no op falls back to code that looks at its values."""
-    choices = [choice for each in built.plan.ops.values() for choice in each]
-    return built.plan.base.device == "cuda" and all(choice.chosen == "triton" for choice in choices)
 
 
 def tapeable(built: Built) -> bool:

@@ -50,6 +50,6 @@ def illegal_cut(form: WeightFormat, size: int, ways: int, axis: int) -> str | No
     step = grain(form)[axis]
     if size % ways == 0 and (size // ways) % step == 0:
         return None
-    legal = [n for n in range(1, 129) if size % n == 0 and (size // n) % step == 0]
+    legal = [n for n in range(1, 129) if n == 1 or (size % n == 0 and (size // n) % step == 0)]
     what = f"{size} / {ways} = {size / ways:g} cuts a block of {step} of {form}"
-    return f"{what}; legal: {', '.join(map(str, legal)) or 'none'} ways"
+    return f"{what}; legal: {', '.join(map(str, legal))} ways"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesaic.contracts.contract import Contract, path_of
+from moesaic.contracts.contract import FLOATS16, Contract, path_of
 from moesaic.contracts.spec import Activation, RouterSpec
 from moesaic.errors import UnsupportedError
 from moesaic.formats.encodings import Rows
@@ -30,7 +30,8 @@ from moesaic.kernels.ops import FUSED, AttentionBatch, ExpertWeights, KVView, La
 OPS = ("linear", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts", "attend_paged", *FUSED)
 CONTRACTS = tuple(
     Contract(op, "cpu_native", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=False, rank=5,
-             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op))
+             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op),
+             logits=frozenset({"float32"}) if op == "gate" else FLOATS16)
     for op in OPS
 )  # fmt: skip
 MANY = 256

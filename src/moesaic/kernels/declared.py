@@ -11,7 +11,7 @@ from dataclasses import replace
 from moesaic.contracts.contract import FLOATS16, Contract, Duty, Limits, Path
 
 CUDA, BF16 = frozenset({"cuda"}), frozenset({"bfloat16"})
-BLACKWELL, HOPPER_UP, HOPPER = (100, 103), (90, 103), (90, 90)
+BLACKWELL, BLACKWELL_UP, HOPPER_UP, HOPPER = (100, 103), (100, 120), (90, 103), (90, 90)
 WEIGH: frozenset[Duty] = frozenset({"weights", "reduce"})
 ROUTE: frozenset[Duty] = frozenset({"route"})
 FACTOR: frozenset[Duty] = frozenset({"factor"})
@@ -75,24 +75,31 @@ _HUMMING = frozenset(
 def others() -> list[Contract]:
     deep = {"arch": HOPPER_UP, "package": "sgl-deep-gemm", "versions": ">=0.1.5,<0.2",
             "limits": Limits(hidden_multiple=128, width_multiple=128)}  # fmt: skip
+    humming = vendor(
+        "experts", "humming", 40, package="humming-kernels", versions=">=0.1.19,<0.2", pairs=_HUMMING,
+        formats=frozenset(form for form, _ in _HUMMING), encodings=frozenset(code for _, code in _HUMMING),
+        path=Path("tokens", "sorted", can=WEIGHTS), packing="int32 tiles",
+    )  # fmt: skip
     return [
+        # Of rows as a dispatcher leaves them, sorted or in slots; `deep_gemm` sorts and reduces tokens itself.
         vendor("experts", "deep_gemm_contiguous", 30, **deep, **_FP8, path=_SORTED, capturable=False),
         vendor("experts", "deep_gemm_contiguous", 30, **deep, path=_SORTED, capturable=False),
         vendor("experts", "deep_gemm_masked", 31, **deep, **_FP8, path=_SLOTTED),
         vendor("experts", "deep_gemm_masked", 31, **deep, path=_SLOTTED),
-        vendor("experts", "humming", 40, arch=(75, 120), package="humming-kernels", versions=">=0.1.19,<0.2",
-               formats=frozenset(form for form, _ in _HUMMING), encodings=frozenset(code for _, code in _HUMMING),
-               pairs=_HUMMING, path=Path("tokens", "sorted", can=WEIGHTS), packing="int32 tiles"),
+        replace(humming, arch=(75, 89)),
+        replace(humming, arch=BLACKWELL_UP),
         vendor("experts", "cutlass_w4afp8", 35, arch=HOPPER, formats=frozenset({"int4"}),
                encodings=frozenset({"fp8_tensor"}), path=_SLOTTED,
                limits=Limits(hidden_multiple=512, width_multiple=128)),
-        vendor("linear_quant", "deep_gemm", 30, **deep, **_FP8),
+        vendor("linear_quant", "deep_gemm", 30, **{**deep, "arch": BLACKWELL}, **_FP8),
         vendor("linear_quant", "cutlass_scaled_mm", 32, arch=(89, 103),
                formats=frozenset({"fp8_tensor", "fp8_channel"}), encodings=frozenset({"fp8_tensor", "fp8_token"})),
         vendor("linear_quant", "flashinfer_mm", 33, arch=BLACKWELL, package="flashinfer-python",
                formats=frozenset({"mxfp8", "nvfp4"}), encodings=frozenset({"mxfp8", "nvfp4"}),
                pairs=frozenset({("mxfp8", "mxfp8"), ("nvfp4", "nvfp4")})),
         vendor("attend_paged", "flashinfer", 30, arch=(80, 120), package="flashinfer-python", sinks=True),
+        vendor("attend_paged", "flashinfer", 30, arch=(89, 120), package="flashinfer-python", sinks=True,
+               heads_only=True, kv=frozenset({"bf16", "fp8"})),
         vendor("attend_paged", "flash_mla", 29, arch=(90, 100), package="flash-mla", latent_only=True),
         vendor("attend_dense", "flash_attention", 30, arch=(80, 100), package="flash-attn"),
         vendor("finish", "weigh_and_sum", 10, path=Path("sorted", "tokens", does=WEIGH)),

@@ -113,6 +113,8 @@ class ExpertWeights:
 
     w13 [E, 2I, D]: gate rows, then up rows (two segments).  w2 [E, D, I].  between: the encoding of the second
     product's rows, with its calibrated scale where it is static.  biases: ([E, 2I], [E, D]) in the model's dtype.
+    packing: the order of the bytes in that storage: `plain`, as the formats say, or what a backend made of it, which
+    only those kernels read whose contract names it.
     """
 
     w13: QuantTensor
@@ -121,6 +123,7 @@ class ExpertWeights:
     between: Encoding
     between_scale: Tensor | None = None
     biases: tuple[Tensor, Tensor] | None = None
+    packing: str = "plain"
 
 
 class Ops(Protocol):
@@ -198,7 +201,8 @@ class Ops(Protocol):
 
     def gate(self, x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
              spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`route` of the logits w x + logit_bias, in FP32 throughout; w and the biases are FP32."""
+        """`route` of the logits w x + logit_bias. In FP32 throughout where w and logit_bias are FP32 (bias always is);
+        where they are BF16, the logits are rounded to it."""
         ...
 
     def store_latent(self, x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,

@@ -20,7 +20,8 @@ VARIANT = ("linear", "encode", "linear_quant", "experts", "attend_paged", "atten
 CONTRACTS = tuple(
     Contract(op, "reference", frozenset({"cpu", "cuda"}), frozenset({"float32", "bfloat16", "float64"}),
              batch_invariant=op not in VARIANT, rank=1000, formats=frozenset(FORMATS), encodings=frozenset(ENCODINGS),
-             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op))
+             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op),
+             capturable=op not in ("experts", "attend_paged"))  # these look at values
     for op in OP_NAMES
 )  # fmt: skip
 

@@ -3,25 +3,27 @@
 A backend is a file of this folder, or a module that another package announces under the entry point
 `moesaic.kernels`. It has `CONTRACTS`, one function per op that it declares, and, where it needs more than torch,
 `probe() -> str | None`: why it cannot run on this machine (it tries, rather than looks), or None.
+One whose contracts for experts name a `packing` has `pack(w, before)` and `unpack(w)`: ExpertWeights into the order of
+bytes that its kernels read, and back, within the storage that they have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, cast
 
-from moesaic.contracts.contract import Contract
-from moesaic.contracts.plan import ModelPlan, Phase
+from moesaic.contracts.contract import Contract, Need
+from moesaic.contracts.plan import LayerPlan, MixturePath, ModelPlan, Parameters, Phase
 from moesaic.errors import UnsupportedError
 from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
 
-BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "reference")
+BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "deep_gemm", "humming", "reference")
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
 ENTRY_POINTS = "moesaic.kernels"
 
@@ -86,11 +88,15 @@ def probed(module: ModuleType) -> str | None:
 
 @dataclass(frozen=True)
 class BoundCell:
-    """The ops of a mixture for one phase, up to so many tokens."""
+    """What a mixture runs with in one phase, up to so many tokens: its path, and the ops that the path names (`linear`
+    in the gate's dtype; `gate`, where product and choice are one op)."""
 
     phase: Phase
     tokens: int
+    path: MixturePath
     ops: Ops
+    packer: ModuleType | None = None
+    """The backend whose order of bytes the weights must have (`pack`, `unpack`), where that is not the formats' own."""
 
 
 class Kernels:
@@ -110,19 +116,38 @@ class Kernels:
             self._bound[need] = bind(chosen)
         return self._bound[need]
 
+    def layer(self, layer: int) -> LayerPlan:
+        """The plan of a layer by its index; StopIteration where there is none."""
+        return next(each for each in self.plan.layers if layer in each.layers)
+
     def mixture(self, layer: int, **asks: Any) -> tuple[BoundCell, ...]:
         """The cells of a mixture layer, in the plan's order: of each phase the smallest first."""
-        need = replace(self.plan.base, **asks)
-        encode = next(choice.chosen for choice in self.plan.ops[need] if choice.op == "encode")
-        bound = []
-        for cell in next(each for each in self.plan.layers if layer in each.layers).cells:
-            names = (encode, cell.path.stage("experts").kernel)
-            if names not in self._bound:
-                self._bound[names] = bind({"encode": names[0], "experts": names[1]})
-            bound.append(BoundCell(cell.phase, cell.tokens, self._bound[names]))
+        base, of = self.plan.base, self.layer(layer)
+        chosen = {
+            "encode": self.chosen("encode", replace(base, **asks)),
+            "linear": self.chosen("linear", replace(base, dtype=of.router_dtype)),
+        }
+        gate, bound = self.chosen("gate", replace(base, logits=of.router_dtype)), []
+        for cell in of.cells:
+            names = {**chosen, **{role: cell.path.stage(role).kernel for role in ("route", "experts")}}
+            if gate == names["route"]:
+                names["gate"] = gate
+            key = (*names.items(), cell.parameters)
+            if key not in self._bound:
+                self._bound[key] = bind(names, {"experts": cell.parameters})
+            packer = backends()[names["experts"]] if cell.packed.packing != "plain" else None
+            bound.append(BoundCell(cell.phase, cell.tokens, cell.path, self._bound[key], packer))
         return tuple(bound)
 
+    def chosen(self, op: str, need: Need) -> str:
+        """The backend of an op under a need; empty where there is none, as for a fused op that nobody has."""
+        return next((choice.chosen for choice in self.plan.ops[need] if choice.op == op), "")
 
-def bind(chosen: Mapping[str, str]) -> Ops:
-    """op -> backend, as an object with the functions."""
-    return cast(Ops, SimpleNamespace(**{op: getattr(backends()[name], op) for op, name in chosen.items()}))
+
+def bind(chosen: Mapping[str, str], parameters: Mapping[str, Parameters] = MappingProxyType({})) -> Ops:
+    """op -> backend, as an object with the functions; those that were measured fastest with parameters get them."""
+    found = {}
+    for op, name in chosen.items():
+        function, given = getattr(backends()[name], op), dict(parameters.get(op, ()))
+        found[op] = partial(function, **given) if given else function
+    return cast(Ops, SimpleNamespace(**found))

@@ -33,9 +33,16 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.name() in EMPTY:
             self.kept.append(out)
-        elif not func.is_view:
+        elif not func.is_view or not shares(out, args):
             self.foreign.add(func.name())
         return out
+
+
+def shares(out: Any, args: Any) -> bool:
+    """Whether an operator that may give a view did. `to` and `contiguous` copy where there is something to change."""
+    held = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+    given = out if isinstance(out, (list, tuple)) else (out,)
+    return all(each.untyped_storage().data_ptr() in held for each in given)
 
 
 class Tape:

@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from moesaic.contracts.contract import asks_of
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 from moesaic.contracts.spec import LinearSpec, MoESpec
 from moesaic.formats.base import QuantTensor
@@ -27,6 +28,7 @@ class Stored:
 
     name: the checkpoint's module.  part: what it is.  weight: one segment of storage, in the format that is held.
     input_scale: FP32 [1], where the held scheme has a static one.  settle: to be called once everything is filled.
+    open: to be called before the fields of `weight` are read or written once it was settled.
     together: the experts among which it is, where a checkpoint may keep them in common tensors.
     """
 
@@ -36,6 +38,7 @@ class Stored:
     input_scale: Tensor | None
     settle: Callable[[], None]
     together: Together | None = None
+    open: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +62,7 @@ class Piece:
 
     def __init__(self, parts: tuple[LinearSpec, ...], scheme: Scheme, kernels: Kernels, like: Tensor) -> None:
         self.parts, self.scheme = parts, scheme
-        self.ops: Ops = kernels.under(format=scheme.weight.name, encoding=scheme.activation.name)
+        self.ops: Ops = kernels.under(**asks_of(scheme))
         rows = tuple(part.outputs for part in parts)
         self.weight = QuantTensor.empty(scheme.weight, rows, parts[0].inputs, like)
         static = scheme.activation.static

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moesaic.assets import tuning_tables
+from moesaic.config import cache_folder
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
 from moesaic.contracts.spec import ModelSpec
@@ -24,6 +28,7 @@ from moesaic.models.loading import LoadReport, load, match
 from moesaic.models.weights import settle, slots_of
 from moesaic.moe.dispatch import contracts as dispatch_contracts
 from moesaic.planning.plan import plan
+from moesaic.planning.tuning import Tuning
 
 FREE = Wishes()
 
@@ -50,6 +55,11 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
 
     Raises UnsupportedError for a model type or a quantisation that is not known, CheckpointError for a malformed one.
     """
+    return with_schemes(described(config), config)
+
+
+def described(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec by the architecture alone."""
     kind = config.get("model_type")
     known = architectures()
     if not isinstance(kind, str) or kind not in known:
@@ -57,6 +67,10 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
             f"model_type {kind!r} is not implemented", where="config.json", remedy=f"Known: {', '.join(known)}."
         )
     spec: ModelSpec = import_module(f"moesaic.models.{kind}").describe(config)
+    return spec
+
+
+def with_schemes(spec: ModelSpec, config: Mapping[str, Any]) -> ModelSpec:
     dialect = read_quantization(config)
     if dialect is None:
         return spec
@@ -79,10 +93,19 @@ def plan_here(spec: ModelSpec, hardware: Hardware, dtype: str, wishes: Wishes = 
     Raises OptionError where the user's wishes stand in the way, else UnsupportedError.
     """
     known = local_catalogue() if catalogue is None else tuple(catalogue)
-    made = plan(spec, hardware, (*known, *dispatch_contracts()), wishes, dtype)
+    made = plan(spec, hardware, (*known, *dispatch_contracts()), wishes, dtype, tuning_here(hardware, known))
     if isinstance(made, ModelPlan):
         return made
     raise refused(made, wishes)
+
+
+def tuning_here(hardware: Hardware, known: Sequence[Contract]) -> Tuning:
+    """What was measured on hardware like this with packages like those that are installed."""
+    installed = {}
+    for package in {contract.package for contract in known if contract.package}:
+        with suppress(PackageNotFoundError):  # its contracts say so themselves
+            installed[package] = version(package)
+    return Tuning.of(tuning_tables(cache_folder() / "tuning"), hardware.name, installed)
 
 
 def refused(refusal: Refusal, wishes: Wishes) -> OptionError | UnsupportedError:
@@ -121,7 +144,8 @@ def build(checkpoint: Checkpoint, spec: ModelSpec, plan: ModelPlan, length: int,
 
 def stored_spec(checkpoint: Checkpoint) -> tuple[ModelSpec, Dialect | None]:
     """The spec of a checkpoint, by its config and its headers, and how it stores what is quantised."""
-    spec, dialect = without_absent_drafts(spec_of(checkpoint.config), checkpoint), read_quantization(checkpoint.config)
+    dialect = read_quantization(checkpoint.config)
+    spec = with_schemes(without_absent_drafts(described(checkpoint.config), checkpoint), checkpoint.config)
     if dialect is None:
         return spec, None
     settled = dialect.settle(spec, {name: stored.info.dtype for name, stored in checkpoint.tensors().items()})

@@ -16,7 +16,7 @@ from moesaic.layers.mla import MLA
 from moesaic.layers.rope import RopeTable
 from moesaic.layers.step import LayerInput, StepInput
 from moesaic.moe.balance import LoadMeter
-from moesaic.moe.dispatch.local import LocalDispatcher
+from moesaic.moe.dispatch import dispatchers
 from moesaic.moe.layer import MLP, MoELayer
 
 
@@ -25,7 +25,7 @@ class Parts:
 
     def __init__(self, spec: ModelSpec, kernels: Kernels, like: Tensor, one_path: bool) -> None:
         self.eps, self.hidden, self.kernels = spec.norm_eps, spec.hidden, kernels
-        self.like, self.one_path = like, one_path
+        self.like, self.one_path, self.dispatchers = like, one_path, dispatchers()
         blocks = [*spec.layers, *(draft.block for draft in spec.drafts)]
         mixtures = [block for block in blocks if isinstance(block.mlp, MoESpec)]
         self.place = {block.index: i for i, block in enumerate(mixtures)}
@@ -47,7 +47,7 @@ class Block:
             else GQA(spec.attention, parts.eps, spec.index, kernels, like)
         )
         self.mlp = (
-            MoELayer(spec.mlp, spec.index, parts.place[spec.index], kernels, LocalDispatcher(), parts.meter, like)
+            MoELayer(spec.mlp, spec.index, parts.place[spec.index], kernels, parts.dispatchers, parts.meter, like)
             if isinstance(spec.mlp, MoESpec)
             else MLP(spec.mlp, kernels, like)
         )

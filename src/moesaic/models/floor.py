@@ -13,7 +13,7 @@ from moesaic.contracts.plan import ModelPlan
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 from moesaic.contracts.spec import GQASpec, LayerSpec, ModelSpec, MoESpec
 from moesaic.hardware import Hardware
-from moesaic.planning.cost import ITEMSIZE, Piece, kv_bytes, pieces, vectors
+from moesaic.planning.cost import ITEMSIZE, Piece, kv_bytes, pieces, vectors, vocabulary
 
 PEAKS = ("fp4", "fp8", "bf16")
 """Narrow to wide."""
@@ -39,11 +39,12 @@ def step(spec: ModelSpec, plan: ModelPlan, hardware: Hardware, requests: int, ne
     """Each request of a batch goes from `context - new` to `context` positions. Drafts do not run."""
     wishes, dtype = plan.wishes, plan.base.dtype
     rows, batches = requests * new, max(wishes.tp, wishes.ep) // wishes.tp
-    head = Piece("head", UNQUANTIZED, spec.vocab, spec.hidden, ITEMSIZE[dtype])
-    nbytes = float(head.nbytes + rows * spec.hidden * head.size)  # the head's weight, and embedded rows
+    head = Piece("head", UNQUANTIZED, vocabulary(spec, wishes), spec.hidden, ITEMSIZE[dtype])
+    routers = {index: layer.router_dtype for layer in plan.layers for index in layer.layers}
+    nbytes = float(head.nbytes + rows * spec.hidden * head.size / wishes.tp)  # the head's weight, and embedded rows
     work = [(2.0 * requests * head.rows * head.columns, UNQUANTIZED)]
     for block in spec.layers:
-        for piece in pieces(block, wishes, dtype):
+        for piece in pieces(block, wishes, dtype, routers[block.index]):
             met, passed = routed(block, rows * batches, wishes.ep) if piece.experts else (1.0, float(rows))
             nbytes += met * piece.nbytes
             work.append((2 * passed * piece.rows * piece.columns, piece.scheme))

@@ -29,7 +29,10 @@ def slots_of(wanted: Sources, dialect: Dialect | None) -> list[Slot | Take]:
     """dialect: how the checkpoint stores what its `quantization_config` says is quantised."""
     slots: list[Slot | Take] = []
     dealt: set[str] = set()
-    for item in wanted:
+    items = list(wanted)
+    for call in dict.fromkeys(item.open for item in items if isinstance(item, Stored) and item.open):
+        call()
+    for item in items:
         if (item[0] if isinstance(item, tuple) else item.name) in dealt:
             continue
         if isinstance(item, tuple):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from moesaic.contracts.plan import Phase
-from moesaic.contracts.scheme import UNQUANTIZED, Scheme
-from moesaic.contracts.spec import LinearSpec, MoESpec
+from moesaic.contracts.scheme import Scheme
+from moesaic.contracts.spec import MoESpec
 from moesaic.formats.base import QuantTensor
 from moesaic.kernels.ops import ExpertWeights, Ops
-from moesaic.kernels.registry import Kernels
 from moesaic.layers.linear import Sources, Stored, Together
 from moesaic.moe.values import Dispatched
 
@@ -20,15 +19,14 @@ from moesaic.moe.values import Dispatched
 class Experts:
     """w13 [E, 2I, D]: gate rows, then up rows; w2 [E, D, I]. Applies top-k weights and reduces over the top-k.
 
-    Gate, up and down of a layer are held in one scheme (where a checkpoint mixes, see `common_scheme`). A static
-    input scale of a product is the largest over experts, gate and up: nothing saturates that the checkpoint foresaw.
+    Gate, up and down of a layer are held in one scheme, which the plan says. A static input scale of a product is the
+    largest over experts, gate and up: nothing saturates that the checkpoint foresaw.
+    packer: the backend in whose order of bytes the kernels want the weights, if they do.
     """
 
-    def __init__(self, spec: MoESpec, layer: int, kernels: Kernels, like: Tensor) -> None:
-        self.spec, self.scheme = spec, common_scheme(spec)
-        how, form = self.scheme.activation, self.scheme.weight
-        asks = {"activation": spec.activation.kind, "expert_bias": spec.gate.bias}
-        self.cells = kernels.mixture(layer, format=form.name, encoding=how.name, **asks)
+    def __init__(self, spec: MoESpec, scheme: Scheme, like: Tensor, packer: ModuleType | None = None) -> None:
+        self.spec, self.scheme = spec, scheme
+        how, form = scheme.activation, scheme.weight
         count, width, hidden = spec.router.experts, spec.intermediate, spec.gate.inputs
         w13 = QuantTensor.empty(form, (width, width), hidden, like, (count,))
         w2 = QuantTensor.empty(form, (hidden,), width, like, (count,))
@@ -36,37 +34,46 @@ class Experts:
         self.input_scales_E3 = like.new_ones(count, 3, dtype=torch.float32) if how.static else None
         self.input_scale: Tensor | None = None
         self.weights = ExpertWeights(w13, w2, spec.activation, how, biases=biases)
-        self.settle()
+        self.plain, self.packer, self.packed = self.weights, packer, None
+        self.scale()
 
-    def settle(self) -> None:
+    def scale(self) -> None:
         """Derives the input scales of the two products from those that were loaded for gate, up and down."""
         if self.input_scales_E3 is not None:
             largest_3 = self.input_scales_E3.amax(0)
             self.input_scale = largest_3[:2].amax()
-            self.weights = replace(self.weights, between_scale=largest_3[2])
+            self.plain, self.weights = (replace(w, between_scale=largest_3[2]) for w in (self.plain, self.weights))
 
-    def __call__(self, sent: Dispatched, phase: Phase) -> Tensor:
-        ops = self.ops_for(phase, len(sent.x_TD))
+    def settle(self) -> None:
+        """After the storage was filled: derives what follows from it, and orders its bytes as the kernels want them."""
+        self.scale()
+        if self.packer and self.weights.packing == "plain" and not self.plain.w13.parts["data"].is_meta:
+            self.weights = self.packed = self.packer.pack(self.plain, self.packed)
+
+    def open(self) -> None:
+        """Before the storage is read or written by its formats: `settle` must follow before the next call."""
+        if self.packer and self.weights.packing != "plain":
+            self.packer.unpack(self.weights)
+            self.weights = self.plain
+
+    def __call__(self, sent: Dispatched, ops: Ops) -> Tensor:
+        if self.packer and self.weights.packing == "plain":
+            self.settle()
         rows = ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
         return ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
 
-    def ops_for(self, phase: Phase, tokens: int) -> Ops:
-        """Of the phase's cells the first that is large enough; the last is planned for any number."""
-        fitting = [cell for cell in self.cells if cell.phase == phase]
-        return next((cell.ops for cell in fitting if tokens <= cell.tokens), fitting[-1].ops)
-
     def sources(self) -> Sources:
-        spec, (w13, w2) = self.spec, (self.weights.w13, self.weights.w2)
+        spec, (w13, w2) = self.spec, (self.plain.w13, self.plain.w2)
         gate_up, together = [w13.segment(0), w13.segment(1)], self.together() if self.spec.fused else None
         for e in range(spec.router.experts):
             parts = ((spec.gate, gate_up[0][e]), (spec.up, gate_up[1][e]), (spec.down, w2[e]))
             for i, (part, weight) in enumerate(parts):
                 scale = None if self.input_scales_E3 is None else self.input_scales_E3[e, i : i + 1]
-                yield Stored(part.name.format(e=e), part, weight, scale, self.settle, together)
+                yield Stored(part.name.format(e=e), part, weight, scale, self.settle, together, self.open)
             yield from self.biases_of(e)
 
     def together(self) -> Together:
-        (w13, w2), biases = (self.weights.w13, self.weights.w2), {}
+        (w13, w2), biases = (self.plain.w13, self.plain.w2), {}
         if self.weights.biases:
             gate, up = self.weights.biases[0].split(self.spec.intermediate, 1)
             biases = {"gate": gate, "up": up, "down": self.weights.biases[1]}
@@ -78,10 +85,3 @@ class Experts:
             yield f"{self.spec.gate.name.format(e=e)}.bias", bias13[:width]
             yield f"{self.spec.up.name.format(e=e)}.bias", bias13[width:]
             yield f"{self.spec.down.name.format(e=e)}.bias", bias2
-
-
-def common_scheme(spec: MoESpec) -> Scheme:
-    """The scheme of all three projections; where they differ, unquantised: values stay as stored, at more bytes."""
-    parts: tuple[LinearSpec, ...] = (spec.gate, spec.up, spec.down)
-    schemes = {part.runs for part in parts}
-    return schemes.pop() if len(schemes) == 1 else UNQUANTIZED

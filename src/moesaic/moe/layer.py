@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
+import torch
 from torch import Tensor
 
-from moesaic.contracts.plan import Phase
+from moesaic.contracts.contract import Packed, asks_of
+from moesaic.contracts.plan import HELD, RUNS, MixturePath, Phase
 from moesaic.contracts.spec import MLPSpec, MoESpec
-from moesaic.kernels.registry import Kernels
+from moesaic.errors import UnsupportedError
+from moesaic.kernels.registry import BoundCell, Kernels
 from moesaic.layers.linear import Linear, Sources
 from moesaic.moe.balance import LoadMeter
 from moesaic.moe.dispatch import Dispatcher
@@ -36,25 +41,58 @@ class MLP:
 
 
 class MoELayer:
-    """`layer`: its index in the plan.  `place`: among the model's mixture layers, for the load meter."""
+    """`layer`: its index in the plan.  `place`: among the model's mixture layers, for the load meter.
 
-    def __init__(self, spec: MoESpec, layer: int, place: int, kernels: Kernels, dispatcher: Dispatcher,
+    dispatchers: by the names that plans call them.
+    """
+
+    def __init__(self, spec: MoESpec, layer: int, place: int, kernels: Kernels, dispatchers: Mapping[str, Dispatcher],
                  meter: LoadMeter, like: Tensor) -> None:  # fmt: skip
-        self.place, self.dispatcher, self.meter = place, dispatcher, meter
-        self.route = Router(spec.router, spec.gate.inputs, kernels.ops, like)
-        self.experts = Experts(spec, layer, kernels, like)
+        self.place, self.dispatchers, self.meter, of = place, dispatchers, meter, kernels.layer(layer)
+        assert of.experts is not None
+        asks = asks_of(of.experts) | {"activation": spec.activation.kind, "expert_bias": spec.gate.bias}
+        self.cells = kernels.mixture(layer, **asks)
+        for cell in self.cells:
+            check_runs(cell.path, spec.shared is not None, of.packed, dispatchers)
+        self.route = Router(spec.router, spec.gate.inputs, getattr(torch, of.router_dtype), like)
+        self.experts = Experts(spec, of.experts, like, self.cells[0].packer)
         self.shared = MLP(spec.shared, kernels, like) if spec.shared else None
 
     def __call__(self, x_TD: Tensor, phase: Phase) -> Tensor:
-        routing = self.route(x_TD)
+        cell = self.cell(phase, len(x_TD))
+        dispatcher = self.dispatchers[cell.path.stage("dispatch").kernel]
+        routing = self.route(x_TD, cell.ops)
         self.meter.count(self.place, routing.ids_TA)
-        sent = self.dispatcher.dispatch(x_TD, routing)
-        y = self.experts(sent, phase)
-        y_TD = self.dispatcher.combine(y, sent)
+        sent = dispatcher.dispatch(x_TD, routing)
+        y = self.experts(sent, cell.ops)
+        y_TD = dispatcher.combine(y, sent)
         return y_TD if self.shared is None else self.shared(x_TD, y_TD)
+
+    def cell(self, phase: Phase, tokens: int) -> BoundCell:
+        """Of the phase's cells the first that is large enough; the last is planned for any number."""
+        fitting = [cell for cell in self.cells if cell.phase == phase]
+        return next((cell for cell in fitting if tokens <= cell.tokens), fitting[-1])
 
     def sources(self) -> Sources:
         yield from self.route.sources()
         yield from self.experts.sources()
         if self.shared:
             yield from self.shared.sources()
+
+
+def check_runs(path: MixturePath, shared: bool, packed: Collection[Packed], dispatchers: Collection[str]) -> None:
+    """Raises UnsupportedError unless `MoELayer` runs exactly this path: a plan is followed, or not at all."""
+    roles = tuple(stage.role for stage in path.stages)
+    encoded = ("encode",) * ("encode" in roles)
+    runs = (*RUNS[:3], *encoded, *RUNS[4:6], *RUNS[6:] * shared)
+    dispatcher, duties = path.stage("dispatch").kernel, path.stage("experts").does
+    problem = None
+    if roles != runs or not duties <= {"weights", "reduce"}:
+        problem = f"the path {' -> '.join(map(str, path.stages))}"
+    elif dispatcher not in dispatchers:
+        problem = f"the dispatcher {dispatcher}"
+    elif len(packed) > 1 or any(each.gate_up != HELD for each in packed):
+        problem = f"expert weights packed as {' and '.join(map(str, packed))}"
+    if problem:
+        remedy = "Plan without hypothetical."
+        raise UnsupportedError(f"{problem} is known, but not built into Moesaic yet", remedy=remedy)

@@ -14,24 +14,25 @@ from moesaic.moe.values import Routing
 class Router:
     """Gate product and expert choice.
 
-    The gate runs in FP32 whatever the model computes in: expert choice is discontinuous, and DeepSeek's own code and
-    `transformers` do the same. The stored weight is widened once, when it is loaded (exact).
+    The gate computes in the dtype that the plan says, whatever the model computes in: rows are taken to it, and the
+    logits keep it. FP32, unless the user asks otherwise: expert choice is discontinuous, and DeepSeek's own code does
+    the same. The stored weight is widened (exact) or rounded once, when it is loaded. The selection bias is FP32.
     """
 
-    def __init__(self, spec: RouterSpec, hidden: int, ops: Ops, like: Tensor) -> None:
-        self.spec, self.ops, self.fused = spec, ops, hasattr(ops, "gate")
-        self.weight_ED = like.new_empty(spec.experts, hidden, dtype=torch.float32)
+    def __init__(self, spec: RouterSpec, hidden: int, dtype: torch.dtype, like: Tensor) -> None:
+        self.spec, self.dtype = spec, dtype
+        self.weight_ED = like.new_empty(spec.experts, hidden, dtype=dtype)
         self.bias_E = like.new_empty(spec.experts, dtype=torch.float32) if spec.bias else None
-        self.logit_bias_E = like.new_empty(spec.experts, dtype=torch.float32) if spec.logit_bias else None
+        self.logit_bias_E = like.new_empty(spec.experts, dtype=dtype) if spec.logit_bias else None
 
-    def __call__(self, x_TD: Tensor) -> Routing:
-        if self.fused:
-            return Routing(*self.ops.gate(x_TD, self.weight_ED, self.logit_bias_E, self.bias_E, self.spec))
-        return Routing(*self.ops.route(self.logits(x_TD), self.bias_E, self.spec))
+    def __call__(self, x_TD: Tensor, ops: Ops) -> Routing:
+        if hasattr(ops, "gate"):
+            return Routing(*ops.gate(x_TD, self.weight_ED, self.logit_bias_E, self.bias_E, self.spec))
+        return Routing(*ops.route(self.logits(x_TD, ops), self.bias_E, self.spec))
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """FP32 [T, E]."""
-        return self.ops.linear(x_TD.float(), self.weight_ED, self.logit_bias_E)
+    def logits(self, x_TD: Tensor, ops: Ops) -> Tensor:
+        """[T, E] in the gate's dtype."""
+        return ops.linear(x_TD.to(self.dtype), self.weight_ED, self.logit_bias_E)
 
     def sources(self) -> Sources:
         yield self.spec.weight, self.weight_ED

@@ -1,7 +1,8 @@
 """What a model takes of a rank's memory, counted from its shapes. Of the time that it takes: `models/floor.py`.
 
-Of max(tp, ep) ranks each holds 1/tp of every projection that is cut, and E/ep experts (where ep is 1: all E, cut).
-Whole on each are embedding, head, norms, routers, MLA's `down` and its cache, and what belongs to drafts alone.
+Of max(tp, ep) ranks each holds 1/tp of every projection that is cut and of the vocabulary (embedding and head), and
+E/ep experts (where ep is 1: all E, cut). Whole on each are norms, routers, MLA's `down` and its cache, and what belongs
+to drafts alone.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from moesaic.contracts.scheme import UNQUANTIZED, Scheme
 from moesaic.contracts.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, MoESpec
 from moesaic.formats.sizes import weight_bytes
 from moesaic.hardware import Hardware
-from moesaic.planning.needs import blocks_of, experts_scheme, stacks_of
+from moesaic.planning.needs import experts_scheme, stacks_of
 
 RESERVE = 0.08
 """Part of a device's memory that activations, graphs and the allocator need."""
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
+KV_BYTES = {"fp8": 1.0}
+"""Per element of a KV row, scales included; a cache in `bf16` has elements of the dtype that is computed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,8 @@ class Piece:
         return weight_bytes(self.scheme.weight, self.rows, self.columns, 8 * self.size) + plain
 
 
-def pieces(block: LayerSpec, wishes: Wishes, dtype: str) -> Iterator[Piece]:
-    """Every weight of a block that is multiplied."""
+def pieces(block: LayerSpec, wishes: Wishes, dtype: str, router: str = "float32") -> Iterator[Piece]:
+    """Every weight of a block that is multiplied. router: dtype of the gate."""
     at, mlp, tp, size = block.attention, block.mlp, wishes.tp, ITEMSIZE[dtype]
     for role, parts in stacks_of(block):
         inner, least = role in ("o", "mlp_down"), at.head_dim if isinstance(at, GQASpec) and role == "qkv" else 1
@@ -51,7 +54,8 @@ def pieces(block: LayerSpec, wishes: Wishes, dtype: str) -> Iterator[Piece]:
     if isinstance(at, MLASpec):
         yield Piece("kv_b", UNQUANTIZED, at.kv_b.outputs // tp, at.kv_b.inputs, size)
     if isinstance(mlp, MoESpec):
-        yield Piece("router", UNQUANTIZED, mlp.router.experts, mlp.gate.inputs, 4, bool(mlp.router.logit_bias))
+        of = (mlp.router.experts, mlp.gate.inputs, ITEMSIZE[router], bool(mlp.router.logit_bias))
+        yield Piece("router", UNQUANTIZED, *of)
         width, count = mlp.intermediate // (tp if wishes.ep == 1 else 1), mlp.router.experts // wishes.ep
         scheme, hidden = experts_scheme(mlp), mlp.gate.inputs
         for part, rows, columns in ((mlp.gate, width, hidden), (mlp.up, width, hidden), (mlp.down, hidden, width)):
@@ -69,24 +73,34 @@ def vectors(block: LayerSpec, hidden: int, wishes: Wishes, dtype: str) -> int:
     return ITEMSIZE[dtype] * (2 * hidden + norms) + 4 * biases
 
 
-def block_bytes(block: LayerSpec, hidden: int, wishes: Wishes, dtype: str) -> int:
-    held = sum((each.experts or 1) * each.nbytes for each in pieces(block, wishes, dtype))
+def block_bytes(block: LayerSpec, hidden: int, wishes: Wishes, dtype: str, router: str = "float32") -> int:
+    held = sum((each.experts or 1) * each.nbytes for each in pieces(block, wishes, dtype, router))
     return held + vectors(block, hidden, wishes, dtype)
 
 
+def experts_bytes(block: LayerSpec, wishes: Wishes, dtype: str) -> int:
+    """One copy of a block's experts on one rank."""
+    return sum(each.experts * each.nbytes for each in pieces(block, wishes, dtype))
+
+
+def vocabulary(spec: ModelSpec, wishes: Wishes) -> int:
+    """Rows of embedding and head on one rank; the last may have fewer."""
+    return -(-spec.vocab // wishes.tp)
+
+
 def weights(spec: ModelSpec, wishes: Wishes, dtype: str) -> int:
-    """Bytes on one rank."""
+    """Bytes on one rank of what is in no block."""
     size, hidden = ITEMSIZE[dtype], spec.hidden
     joins = sum(Piece("join", d.join.runs, d.join.outputs, d.join.inputs, size).nbytes for d in spec.drafts)
-    plain = (2 - spec.tied) * spec.vocab * hidden + hidden + 3 * hidden * len(spec.drafts)
-    return size * plain + joins + sum(block_bytes(block, hidden, wishes, dtype) for block in blocks_of(spec))
+    rows = (2 - spec.tied) * vocabulary(spec, wishes)
+    return size * hidden * (rows + 1 + 3 * len(spec.drafts)) + joins
 
 
 def kv_bytes(block: LayerSpec, wishes: Wishes, dtype: str) -> int:
     """Per token on one rank. MLA's row serves all heads, so that each rank has it; kv heads are dealt out."""
     at = block.attention
     width = at.kv_width if isinstance(at, MLASpec) else max(at.kv_width // wishes.tp, 2 * at.head_dim)
-    return ITEMSIZE[dtype] * width
+    return round(KV_BYTES.get(wishes.kv, ITEMSIZE[dtype]) * width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from moesaic.contracts.contract import Contract, listed
 from moesaic.contracts.plan import MixtureNeed, Wishes
 
@@ -11,13 +9,12 @@ UNBUILT = "is known, but not built into Moesaic yet"
 
 
 def misses(contract: Contract, need: MixtureNeed, wishes: Wishes) -> str | None:
-    """The first reason against it, or None."""
-    asks = replace(need.need, capturable=need.need.capturable and need.phase == "decode")
+    """The first reason against it, or None. wishes: those of the need's phase."""
     wish = {"experts": wishes.experts, "dispatch": wishes.dispatch}.get(contract.op)
     if wish not in (None, contract.backend):
         return f"{wish} was asked for"
     unbuilt = None if contract.built or wishes.hypothetical else UNBUILT
-    return contract.misses(asks) or misses_sizes(contract, need) or misses_routing(contract, need) or unbuilt
+    return contract.misses(need.need) or misses_sizes(contract, need) or misses_routing(contract, need) or unbuilt
 
 
 def misses_sizes(contract: Contract, need: MixtureNeed) -> str | None:
@@ -47,5 +44,9 @@ def misses_routing(contract: Contract, need: MixtureNeed) -> str | None:
         return f"scores by {listed(contract.scorings)}, not by {need.scoring}"
     if need.groups_kept and not contract.groups:
         return "knows no groups of experts"
+    if need.groups_kept and need.group_score not in contract.group_scores:
+        return f"ranks groups by {listed(contract.group_scores)}, not by {need.group_score}"
+    if need.renormalize not in contract.renormalizes:
+        return f"{'never' if need.renormalize else 'always'} divides the weights by their sum"
     kept = contract.limits.max_groups_kept
     return f"keeps at most {kept} groups, not {need.groups_kept}" if kept and need.groups_kept > kept else None

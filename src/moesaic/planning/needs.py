@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
-from moesaic.contracts.contract import Need
+from moesaic.contracts.contract import Need, asks_of
 from moesaic.contracts.plan import MixtureNeed, Phase, Wishes
 from moesaic.contracts.scheme import SCHEMES, UNQUANTIZED, Scheme
 from moesaic.contracts.spec import GQASpec, LayerSpec, LinearSpec, MLPSpec, ModelSpec, MoESpec
@@ -68,8 +68,11 @@ def by_row_instead_of(scheme: Scheme) -> str:
     return next((each.name for each in free if each.weight == scheme.weight), "fp8_channel")
 
 
-def layer_needs(block: LayerSpec, base: Need) -> Iterator[tuple[Need, frozenset[str]]]:
-    """(need, the ops that will be called under it) of everything in a layer but its mixture's path."""
+def layer_needs(block: LayerSpec, base: Need, router: str) -> Iterator[tuple[Need, frozenset[str]]]:
+    """(need, the ops that will be called under it) of everything in a layer but its mixture's path.
+
+    router: dtype in which the gate computes.
+    """
     for _, parts in stacks_of(block):
         for scheme in schemes_of(parts):
             if scheme.quantized:
@@ -80,11 +83,13 @@ def layer_needs(block: LayerSpec, base: Need) -> Iterator[tuple[Need, frozenset[
     if mlp is not None:
         yield replace(base, activation=mlp.activation.kind), frozenset({"activate", "mlp"})
     if isinstance(block.mlp, MoESpec):
-        yield experts_need(block.mlp, base), frozenset({"encode", "experts"})
+        yield experts_need(block.mlp, base), frozenset({"encode"})
+        yield replace(base, dtype=router), frozenset({"linear"})
+        yield replace(base, logits=router), frozenset({"gate"})
 
 
 def under(base: Need, scheme: Scheme) -> Need:
-    return replace(base, format=scheme.weight.name, encoding=scheme.activation.name)
+    return replace(base, **asks_of(scheme))
 
 
 def experts_need(spec: MoESpec, base: Need) -> Need:
@@ -94,10 +99,12 @@ def experts_need(spec: MoESpec, base: Need) -> Need:
 
 def mixture_need(spec: MoESpec, base: Need, wishes: Wishes, phase: Phase, tokens: int) -> MixtureNeed:
     router, scheme = spec.router, experts_scheme(spec)
+    need = replace(experts_need(spec, base), capturable=base.capturable and phase == "decode")
     return MixtureNeed(
-        need=experts_need(spec, base), static=scheme.activation.static, wires=WIRES[scheme.activation.name],
+        need=need, static=scheme.activation.static, wires=WIRES[scheme.activation.name],
         scoring=router.scoring, factor=router.scale, groups_kept=router.top_groups if router.groups > 1 else 0,
         router_bias="float32" if router.bias else None, top_k=router.top_k, shared=spec.shared is not None,
         hidden=spec.gate.inputs, width=spec.intermediate // (wishes.tp if wishes.ep == 1 else 1), ranks=wishes.ep,
-        phase=phase, tokens=tokens,
+        phase=phase, tokens=tokens, experts=router.experts // wishes.ep, renormalize=router.renormalize,
+        group_score=router.group_score,
     )  # fmt: skip

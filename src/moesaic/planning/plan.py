@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal
 
-from moesaic.contracts.contract import Choice, Contract, Need, Rejection
-from moesaic.contracts.plan import Cell, LayerPlan, LinearPlan, MixtureNeed, ModelPlan, Refusal, Wishes
+from moesaic.contracts.contract import CACHE_OPS, EAGER, Choice, Contract, Need, Packed, Rejection
+from moesaic.contracts.plan import (
+    PHASES,
+    Cell,
+    LayerPlan,
+    LinearPlan,
+    MixtureNeed,
+    MixturePath,
+    ModelPlan,
+    PerPhase,
+    Refusal,
+    Wishes,
+)
 from moesaic.contracts.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, MoESpec
-from moesaic.formats.sizes import illegal_cut
 from moesaic.hardware import Hardware
-from moesaic.planning.cost import block_bytes, kv_bytes, pieces, weights
+from moesaic.planning.cost import block_bytes, experts_bytes, kv_bytes, pieces, weights
+from moesaic.planning.cuts import illegal
 from moesaic.planning.fits import UNBUILT
-from moesaic.planning.mixture import find
+from moesaic.planning.mixture import How, Options, able, in_common, options, unique
 from moesaic.planning.needs import (
     blocks_of,
     by_row_instead_of,
@@ -25,19 +37,23 @@ from moesaic.planning.needs import (
     stacks_of,
     under,
 )
+from moesaic.planning.tuning import UNTUNED, Tuning
 
 FUSED_OPS = frozenset({"gate", "store_latent", "attend_latent", "mlp"})
 """Taken where a backend has them: layers compose the others."""
-COMMON_OPS = ("linear", "encode", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "attend_paged",
-              "attend_dense")  # fmt: skip
+COMMON_OPS = ("linear", "encode", "rms_norm", "add_rms_norm", "rotate", "activate", "attend_paged", "attend_dense")
 PREFILL = 8192
 """Tokens of one prefill step for which a path is planned."""
+DEMANDS = {"experts": "experts", "dispatch": "dispatch", "wire": "dispatch", "router_dtype": "gate"}
+"""Wishes for a mixture's path, and the stage that shows what they got."""
 
 
 class Refused(Exception):
-    def __init__(self, refusal: Refusal) -> None:
+    """complete: gives the refusal with what takes time to find out: its kind, and the nearest plan that works."""
+
+    def __init__(self, refusal: Refusal, complete: Callable[[], Refusal] | None = None) -> None:
         super().__init__(refusal.what)
-        self.refusal = refusal
+        self.refusal, self.complete = refusal, complete or (lambda: refusal)
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,7 @@ class Planner:
     catalogue: tuple[Contract, ...]
     wishes: Wishes
     base: Need
+    tuning: Tuning = UNTUNED
 
     def ops_for(self, need: Need, wanted: frozenset[str], ops: dict[Need, dict[str, Choice]]) -> None:
         """Chooses `wanted` under a need, once per need."""
@@ -71,58 +88,89 @@ class Planner:
             linears.append(LinearPlan(role, scheme, kernel, sum(each.nbytes for each in held)))
         attend = choose("attend_paged", replace(self.base, sinks=has_sinks(block)), self.catalogue, self.wishes)
         mixture = block.mlp if isinstance(block.mlp, MoESpec) else None
-        return LayerPlan(
-            tuple(b.index for b in blocks), attend.chosen, tuple(linears),
-            experts_scheme(mixture) if mixture else None, self.cells(mixture, block.index) if mixture else (),
-            block_bytes(block, self.spec.hidden, self.wishes, dtype),
-        )  # fmt: skip
+        cells = self.cells(block) if mixture else ()
+        made = LayerPlan(tuple(b.index for b in blocks), attend.chosen, tuple(linears),
+                         experts_scheme(mixture) if mixture else None, cells, 0)  # fmt: skip
+        nbytes = block_bytes(block, self.spec.hidden, self.wishes, dtype, made.router_dtype)
+        nbytes += (len(made.packed) - 1) * experts_bytes(block, self.wishes, dtype) if cells else 0
+        return replace(made, nbytes=nbytes, derived=tuple(derived(block, made)))
 
-    def cells(self, mixture: MoESpec, index: int) -> tuple[Cell, ...]:
-        """Decode up to the largest batch, prefill up to one long step."""
-        cells = []
-        for phase, tokens in (("decode", self.wishes.max_batch), ("prefill", PREFILL)):
-            need = mixture_need(mixture, self.base, self.wishes, phase, tokens)  # type: ignore[arg-type]
-            path, rejected = find(need, self.catalogue, self.wishes)
-            if path is None:
-                raise Refused(self.refusal(need, index, rejected))
-            cells.append(Cell(need.phase, tokens, path, tuple(rejected)))
+    def cells(self, block: LayerSpec) -> tuple[Cell, ...]:
+        """Decode up to the largest batch, prefill up to one long step, each cut where another kernel measures faster;
+        all with what the layer holds once."""
+        needs, here = self.needs(block), f"layer {block.index}"
+        each, hows = self.ways(needs, self.wishes)
+        if hows is None and not each[-1].best:
+            need, held = needs[len(each) - 1], each[-1]
+            form = f"{need.need.format} weights with {need.need.encoding} rows"
+            what = f"no path for {form} on {self.hardware.name}"
+            raise self.refused(block, what, f"{here}, {need.phase}", unique(held.rejected))
+        if hows is None:
+            what = "decode and prefill share one layout of the experts' weights, and no kernels of both take the same"
+            raise self.refused(block, what, here, layouts(needs, each))
+        cells: list[Cell] = []
+        for need, held, how in zip(needs, each, hows, strict=True):
+            path, rejected = held.taken(how)
+            parameters = self.tuning.parameters(need, path.stage("experts").kernel)
+            made = Cell(need.phase, need.tokens, path, rejected, how[0], parameters)
+            if cells and alike(cells[-1], made):
+                cells.pop()  # it ended where a kernel takes over that another layout of the weights would need
+            cells.append(made)
         return tuple(cells)
 
-    def refusal(self, need: MixtureNeed, index: int, rejected: list[Rejection]) -> Refusal:
-        """Why a mixture has no path; whether one is known that is not built; and what would work instead."""
-        where = f"layer {index}, {need.phase}"
-        free = replace(self.wishes, experts=None, dispatch=None, wire=None, router_dtype=None)
-        works, _ = find(need, self.catalogue, free)
-        kind = "not_built" if find(need, self.catalogue, replace(self.wishes, hypothetical=True))[0] else "impossible"
+    def needs(self, block: LayerSpec) -> list[MixtureNeed]:
+        """Of each phase and each number of tokens up to which one kernel is the fastest of those with its layout."""
+        mixture, found = block.mlp, []
+        assert isinstance(mixture, MoESpec)
+        for phase, most in zip(PHASES, (self.wishes.max_batch, PREFILL), strict=True):
+            whole = mixture_need(mixture, self.base, self.wishes, phase, most)
+            kernels = able("experts", whole, self.catalogue, self.wishes.during(phase), [])
+            layouts = {kernel.packed: [each.backend for each in kernels if each.packed == kernel.packed]
+                       for kernel in kernels}  # fmt: skip
+            ends = {most}.union(*(self.tuning.buckets(whole, names) for names in layouts.values()))
+            found += [replace(whole, tokens=tokens) for tokens in sorted(ends)]
+        return found
+
+    def ways(self, needs: Sequence[MixtureNeed], wishes: Wishes) -> tuple[list[Options], list[How] | None]:
+        """(options of each need up to one that has none, what is taken of them such that all can share)."""
+        each: list[Options] = []
+        for need in needs:
+            each.append(options(need, self.catalogue, wishes, self.tuning))
+            if not each[-1].best:
+                return each, None
+        if hows := in_common(each, twice(wishes)):
+            return each, hows
+        each = [options(need, self.catalogue, wishes, self.tuning, wide=True) for need in needs]
+        return each, in_common(each, twice(wishes))
+
+    def paths(self, block: LayerSpec, wishes: Wishes) -> list[MixturePath] | None:
+        """Of each phase, under other wishes; None where there are none."""
+        each, hows = self.ways(self.needs(block), wishes)
+        return None if hows is None else [held.taken(how)[0] for held, how in zip(each, hows, strict=True)]
+
+    def refused(self, block: LayerSpec, what: str, where: str, reasons: list[Rejection]) -> Refused:
+        plain = Refusal(what, where, "impossible", tuple(reasons))
+        return Refused(plain, lambda: self.advised(block, plain))
+
+    def advised(self, block: LayerSpec, refusal: Refusal) -> Refusal:
+        """With the nearest plan that works: weights held twice, one demand less, or all of them less."""
+        known = not self.wishes.hypothetical and self.paths(block, replace(self.wishes, hypothetical=True))
+        demands = dict.fromkeys(name for name in DEMANDS if getattr(self.wishes, name))
+        ways = [{name: None} for name in demands] + [demands] * (len(demands) > 1)
         nearest = None
-        if works is not None:
-            nearest = f"--experts {works.stage('experts').kernel} --dispatch {works.stage('dispatch').kernel}"
-        form = f"{need.need.format} weights with {need.need.encoding} rows"
-        return Refusal(f"no path for {form} on {self.hardware.name}", where, kind, tuple(rejected), nearest)  # type: ignore[arg-type]
+        if not self.wishes.two_layouts and self.paths(block, replace(self.wishes, two_layouts=True)):
+            more = experts_bytes(block, self.wishes, self.base.dtype) / 2**30
+            nearest = f"--two-layouts (a second copy of the experts, {more:.1f} GiB on a rank, of each such layer)"
+        for way in ways if nearest is None else ():
+            if works := self.paths(block, replace(self.wishes, **way)):
+                nearest = " ".join(option(name, works) for name in way)
+                break
+        return replace(refusal, kind="not_built" if known else "impossible", nearest=nearest)
 
     def check_cuts(self, block: LayerSpec) -> None:
-        """Tensor parallelism cuts outputs of the first projections and inputs of the last, block by block."""
-        ways = self.wishes.tp
-        mixture = block.mlp if isinstance(block.mlp, MoESpec) else None
-        if mixture and mixture.router.experts % self.wishes.ep:
-            what = f"{mixture.router.experts} experts cannot be shared by {self.wishes.ep} ranks"
-            raise Refused(Refusal(what, f"layer {block.index}", "impossible"))
-        if ways == 1:
-            return
-        at = block.attention
-        keys = at.kv_heads if isinstance(at, GQASpec) else ways  # where ranks are more, several hold the same ones
-        if at.heads % ways or max(keys, ways) % min(keys, ways):
-            what = f"--tp {ways}: {at.heads} query heads and {keys} of keys cannot be shared by {ways} ranks"
-            raise Refused(Refusal(what, f"layer {block.index}", "impossible"))
-        cut = mixture is not None and self.wishes.ep == 1  # expert parallelism keeps experts whole
-        sides = [(mixture.gate, 0), (mixture.up, 0), (mixture.down, 1)] if mixture and cut else []
-        sides += [(part, 1 if role in ("o", "mlp_down") else 0) for role, parts in stacks_of(block) for part in parts
-                  if role != "down"]  # fmt: skip
-        for part, axis in sides:
-            size = part.inputs if axis else part.outputs
-            pieces_of = min(ways, keys) if isinstance(at, GQASpec) and part in (at.k, at.v) else ways
-            if reason := illegal_cut(part.runs.weight, size, pieces_of, axis):
-                raise Refused(Refusal(f"--tp {ways}: {reason}", part.name, "impossible"))
+        if found := illegal(block, self.wishes):
+            what, where, near = found
+            raise Refused(Refusal(what, where, "impossible", (), near))
 
     def check_rows(self, block: LayerSpec) -> None:
         """A scale that spans the rows of a step makes each row's result depend on the others: no kernel can mend it."""
@@ -136,15 +184,45 @@ class Planner:
 
 
 def plan(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], wishes: Wishes,
-         dtype: str = "bfloat16") -> ModelPlan | Refusal:  # fmt: skip
-    """How the model runs on `hardware`, or why it cannot. Pure: no tensor, no GPU, nothing read or remembered."""
+         dtype: str = "bfloat16", tuning: Tuning = UNTUNED) -> ModelPlan | Refusal:  # fmt: skip
+    """How the model runs on `hardware`, or why it cannot. Pure: no tensor, no GPU, nothing read or remembered.
+
+    On a GPU, decoding stands in CUDA graphs. Where some op has no kernel that could, it does not, and a note says so.
+    tuning: what was measured on that hardware.
+    """
+    made = decide(spec, hardware, catalogue, wishes, dtype, tuning)
+    return made if isinstance(made, ModelPlan) else made.complete()
+
+
+def decide(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], wishes: Wishes,
+           dtype: str = "bfloat16", tuning: Tuning = UNTUNED) -> ModelPlan | Refused:  # fmt: skip
+    """The same, without looking for what would work instead."""
     latent = any(isinstance(block.attention, MLASpec) for block in spec.layers)
-    base = Need(hardware.device, dtype, wishes.deterministic, hardware.features, hardware.arch, latent=latent)
-    planner = Planner(spec, hardware, tuple(catalogue), wishes, base)
+    base = Need(hardware.device, dtype, wishes.deterministic, hardware.features, hardware.arch, latent=latent,
+                kv=wishes.kv)  # fmt: skip
+    planner, first = Planner(spec, hardware, tuple(catalogue), wishes, base, tuning), None
+    if hardware.device == "cuda" and wishes.graphs:
+        try:
+            return planned(replace(planner, base=replace(base, capturable=True)))
+        except Refused as refused:
+            first = refused
     try:
-        return planned(planner)
+        made = planned(planner)
     except Refused as refused:
-        return refused.refusal
+        return refused if first is None else Refused(refused.refusal, partial(nearer, first, refused))
+    return made if first is None else replace(made, notes=(*made.notes, eager(first.refusal)))
+
+
+def nearer(first: Refused, second: Refused) -> Refusal:
+    """Of the refusals with and without CUDA graphs the first that knows of something that works."""
+    full = first.complete()
+    return full if full.nearest else second.complete()
+
+
+def eager(refusal: Refusal) -> str:
+    """What is said of a plan whose decoding is not captured, by what refused one that would be."""
+    names = ", ".join(each.candidate for each in refusal.reasons if EAGER in each.reason)
+    return f"decoding does not stand in CUDA graphs: {f'{names} {EAGER}' if names else refusal.what}"
 
 
 def planned(planner: Planner) -> ModelPlan:
@@ -160,16 +238,55 @@ def planned(planner: Planner) -> ModelPlan:
     layers = []
     for blocks in groups.values():
         layers.append(planner.layer(blocks))
-        for need, wanted in layer_needs(blocks[0], base):
-            planner.ops_for(need, wanted - {"experts"}, ops)
+        for need, wanted in layer_needs(blocks[0], base, layers[-1].router_dtype):
+            planner.ops_for(need, wanted, ops)
     for draft in spec.drafts:
         if draft.join.runs.quantized:
             planner.ops_for(under(base, draft.join.runs), frozenset({"encode", "linear_quant"}), ops)
+    held = weights(spec, wishes, base.dtype) + sum(len(each.layers) * each.nbytes for each in layers)
     return ModelPlan(
         spec.architecture, planner.hardware.name, base, wishes, tuple(layers),
-        {need: tuple(chosen.values()) for need, chosen in ops.items()}, spec.notes,
-        weights(spec, wishes, base.dtype), sum(kv_bytes(block, wishes, base.dtype) for block in spec.layers),
+        {need: tuple(chosen.values()) for need, chosen in ops.items()}, spec.notes, held,
+        sum(kv_bytes(block, wishes, base.dtype) for block in spec.layers),
+        wishes.kv,
     )  # fmt: skip
+
+
+def alike(one: Cell, other: Cell) -> bool:
+    """Whether both run in the same way, whatever their numbers of tokens."""
+    runs = [(cell.phase, cell.packed, cell.parameters, [replace(stage, nbytes=0) for stage in cell.path.stages])
+            for cell in (one, other)]  # fmt: skip
+    return runs[0] == runs[1]
+
+
+def twice(wishes: Wishes) -> bool:
+    """Whether weights may be held twice, which is known and not built."""
+    return wishes.two_layouts and wishes.hypothetical
+
+
+def layouts(needs: Sequence[MixtureNeed], each: Sequence[Options]) -> list[Rejection]:
+    """What every kernel of each phase takes."""
+    found = [Rejection(f"{name}, {need.phase}", f"takes expert weights as {packed}") for need, held in
+             zip(needs, each, strict=True) for (packed, _), pairs in held.best.items() for name in pairs]  # fmt: skip
+    return unique(found)
+
+
+def option(name: str, works: Sequence[MixturePath]) -> str:
+    """The option that demands what these paths have, of decode and prefill."""
+    stages = [path.stage(DEMANDS[name]) for path in works]  # type: ignore[arg-type]
+    got = [stage.encoding if name in ("wire", "router_dtype") else stage.kernel for stage in stages]
+    return f"--{name.replace('_', '-')} {got[0] if len(set(got)) == 1 else PerPhase(*got)}"
+
+
+def derived(block: LayerSpec, made: LayerPlan) -> Iterator[str]:
+    """What is made of the stored weights of a layer, and anew whenever they are written."""
+    if isinstance(block.attention, MLASpec) and block.attention.kv_b.scheme.quantized:
+        yield "kv_b decoded once"
+    if made.experts and made.experts.activation.static:
+        yield "one input scale per product, the largest of all experts on all ranks"
+    for packed in made.packed:
+        if packed != Packed():
+            yield f"experts packed as {packed}" + " (a second copy)" * (len(made.packed) > 1)
 
 
 def kind_of(block: LayerSpec) -> object:
@@ -189,22 +306,30 @@ def has_sinks(block: LayerSpec) -> bool:
 
 def choose(op: str, need: Need, catalogue: Sequence[Contract], wishes: Wishes) -> Choice:
     """The best contract of an op, or the wished-for one; every other with its reason. Raises Refused."""
-    wish = {"experts": wishes.experts, "attend_paged": wishes.attention, "linear_quant": wishes.linear}.get(op)
+    wish = {"attend_paged": wishes.attention, "linear_quant": wishes.linear}.get(op)
     misses: dict[str, str | None] = {}
     for contract in sorted((c for c in catalogue if c.op == op), key=lambda c: c.rank):
         reason = contract.misses(need)
         if reason is None and not (contract.built or wishes.hypothetical):
             reason = UNBUILT
-        if contract.backend not in misses or misses[contract.backend] is not None:
-            misses[contract.backend] = reason  # of several variants of one backend, one that fits is enough
+        if misses.get(contract.backend, "") is not None:  # of several variants of one backend, one that fits is enough
+            if reason is None:
+                misses.pop(contract.backend, None)  # it is preferred by that one's rank
+            misses[contract.backend] = reason
     able = [name for name, miss in misses.items() if miss is None]
     if not able or (wish is not None and wish not in able):
         reasons = tuple(Rejection(name, miss) for name, miss in misses.items() if miss)
-        what = f"no kernel for {op} of {need.format} weights with {need.encoding} rows in {need.dtype}"
+        of = f"over a cache in {need.kv}" if op in CACHE_OPS else f"of {need.format} weights with {need.encoding} rows"
+        what = f"no kernel for {op} {of} in {need.dtype}"
         if wish is not None and able:
             what = f"{wish!r} cannot be used for {op}: {misses.get(wish) or 'there is no such backend'}"
         kind: Literal["impossible", "not_built"] = "not_built" if UNBUILT in misses.values() else "impossible"
-        raise Refused(Refusal(what, op, kind, reasons, f"{able[0]} for {op}" if able else None))
+        nearest = f"{able[0]} for {op}" if able else None
+        if nearest is None and op in CACHE_OPS and need.kv != "bf16":
+            plain = replace(need, kv="bf16")
+            works = any(c.op == op and not c.misses(plain) and (c.built or wishes.hypothetical) for c in catalogue)
+            nearest = "--kv bf16" if works else None
+        raise Refused(Refusal(what, op, kind, reasons, nearest))
     chosen = wish or able[0]
     rejected = tuple(
         Rejection(name, miss or ("another was asked for" if wish else f"{chosen} is preferred"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moesaic.contracts.contract import Contract
-from moesaic.contracts.plan import MixtureNeed, MixturePath, Stage
+from moesaic.contracts.plan import HELD, LayerPlan, MixtureNeed, MixturePath, ModelPlan, PerPhase, Stage, Wishes
 
 OWN = frozenset({"gate", "cast", "encode", "requantise", "decode", "gather", "localise", "scale", "shared"})
 """Stages that are ours and have no contract."""
@@ -20,17 +20,66 @@ ROUNDING_ASKED = {"bf16": ("bf16",), "fp8_group128": ("bf16", "fp8_group128"), "
                   "nvfp4": ("bf16", "nvfp4")}  # fmt: skip
 
 
-def verify(path: MixturePath, need: MixtureNeed, catalogue: Sequence[Contract], lossy: bool = False) -> list[str]:
+RUN_NOW = frozenset({"gate", "route", "dispatch", "encode", "experts", "combine", "shared"})
+"""Stages that exist as code; the others need the user's `hypothetical`."""
+ANY = Wishes(hypothetical=True)
+
+
+def verify(path: MixturePath, need: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes = ANY) -> list[str]:
     """Everything that is wrong with a path, in words; empty if it is sound."""
-    walk = Walk(path, need, catalogue, lossy)
+    walk = Walk(path, need, catalogue, wishes)
     for stage in path.stages:
         walk.step(stage)
     return walk.end()
 
 
+def verify_layer(layer: LayerPlan, needs: Sequence[MixtureNeed], catalogue: Sequence[Contract],
+                 wishes: Wishes = ANY) -> list[str]:  # fmt: skip
+    """The same of a layer. needs: what its mixture asks, of each of its cells in turn."""
+    asked = [(need.phase, need.tokens) for need in needs]
+    if [(cell.phase, cell.tokens) for cell in layer.cells] != asked:
+        return [f"layer {layer.layers[0]} has not a cell for each of {asked}"]
+    wrong = []
+    for cell, need in zip(layer.cells, needs, strict=True):
+        walk = Walk(cell.path, need, catalogue, wishes)
+        for stage in cell.path.stages:
+            walk.step(stage)
+        wrong += [f"{cell.phase}: {each}" for each in walk.end()]
+        if cell.packed not in walk.packings:
+            wrong.append(f"{cell.phase}: its kernel does not take weights as {cell.packed}")
+        if cell.packed.gate_up != HELD and not wishes.hypothetical:
+            wrong.append(f"{cell.phase}: weights held as {cell.packed} are not built")
+    if len({cell.packed for cell in layer.cells}) > 1 + wishes.two_layouts:
+        wrong.append("the weights would be held twice, and nobody asked for it")
+    if len({stage.encoding for cell in layer.cells for stage in cell.path.stages if stage.role == "gate"}) > 1:
+        wrong.append("one gate computes in two dtypes")
+    return wrong
+
+
+def verify_model(plan: ModelPlan, needs: dict[int, list[MixtureNeed]], catalogue: Sequence[Contract]) -> list[str]:
+    """The same of a model. needs: of each mixture layer, by its index."""
+    wrong, wishes = [], plan.wishes
+    for layer in plan.layers:
+        for index in layer.layers:
+            wrong += verify_layer(layer, needs.get(index, []), catalogue, wishes)
+        cached = [c for c in catalogue if c.op == "attend_paged" and c.backend == layer.attention and plan.kv in c.kv]
+        if not cached:
+            wrong.append(f"layer {layer.layers[0]}: {layer.attention} does not read a cache in {plan.kv}")
+    if not plan.kv == plan.base.kv == wishes.kv:
+        wrong.append(f"a cache in {plan.kv}, where {wishes.kv} was asked for")
+    for need, choices in plan.ops.items():
+        for choice in choices:
+            named = [c for c in catalogue if c.op == choice.op and c.backend == choice.chosen]
+            if all(c.misses(need) or not (c.built or wishes.hypothetical) for c in named):
+                wrong.append(f"{choice.op} by {choice.chosen} serves no layer that asks for {need.format} weights")
+    return wrong
+
+
 class Walk:
-    def __init__(self, path: MixturePath, need: MixtureNeed, catalogue: Sequence[Contract], lossy: bool) -> None:
-        self.path, self.need, self.catalogue, self.lossy = path, need, catalogue, lossy
+    def __init__(self, path: MixturePath, need: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes) -> None:
+        self.path, self.need, self.catalogue, self.wishes = path, need, catalogue, wishes
+        self.lossy = wishes.lossy
+        self.packings: set[object] = set()
         self.wrong: list[str] = []
         self.seen: list[str] = []
         self.tally: dict[str, int] = {}
@@ -48,6 +97,8 @@ class Walk:
             getattr(self, f"on_{stage.role}")(stage)
         else:
             self.on_kernel(stage)
+        if stage.role not in RUN_NOW and not self.wishes.hypothetical:
+            self.say(f"{stage.role} is not built")
         if stage.role in PLAIN and stage.encoding != "bf16":
             self.say(f"{stage.role} leaves {stage.encoding} rows, where rows are plain")
         if stage.role not in ("gate", "cast"):
@@ -60,6 +111,14 @@ class Walk:
 
     def on_gate(self, stage: Stage) -> None:
         self.logits = stage.encoding
+        self.asked_for("router_dtype", stage.encoding)
+
+    def asked_for(self, name: str, got: str) -> None:
+        wish = getattr(self.wishes, name)
+        if isinstance(wish, PerPhase):
+            wish = wish.decode if self.need.phase == "decode" else wish.prefill
+        if wish is not None and wish != got:
+            self.say(f"{name}: {wish} was asked for, and {got} is planned")
 
     def on_cast(self, stage: Stage) -> None:
         if self.logits == stage.encoding or "cast" in self.seen:
@@ -68,6 +127,8 @@ class Walk:
 
     def on_encode(self, stage: Stage) -> None:
         self.keeps(stage, layout=True)
+        if "dispatch" not in self.seen and not self.wishes.hypothetical:
+            self.say("rows are encoded before they are sent, which is not built")
         if self.rows[0] != "bf16" or stage.encoding == "bf16":
             self.say(f"encodes {self.rows[0]} rows as {stage.encoding}")
 
@@ -121,28 +182,39 @@ class Walk:
         reasons = [self.against(stage, contract) for contract in named]
         if all(reasons):
             self.say(min((reason for reason in reasons if reason), key=len))
+        if stage.role in ("experts", "dispatch"):
+            self.asked_for(stage.role, stage.kernel)
+        if stage.role == "experts":
+            self.packings = {c.packed for c, reason in zip(named, reasons, strict=True) if not reason}
         if stage.role == "dispatch":
             self.sent = stage.kernel
+            self.asked_for("wire", stage.encoding)
 
     def against(self, stage: Stage, contract: Contract) -> str | None:
         """Why this variant of the kernel cannot be what the stage says; None if it can."""
-        path, need = contract.path, self.need
         check = {"route": self.route, "dispatch": self.dispatch, "experts": self.experts, "finish": self.finish,
                  "combine": self.combine}[stage.role]  # fmt: skip
+        return self.ever(stage, contract) or check(stage, contract)
+
+    def ever(self, stage: Stage, contract: Contract) -> str | None:
+        """Why it cannot, wherever the stage stands."""
+        path, need = contract.path, self.need
         does, can = path.combine_does if stage.role == "combine" else path.does, path.can
         if stage.role == "dispatch":
             does, can = frozenset(), frozenset()
         duties = need.duties()
         if not does & duties <= stage.does or not stage.does <= (does | can):
             return f"{stage.role} {stage.kernel} does {sorted(stage.does)}, its contract says {sorted(does)}"
-        if stage.role != "combine" and (reason := contract.misses(need.need)) and "CUDA graph" not in reason:
+        if stage.role != "combine" and (reason := contract.misses(need.need)):
             return f"{stage.kernel} {reason}"
-        return self.sizes(stage, contract) or check(stage, contract)
+        if not (contract.built or self.wishes.hypothetical):
+            return f"{stage.kernel} is not built"
+        return self.sizes(stage, contract)
 
     def sizes(self, stage: Stage, contract: Contract) -> str | None:
         limits, need = contract.limits, self.need
         bounds = ((need.top_k, limits.max_top_k), (need.tokens, limits.max_tokens), (need.ranks, limits.max_ranks),
-                  (need.groups_kept if contract.path.routes else 0, limits.max_groups_kept))  # fmt: skip
+                  (need.groups_kept if contract.path.routes or contract.op == "route" else 0, limits.max_groups_kept))
         if any(most is not None and value > most for value, most in bounds) or need.ranks < limits.min_ranks:
             return f"{stage.kernel} is not made for these sizes"
         whole = need.hidden % limits.hidden_multiple == 0 and need.width % limits.width_multiple == 0
@@ -155,10 +227,15 @@ class Walk:
             return f"{stage.kernel} does not take logits in {self.logits}"
         if stage.ids != "global":
             return "routing gives global ids"
-        if self.need.scoring not in contract.scorings or (self.need.groups_kept and not contract.groups):
+        if not self.routes_so(contract):
             return f"{stage.kernel} does not route this way"
         bias = self.need.router_bias
         return f"{stage.kernel} would misread a bias in {bias}" if bias and bias not in contract.router_bias else None
+
+    def routes_so(self, contract: Contract) -> bool:
+        need, of = self.need, contract
+        grouped = not need.groups_kept or (of.groups and need.group_score in of.group_scores)
+        return need.scoring in of.scorings and need.renormalize in of.renormalizes and grouped
 
     def dispatch(self, stage: Stage, contract: Contract) -> str | None:
         path, need, wire = contract.path, self.need, stage.encoding
@@ -181,16 +258,17 @@ class Walk:
             return f"{stage.kernel} routes itself and is given something else than its logits"
         if path.routes and need.router_bias and need.router_bias not in contract.router_bias:
             return f"{stage.kernel} would misread a bias in {need.router_bias}"
-        if path.routes and need.scoring not in contract.scorings:
+        if path.routes and not self.routes_so(contract):
             return f"{stage.kernel} does not route this way"
+        plain = stage.layout == "tokens" and stage.does <= {"weights", "reduce"}
+        if not self.wishes.hypothetical and (path.routes or not plain):
+            return f"nothing runs {stage.kernel} so yet"
         if not path.routes and "route" not in self.seen:
             return f"{stage.kernel} is given no routing"
         if self.rows[0] != need.need.encoding:
             return f"{stage.kernel} is given {self.rows[0]} rows, not {need.need.encoding}"
         if self.rows[1] != path.layout or stage.layout != path.emits:
             return f"{stage.kernel} takes {path.layout} rows and leaves {path.emits}"
-        if path.routes and need.groups_kept and not contract.groups:
-            return f"{stage.kernel} knows no groups of experts"
         if need.ranks > 1 and self.rows[2] != path.ids:
             return f"{stage.kernel} takes {path.ids} ids and is given {self.rows[2]} ones"
         return None if stage.ids == self.rows[2] else f"{stage.kernel} changes the id space"

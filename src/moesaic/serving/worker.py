@@ -154,7 +154,7 @@ def describe(llm: LLM) -> dict[str, Any]:
     """What the server needs to know of the model; `path` is where its tokenizer lies."""
     launched = llm.launched
     return {
-        "path": str(llm.path), "summary": launched.summary(), "notes": list(launched.built.model.spec.notes),
+        "path": str(llm.path), "summary": launched.summary(), "notes": list(launched.built.plan.notes),
         "architecture": launched.built.model.spec.architecture, "vocab": llm.engine.vocab,
         "max_model_len": llm.max_model_len, "max_num_seqs": llm.config.max_num_seqs,
         "defaults": params_to_wire(llm.defaults), "plan": plan_json(launched.built.plan),

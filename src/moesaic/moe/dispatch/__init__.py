@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
@@ -26,5 +28,14 @@ class Dispatcher(Protocol):
 
 def contracts() -> tuple[Contract, ...]:
     """Of every dispatcher file of this folder."""
+    return tuple(module.CONTRACT for module in modules())
+
+
+def dispatchers() -> Mapping[str, Dispatcher]:
+    """One of each, by the name that its contract has and plans call it."""
+    return {module.CONTRACT.backend: module.make() for module in modules()}
+
+
+def modules() -> list[ModuleType]:
     files = sorted(Path(__file__).parent.glob("[a-z]*.py"))
-    return tuple(import_module(f"moesaic.moe.dispatch.{file.stem}").CONTRACT for file in files)
+    return [import_module(f"moesaic.moe.dispatch.{file.stem}") for file in files]
