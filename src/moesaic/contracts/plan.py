@@ -9,9 +9,9 @@ from typing import Literal
 from moesaic.contracts.contract import Choice, Duty, Layout, Need, Packed, Rejection
 from moesaic.contracts.scheme import Scheme
 
-Role = Literal["gate", "cast", "route", "encode", "dispatch", "requantise", "decode", "gather", "localise", "experts",
-               "finish", "combine", "scale", "shared"]  # fmt: skip
-ADAPTERS: frozenset[Role] = frozenset({"cast", "encode", "requantise", "decode", "gather", "localise"})
+Role = Literal["gate", "cast", "route", "pack", "encode", "dispatch", "requantise", "decode", "gather", "localise",
+               "experts", "finish", "combine", "scale", "shared"]  # fmt: skip
+ADAPTERS: frozenset[Role] = frozenset({"cast", "pack", "encode", "requantise", "decode", "gather", "localise"})
 RUNS: tuple[Role, ...] = ("gate", "route", "dispatch", "encode", "experts", "combine", "shared")
 """The stages that `moe/layer.py` can run, in its order; paths with others can be planned only hypothetically."""
 PLAIN = Packed()
