@@ -5,8 +5,8 @@
 What is compared stands in `tests/planning_product.py`: paths (one phase, one kernel, one dispatcher) and layers (both
 phases, cut across ranks, one layout of the weights), in strata of one scheme on one piece of hardware; then the cells
 that a CPU can run, built from their plans and held against the reference's (`tests/test_planning_cells.py`); and the
-mutants of `tests/planning_mutants.py`. The counts of each stratum go into a file of their own: a run that was ended goes
-on from there, as long as the planner's source is the same, and a second process may work from the other end
+mutants of `tests/planning_mutants.py`. The counts of each stratum go into a file of their own: a run that was ended
+goes on from there, as long as the planner's source is the same, and a second process may work from the other end
 (`--backwards`; run the first again when both have ended). The result is written only for the whole of it.
 """
 
