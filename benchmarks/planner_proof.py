@@ -1,12 +1,13 @@
 """Does the planner return a plan if and only if a legal one exists? The whole product, by brute force; hours.
 
-    python benchmarks/planner_proof.py [--state build/planner-proof.json] [--only mxfp8:h100] [--step N]
+    python benchmarks/planner_proof.py [--state build/planner-proof] [--backwards] [--only mxfp8:h100] [--step N]
 
 What is compared stands in `tests/planning_product.py`: paths (one phase, one kernel, one dispatcher) and layers (both
 phases, cut across ranks, one layout of the weights), in strata of one scheme on one piece of hardware; then the cells
 that a CPU can run, built from their plans and held against the reference's (`tests/test_planning_cells.py`); and the
-mutants of `tests/planning_mutants.py`. After each stratum the counts go into the state file: a run that was ended goes
-on from there, as long as the planner's source is the same. The result is written only for the whole of it.
+mutants of `tests/planning_mutants.py`. The counts of each stratum go into a file of their own: a run that was ended
+goes on from there, as long as the planner's source is the same, and a second process may work from the other end
+(`--backwards`; run the first again when both have ended). The result is written only for the whole of it.
 """
 
 from __future__ import annotations
@@ -67,32 +68,27 @@ def fingerprint() -> str:
 
 
 class Proof:
-    """Counts so far, in a file that outlives the process."""
+    """Counts so far: a file for each stratum, in a folder of its own for each state of the source."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.held = file, Held()
-        self.state: dict[str, Any] = {"fingerprint": fingerprint(), "strata": {}, "wrong": []}
-        self.state |= {"seconds": 0.0, "questions": 0}
-        if file.exists():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["fingerprint"] != self.state["fingerprint"]:
-                raise SystemExit(f"{file} is of another source tree: remove it to begin anew")
-            self.state = kept
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.held, self.found = folder / fingerprint(), Held(), list[str]()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def file(self, part: str, stratum: tuple[str, ...]) -> Path:
+        return self.folder / f"{'-'.join((part, *stratum))}.json"
 
     def stratum(self, part: str, stratum: tuple[str, ...], step: int) -> None:
-        name = " ".join((part, *stratum))
-        if name in self.state["strata"]:
+        """Once: what another process has counted, or an earlier run, is not counted again."""
+        if (file := self.file(part, stratum)).exists():
             return
-        began, asked = time.process_time(), self.asked()
+        began, asked, self.found = time.process_time(), self.asked(), []
         count = Counter({"paths": self.paths, "layers": self.layers, "run": self.run}[part](stratum, step))
-        self.state["strata"][name] = dict(count)
-        seconds = time.process_time() - began
-        self.state["seconds"] += seconds
-        self.state["questions"] += self.asked() - asked
+        made = {"part": part, "count": dict(count), "seconds": time.process_time() - began,
+                "questions": self.asked() - asked, "wrong": self.found}  # fmt: skip
         self.held = {key: answer for key, answer in self.held.items() if isinstance(answer, bool)}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps(self.state), encoding="utf-8")
-        print(f"{name}: {dict(count)}, {seconds:.0f} s of processor time", flush=True)
+        if step == 1:
+            file.write_text(json.dumps(made), encoding="utf-8")
+        print(f"{part} {' '.join(stratum)}: {dict(count)}, {made['seconds']:.0f} s of processor time", flush=True)
 
     def asked(self) -> int:
         """Questions that brute force was asked."""
@@ -122,13 +118,16 @@ class Proof:
                 yield "differs"
 
     def wrong(self, cell: object, what: str) -> None:
-        self.state["wrong"].append(f"{cell}: {what}"[:4000] if len(self.state["wrong"]) < SHOWN else "")
+        self.found.append(f"{cell}: {what}"[:4000] if len(self.found) < SHOWN else "")
         print(f"MISMATCH {cell}: {what}", file=sys.stderr, flush=True)
+
+    def all(self) -> list[dict[str, Any]]:
+        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("*.json"))]
 
     def total(self, part: str) -> dict[str, int]:
         counts: Counter[str] = Counter()
-        for name, count in self.state["strata"].items():
-            counts.update(count if name.startswith(part) else {})
+        for each in self.all():
+            counts.update(each["count"] if each["part"] == part else {})
         return dict(sorted(counts.items()))
 
 
@@ -141,27 +140,27 @@ def mutants(run: Callable[[], tuple[Counter[str], list[str]]]) -> tuple[Counter[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--state", type=Path, default=ROOT / "build" / "planner-proof.json", help="counts so far")
+    parser.add_argument("--state", type=Path, default=ROOT / "build" / "planner-proof", help="folder of counts so far")
     parser.add_argument("--only", metavar="SCHEME:HARDWARE", help="one stratum; the result is not written")
-    parser.add_argument("--step", type=int, default=1, help="every Nth cell; the result is not written unless 1")
+    parser.add_argument("--step", type=int, default=1, help="every Nth cell; nothing is kept unless 1")
+    parser.add_argument("--backwards", action="store_true", help="last stratum first: for a second process")
     options = parser.parse_args()
     strata: list[tuple[str, ...]] = [tuple(options.only.split(":"))] if options.only else list(STRATA)
     each = (size_of(PATH_AXES) + size_of(LAYER_AXES)) // options.step
     print(f"{len(strata)} strata of {each:,} cells", flush=True)
-    proof = Proof(options.state)
-    for part in ("layers", "paths"):
-        for stratum in strata:
-            proof.stratum(part, stratum, options.step)
-    for scheme in dict.fromkeys(stratum[0] for stratum in strata):
-        proof.stratum("run", (scheme,), options.step)
-    if options.only or options.step > 1:
-        return int(bool(proof.state["wrong"]))
-    found = [mutants(path_mutants), mutants(plan_mutants)]
+    proof, todo = Proof(options.state), [(part, stratum) for part in ("layers", "paths") for stratum in strata]
+    todo += [("run", (scheme,)) for scheme in dict.fromkeys(stratum[0] for stratum in strata)]
+    for part, stratum in reversed(todo) if options.backwards else todo:
+        proof.stratum(part, stratum, options.step)
+    if options.only or options.step > 1 or options.backwards:
+        return 0
+    every, found = proof.all(), [mutants(path_mutants), mutants(plan_mutants)]
+    wrong = [each for one in every for each in one["wrong"]]
     result = {
-        **describe("torch"), "fingerprint": proof.state["fingerprint"], "seconds": round(proof.state["seconds"]),
+        **describe("torch"), "fingerprint": fingerprint(), "seconds": round(sum(one["seconds"] for one in every)),
         "axes": AXES, "paths": proof.total("paths"), "layers": proof.total("layers"), "run": proof.total("run"),
-        "questions": proof.state["questions"],
-        "mismatches": len(proof.state["wrong"]), "wrong": [each for each in proof.state["wrong"] if each],
+        "questions": sum(one["questions"] for one in every),
+        "mismatches": len(wrong), "wrong": [each for each in wrong if each],
         "mutants": dict(sorted((found[0][0] + found[1][0]).items())), "mutants_missed": found[0][1] + found[1][1],
     }  # fmt: skip
     for part in ("paths", "layers", "run", "mutants"):

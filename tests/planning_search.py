@@ -21,7 +21,8 @@ MAX_ADAPTERS = 2
 LAYOUTS, IDS = ("tokens", "sorted", "slotted"), ("none", "global", "local")
 NEXT = {
     "": ("gate",), "gate": ("cast", "route", "encode", "dispatch"), "cast": ("route", "encode", "dispatch"),
-    "route": ("encode", "dispatch"), "encode": ("dispatch", "gather", "localise", "experts"),
+    "route": ("pack", "encode", "dispatch"), "pack": ("encode", "dispatch"),
+    "encode": ("dispatch", "gather", "localise", "experts"),
     "dispatch": ("encode", "requantise", "decode", "gather", "localise", "experts"),
     "requantise": ("gather", "localise", "experts"), "decode": ("encode", "gather", "localise", "experts"),
     "gather": ("encode", "requantise", "decode", "localise", "experts"),
@@ -52,9 +53,9 @@ def stages(role: str, walk: Walk) -> Iterator[Stage]:
     duties = subsets(wanted.duties() & OWNABLE.get(role, frozenset()))
     if role in ("gate", "cast"):
         yield from (Stage(role, role, dtype) for dtype in ("float32", "bfloat16"))  # type: ignore[arg-type]
-    elif role in ("encode", "requantise", "decode", "gather", "localise"):
+    elif role in ("pack", "encode", "requantise", "decode", "gather", "localise"):
         for code, layout, ids in itertools.product(ENCODINGS, LAYOUTS, IDS):
-            exact = not (role == "decode" and code == "bf16")
+            exact = not (role == "decode" and code == "bf16") and role != "pack"
             yield from (Stage(role, role, code, layout, ids, exact=e) for e in {True, exact})  # type: ignore[arg-type]
     elif role in ("scale", "shared"):
         yield Stage(role, role, "bf16", does=frozenset({"factor" if role == "scale" else "shared"}))  # type: ignore[arg-type]
@@ -79,7 +80,8 @@ def exists(wanted: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes) -
 
     def grow(walk: Walk, role: str, adapters: int, made: tuple[Stage, ...]) -> bool:
         tally = tuple(sorted(walk.tally.items()))
-        key = (role, adapters, walk.logits, walk.rows, walk.sent, "route" in walk.seen, "dispatch" in walk.seen, tally)
+        told = tuple(each in walk.seen for each in ("route", "pack", "dispatch"))
+        key = (role, adapters, walk.logits, walk.rows, walk.sent, told, tally)
         if key in seen:
             return False
         seen.add(key)

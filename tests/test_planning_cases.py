@@ -16,6 +16,7 @@ from moesaic.models.build import spec_of
 from moesaic.planning.chain import Chain, Parts, build
 from moesaic.planning.mixture import find
 from moesaic.planning.plan import plan
+from moesaic.planning.verify import verify
 from scripts import plan_fixtures, plan_golden
 from tests.planning_product import model
 from tests.planning_support import CATALOGUE, HYPOTHETICAL, need, path_of, roles
@@ -72,6 +73,22 @@ def test_given_routing_gets_scaled_weights_and_in_kernel_routing_scales_itself()
     assert softmax is not None
     assert "factor" not in softmax.stage("experts").does, "its softmax routing ignores the factor"
     assert softmax.stage("scale").does == {"factor"}, "so somebody else must apply it"
+
+
+def test_packed_routing_rounds_the_weights_and_needs_the_users_word() -> None:
+    """The expert's number and its weight in BF16 in one integer: where a pair is taken, nobody packs."""
+    pair = path_of(need("mxfp8", "b200"), TRTLLM)
+    assert "pack" not in roles(pair)
+    packed = [c for c in CATALOGUE if c.op != "experts" or c.path.routing == "packed"]
+    path, rejected = find(need("mxfp8", "b200"), packed, TRTLLM)
+    assert path is None
+    assert any("would round the weights of the experts to BF16" in each.reason for each in rejected)
+    path, _ = find(need("mxfp8", "b200"), packed, replace(TRTLLM, lossy=True))
+    assert path is not None
+    assert roles(path)[:3] == ["gate", "route", "pack"]
+    assert not path.stage("pack").exact
+    assert verify(path, need("mxfp8", "b200"), packed, replace(TRTLLM, lossy=True)) == []
+    assert verify(pair, need("mxfp8", "b200"), packed, replace(TRTLLM, lossy=True)), "a pair is not what it takes"
 
 
 def test_every_owner_is_single_whatever_the_scheme() -> None:

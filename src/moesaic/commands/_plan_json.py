@@ -21,7 +21,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return base | {
         "dtype": made.base.dtype, "graphs": made.base.capturable,
         "layers": [plain(layer) | {"name": named(report, layer.layers)} for layer in made.layers],
-        "ops": [{"format": need.format, "encoding": need.encoding, "activation": need.activation,
+        "ops": [{"format": need.format, "encoding": need.encoding, "activation": need.activation, "dtype": need.dtype,
                  "chosen": {choice.op: choice.chosen for choice in choices}} for need, choices in made.ops.items()],
         "memory": plain(report.fit) | {
             "kv_per_token": made.kv_bytes_per_token, "fits": not report.fit.lacking,

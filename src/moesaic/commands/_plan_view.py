@@ -290,9 +290,11 @@ def why(report: Report, kernel: str) -> list[str]:
 
 def told(reasons: Iterable[Rejection], kernel: str) -> list[str]:
     """Where the kernel stood in pairs, it could by itself: then why they do not, and not what another variant lacks."""
-    pairs = [each for each in reasons if kernel in each.candidate.split()[::2] and each.candidate != kernel]
+    pairs = [each for each in reasons if kernel in each.candidate.split(" with ") and each.candidate != kernel]
     alone = [each.reason for each in reasons if each.candidate == kernel]
-    return [f"{each.candidate}: {each.reason}" for each in pairs] or alone
+    routers = [each for each in reasons if each.candidate == f"{kernel} as router"]
+    lines = [f"{each.candidate}: {each.reason}" for each in pairs] or alone
+    return lines + [f"{each.candidate}: {each.reason}" for each in routers]
 
 
 def check_known(name: str, known: Iterable[str], option: str) -> None:

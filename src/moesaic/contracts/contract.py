@@ -34,7 +34,8 @@ class Path:
     layout, emits: of its rows before and after.  align: rows to which a `sorted` group is padded.
     ids: id space of the expert ids that it takes (dispatchers: that it emits).  counts: where slot counts live.
     does: duties that it always discharges; can: those it takes over on request.
-    routes: it takes router logits instead of ids and weights.
+    routes: it takes router logits instead of ids and weights.  routing: how it takes those: apart, or packed in one
+    integer, which rounds the weights to BF16.
     combines: layouts that a dispatcher's way back takes; combine_does: the duties of that way back.
     encodes: a dispatcher that takes rows in the model's dtype and encodes them itself for the wire.
     """
@@ -47,6 +48,7 @@ class Path:
     does: frozenset[Duty] = frozenset()
     can: frozenset[Duty] = frozenset()
     routes: bool = False
+    routing: Literal["pair", "packed"] = "pair"
     combines: frozenset[Layout] = frozenset({"tokens"})
     combine_does: frozenset[Duty] = frozenset()
     encodes: bool = False

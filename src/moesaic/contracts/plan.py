@@ -9,9 +9,9 @@ from typing import Literal
 from moesaic.contracts.contract import Choice, Duty, GateUp, Layout, Need, Packed, Rejection
 from moesaic.contracts.scheme import Scheme
 
-Role = Literal["gate", "cast", "route", "encode", "dispatch", "requantise", "decode", "gather", "localise", "experts",
-               "finish", "combine", "scale", "shared"]  # fmt: skip
-ADAPTERS: frozenset[Role] = frozenset({"cast", "encode", "requantise", "decode", "gather", "localise"})
+Role = Literal["gate", "cast", "route", "pack", "encode", "dispatch", "requantise", "decode", "gather", "localise",
+               "experts", "finish", "combine", "scale", "shared"]  # fmt: skip
+ADAPTERS: frozenset[Role] = frozenset({"cast", "pack", "encode", "requantise", "decode", "gather", "localise"})
 RUNS: tuple[Role, ...] = ("gate", "route", "dispatch", "encode", "experts", "combine", "shared")
 """The stages that `moe/layer.py` can run, in its order; paths with others can be planned only hypothetically."""
 PLAIN = Packed()
@@ -238,12 +238,16 @@ class ModelPlan:
         usual = {choice.op: choice.chosen for choice in self.ops[self.base]}
         for need, choices in self.ops.items():
             other = [choice.explain() for choice in choices if choice.chosen != usual.get(choice.op)]
+            gate = need.dtype != self.base.dtype or need.logits != self.base.logits
+            what = "the gate's product" if gate else f"{need.format} weights and {need.encoding} rows"
             if other:
-                lines += [f"with {need.format} weights and {need.encoding} rows:", *other]
+                lines += [f"with {what}:", *other]
         for layer in self.layers:
             for cell in layer.cells:
-                kernel, op = cell.path.stage("experts").kernel, f"experts, layers {span(layer.layers)}, {cell.phase}"
-                lines.append(Choice(op, kernel, cell.rejected).explain())
+                named = " -> ".join(f"{stage.role} {stage.kernel}" for stage in cell.path.stages)
+                op = f"experts, layers {span(layer.layers)}, {cell.phase}"
+                lines += [f"path, layers {span(layer.layers)}, {cell.phase}: {named}"]
+                lines += [Choice(op, cell.path.stage("experts").kernel, cell.rejected).explain()]
         return "\n".join(lines)
 
 

@@ -39,8 +39,9 @@ _TRTLLM: dict[str, tuple[str, str, int, frozenset[str], frozenset[str]]] = {
 
 
 def trtllm() -> list[Contract]:
-    """Each variant three times: its own sigmoid routing, which applies the factor; its own softmax routing, which
-    ignores it; and given routing, whose weights come scaled. The router bias is read as BF16, unchecked."""
+    """Each variant four times: its own sigmoid routing, which applies the factor; its own softmax routing, which
+    ignores it; and given routing, whose weights come scaled, as a pair or packed. The router bias is read as BF16,
+    unchecked."""
     found = []
     for variant, (form, encoding, width, logits, kinds) in _TRTLLM.items():
         base = vendor(
@@ -52,9 +53,12 @@ def trtllm() -> list[Contract]:
         sizes = Limits(hidden_multiple=128, width_multiple=width, max_top_k=22, max_groups_kept=4)
         chooses: frozenset[Duty] = WEIGH | ROUTE
         own = Path(ids="global", routes=True, does=chooses)
+        given = replace(base, limits=replace(sizes, max_groups_kept=None))
         found += [
-            replace(base, path=Path(ids="global", does=WEIGH), limits=replace(sizes, max_groups_kept=None)),
+            replace(given, path=Path(ids="global", does=WEIGH), versions=">=0.7,<0.8"),
+            replace(given, rank=22, path=Path(ids="global", does=WEIGH, routing="packed")),
             replace(base, rank=21, scorings=frozenset({"sigmoid"}), router_bias=BF16, limits=sizes,
+                    renormalizes=frozenset({True}), group_scores=frozenset({"top2_sum"}),
                     path=replace(own, does=own.does | FACTOR)),
             replace(base, rank=21, scorings=frozenset({"softmax", "softmax_topk"}), router_bias=BF16, groups=False,
                     limits=sizes, path=own),

@@ -122,6 +122,10 @@ def choose_experts(chain: Chain, parts: Parts) -> None:
             raise Illegal("routes inside the kernel, so rows cannot be sent to other ranks before")
         return
     chain.add(Stage("route", router.backend, "bf16", ids="global", does=router.path.does), router.path.can)
+    if parts.kernel.path.routing == "packed":
+        if not chain.wishes.lossy:
+            raise Illegal("takes routing packed, which would round the weights of the experts to BF16")
+        chain.add(Stage("pack", "pack", "bf16", ids="global", exact=False, nbytes=12 * need.tokens * need.top_k))
 
 
 def unsendable(chain: Chain, wire: str) -> str | None:

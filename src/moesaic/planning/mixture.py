@@ -28,6 +28,9 @@ class Options:
 
     best: dict[How, dict[str, tuple[Key, MixturePath]]]
     rejected: list[Rejection]
+    routers: tuple[str, ...] = ()
+    """Backends that could choose experts, best first; the others are rejected in `unable`."""
+    unable: tuple[Rejection, ...] = ()
 
     def first(self, how: How) -> tuple[str, Key, MixturePath]:
         """(the pair, its key, its path) that is preferred among those of one `How`."""
@@ -39,7 +42,10 @@ class Options:
         beaten = [Rejection(name, f"{first} is preferred") for name in self.best[how] if name != first]
         apart = [Rejection(name, unlike(other, how)) for other, found in self.best.items() for name in found
                  if name not in self.best[how]]  # fmt: skip
-        every = unique([*beaten, *apart, *self.rejected])
+        chose = [stage.kernel for stage in path.stages if stage.role == "route"]
+        idle = [Rejection(f"{name} as router", f"{chose[0]} is preferred" if chose else "the experts' kernel routes")
+                for name in self.routers if name not in chose]  # fmt: skip
+        every = unique([*beaten, *apart, *self.rejected, *idle, *self.unable])
         return path, tuple(each for each in every if each.candidate != first)
 
 
@@ -62,7 +68,11 @@ def options(need: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes, tu
     if not all(of.values()):
         return Options(best, rejected)
     of["experts"] = tuning.ranked(need, of["experts"])
-    of |= {op: distinct(able(op, need, catalogue, wishes, [])) for op in ("route", "finish")}
+    unable: list[Rejection] = []
+    routers = able("route", need, catalogue, wishes, unable)
+    unable = [Rejection(f"{each.candidate} as router", each.reason) for each in unable]
+    rejected += unable if not routers else []
+    of |= {"route": distinct(routers), "finish": distinct(able("finish", need, catalogue, wishes, []))}
     for kernel, dispatcher in product(of["experts"], of["dispatch"]):
         name, reasons, legal = f"{kernel.backend} with {dispatcher.backend}", dict[str, None](), False
         gates = ("float32", "bfloat16") if wide or kernel.path.routes else ("float32",)
@@ -79,7 +89,9 @@ def options(need: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes, tu
                 found[name] = (key, path)
         if not legal:
             rejected.append(Rejection(name, "; ".join(reasons)))
-    return Options(best, rejected) if best or wide else options(need, catalogue, wishes, tuning, wide=True)
+    if not best and not wide:
+        return options(need, catalogue, wishes, tuning, wide=True)
+    return Options(best, rejected, tuple(dict.fromkeys(each.backend for each in routers)), tuple(unable))
 
 
 def key_of(chain: Chain, parts: Parts) -> Key:

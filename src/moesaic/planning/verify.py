@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import HELD, LayerPlan, MixtureNeed, MixturePath, ModelPlan, PerPhase, Stage, Wishes
 
-OWN = frozenset({"gate", "cast", "encode", "requantise", "decode", "gather", "localise", "scale", "shared"})
+OWN = frozenset({"gate", "cast", "pack", "encode", "requantise", "decode", "gather", "localise", "scale", "shared"})
 """Stages that are ours and have no contract."""
 PLAIN = frozenset({"route", "experts", "finish", "combine", "scale", "shared"})
 """Stages that leave rows in the model's own dtype."""
@@ -124,6 +124,13 @@ class Walk:
         if self.logits == stage.encoding or "cast" in self.seen:
             self.say("a cast of the logits that changes nothing, or a second one")
         self.logits = stage.encoding
+
+    def on_pack(self, stage: Stage) -> None:
+        self.keeps(stage, encoding=True, layout=True)
+        if "route" not in self.seen or {"pack", "dispatch"} & set(self.seen):
+            self.say("packs something else than what routing has just left")
+        if stage.exact:
+            self.say("packing rounds the weights of the experts, but is called exact")
 
     def on_encode(self, stage: Stage) -> None:
         self.keeps(stage, layout=True)
@@ -265,6 +272,8 @@ class Walk:
             return f"nothing runs {stage.kernel} so yet"
         if not path.routes and "route" not in self.seen:
             return f"{stage.kernel} is given no routing"
+        if (path.routing == "packed") != ("pack" in self.seen):
+            return f"{stage.kernel} takes routing as a {path.routing} value"
         if self.rows[0] != need.need.encoding:
             return f"{stage.kernel} is given {self.rows[0]} rows, not {need.need.encoding}"
         if self.rows[1] != path.layout or stage.layout != path.emits:
