@@ -1,7 +1,8 @@
 """Does a server grow? Memory and descriptors of both its processes over 20,000 short requests and 1,000 disconnects.
 
 The first 2,000 requests warm it up: caches by shape, which are bounded, fill. What is judged is the growth from there
-to the end. Prompts are all different, of every length from 3 to 20 words, so no cache of prefixes or shapes is spared.
+to the end, each time after six seconds at rest, when what was freed has gone back to the system. Prompts are all
+different, of every length from 3 to 20 words, so no cache of prefixes or shapes is spared.
 Disconnects: streams of which the client reads the beginning, and leaves; after the first 200 all must be as it was.
 """
 
@@ -12,6 +13,7 @@ import asyncio
 import http.client
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +28,7 @@ from moesaic.commands._load import Load, run
 FLAGS = ("--max-num-seqs", "64", "--kv-memory", "16MiB", "--max-queue", "512")
 WARM, BATCH, LEAVE_FIRST = 2000, 2000, 200
 BOUND = 0.02
+REST = 6.0
 
 
 def soak(requests: int) -> dict[str, Any]:
@@ -37,8 +40,9 @@ def soak(requests: int) -> dict[str, Any]:
             load = Load(server.url, "tiny", min(BATCH, WARM + requests - at), None, 64, (3, 20), (1, 4), seed)
             samples, seconds = asyncio.run(run(load))
             errors += sum(sample.error is not None for sample in samples)
+            server.until_idle()
+            time.sleep(REST)
             rows.append({"requests": at + load.requests, "seconds": round(seconds, 1), **server.resident()})
-        server.until_idle()
     growth = {name: round(rows[-1][name] / rows[0][name] - 1, 5) for name in start}
     return {"requests": requests, "warm_up": WARM, "errors": errors, "bound": BOUND, "start": start, "rows": rows,
             "growth": growth}  # fmt: skip
@@ -61,9 +65,11 @@ def disconnects(count: int) -> dict[str, Any]:
     with Serving(*FLAGS) as server:
         leave(server, LEAVE_FIRST)
         server.until_idle()
+        time.sleep(REST)
         before, held = server.resident(), server.descriptors()
         leave(server, count)
         server.until_idle()
+        time.sleep(REST)
         after, holds = server.resident(), server.descriptors()
         aborted = int(server.metric('aborts_total{reason="disconnect"}'))
     return {"count": count, "warm_up": LEAVE_FIRST, "aborted": aborted, "descriptors_before": held,

@@ -130,7 +130,8 @@ def serve_soak(result: dict[str, Any]) -> str:
     lines = [
         f"`moesaic serve {result['flags']}` with `{result['model']}`: {result['requests']:,} short requests, "
         f"{result['errors']} errors, after {result['warm_up']:,} to warm up; then, on a fresh server, "
-        f"{left['count']:,} streams that their clients left (`benchmarks/serve_soak.py`). {origin(result['source'])}",
+        f"{left['count']:,} streams that their clients left; measured at rest (`benchmarks/serve_soak.py`). "
+        f"{origin(result['source'])}",
         "",
         "| process | MiB after warm-up | at the end | growth | growth by disconnects | descriptors before, after |",
         "|---|---|---|---|---|---|",

@@ -27,6 +27,7 @@ from moesaic.serving.guard import guarded
 from moesaic.serving.logs import log, set_up
 from moesaic.serving.metrics import Metrics
 from moesaic.serving.options import Resolved, ServeConfig
+from moesaic.serving.parent import settle
 from moesaic.serving.process import EngineFailed
 from moesaic.serving.session import Session
 from moesaic.serving.state import State
@@ -106,6 +107,7 @@ async def live(options: Resolved, state: State, model: str, stop: asyncio.Event,
     log.info("ready", extra={"fields": {"names": list(state.names), "summary": session.info["summary"]}})
     for note in session.info["notes"]:
         log.info("note: %s", note)
+    settle()
     watching = loop.create_task(session.watch(options.serve.engine_timeout))
     ends: set[asyncio.Future[Any]] = {stopping, session.died}
     try:

@@ -22,7 +22,7 @@ from moesaic.errors import MoesaicError
 from moesaic.serving.faults import MAX_LOST_STEPS, isolate
 from moesaic.serving.frames import Channel, Message
 from moesaic.serving.guides import Guides, Guiding, Ids
-from moesaic.serving.parent import die_with_parent, give_back_memory, resident_bytes
+from moesaic.serving.parent import die_with_parent, give_back_memory, resident_bytes, settle
 from moesaic.serving.wire import params_to_wire, piece_to_wire
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ def serve(channel: Channel, start: dict[str, Any]) -> int:
         return error.exit_code
     warm_up(llm.engine)
     channel.send(["ready", describe(llm)])
+    settle()
     Worker(llm, channel, experts=start["experts"]).run()
     raise AssertionError("run ends by an exception")
 
