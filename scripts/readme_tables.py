@@ -142,6 +142,9 @@ def serve_soak(result: dict[str, Any]) -> str:
             f"| {name} | {first[name] / 2**20:.1f} | {last[name] / 2**20:.1f} | {result['growth'][name]:.2%} | "
             f"{left['growth'][name]:.2%} | {held} |"
         )
+    sums = [(row["server"] + row["engine"]) / 2**20 for row in (first, last)]
+    growths = [part["growth"]["both"] for part in (result, left)]
+    lines.append(f"| both | {sums[0]:.1f} | {sums[1]:.1f} | **{growths[0]:.2%}** | **{growths[1]:.2%}** | |")
     return "\n".join(lines)
 
 
