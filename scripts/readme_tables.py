@@ -120,7 +120,7 @@ def serve_load(result: dict[str, Any]) -> str:
         f"{result['incomplete']} incomplete, {result['different']} different** from the same request made by one "
         f"client; {result['tokens_per_s']:,.0f} tokens/s, first token after {ttft['p50'] / 1e3:.1f} s (median, the "
         f"queue included) and {ttft['p99'] / 1e3:.1f} s (99%), {itl['p50']:.0f} and {itl['p99']:.0f} ms between them; "
-        f"{result['threads']} threads of the engine (`benchmarks/serve_load.py`). {origin(result['source'])}"
+        f"threads of the engine: {result['threads']} (`benchmarks/serve_load.py`). {origin(result['source'])}"
     )
 
 
