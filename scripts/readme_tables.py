@@ -15,7 +15,7 @@ from moesaic.commands import _scheme_table
 from scripts import draw_accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md", "docs/planner.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/operating.md", "docs/planner.md")
 PLOT = ROOT / "docs" / "accuracy.svg"
 
 
@@ -136,6 +136,59 @@ def planner_proof(result: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def serve_load(result: dict[str, Any]) -> str:
+    """Many streams at once."""
+    ttft, itl = result["ttft_ms"], result["itl_ms"]
+    return (
+        f"`moesaic serve {result['flags']}` with `{result['model']}`, {result['streams']} streams open at once for "
+        f"{result['asked_seconds']:.0f} s: **{result['requests']:,} streams, {result['errors']} errors, "
+        f"{result['incomplete']} incomplete, {result['different']} different** from the same request made by one "
+        f"client; {result['tokens_per_s']:,.0f} tokens/s, first token after {ttft['p50'] / 1e3:.1f} s (median, the "
+        f"queue included) and {ttft['p99'] / 1e3:.1f} s (99%), {itl['p50']:.0f} and {itl['p99']:.0f} ms between them; "
+        f"threads of the engine: {result['threads']} (`benchmarks/serve_load.py`). {origin(result['source'])}"
+    )
+
+
+def serve_soak(result: dict[str, Any]) -> str:
+    """Growth of the two processes."""
+    first, last, left = result["rows"][0], result["rows"][-1], result["disconnects"]
+    lines = [
+        f"`moesaic serve {result['flags']}` with `{result['model']}`: {result['requests']:,} short requests, "
+        f"{result['errors']} errors, after {result['warm_up']:,} to warm up; then, on a fresh server, "
+        f"{left['count']:,} streams that their clients left; measured at rest (`benchmarks/serve_soak.py`). "
+        f"{origin(result['source'])}",
+        "",
+        "| process | MiB after warm-up | at the end | growth | growth by disconnects | descriptors before, after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("server", "engine"):
+        held = f"{left['descriptors_before'][name]}, {left['descriptors_after'][name]}"
+        lines.append(
+            f"| {name} | {first[name] / 2**20:.1f} | {last[name] / 2**20:.1f} | {result['growth'][name]:.2%} | "
+            f"{left['growth'][name]:.2%} | {held} |"
+        )
+    sums = [(row["server"] + row["engine"]) / 2**20 for row in (first, last)]
+    growths = [part["growth"]["both"] for part in (result, left)]
+    lines.append(f"| both | {sums[0]:.1f} | {sums[1]:.1f} | **{growths[0]:.2%}** | **{growths[1]:.2%}** | |")
+    return "\n".join(lines)
+
+
+def serve_overhead(result: dict[str, Any]) -> str:
+    """What a token costs beside the model."""
+    lines = [
+        f"Processor time per token at {result['streams']} streams, `{result['model']}`: {result['total_us']:.0f} us in "
+        f"all, of {result['bound_us']:.0f} allowed; the server's parts by Python's profiler, scaled to what it costs "
+        f"without (`benchmarks/serve_overhead.py`). {origin(result['source'])}",
+        "",
+        "| process | part | us per token |",
+        "|---|---|---|",
+    ]
+    for part, share in result["server_shares"].items():
+        lines.append(f"| server | {part} | {share * result['server_us']:.1f} |")
+    lines += [f"| engine | {part} | {cost:.1f} |" for part, cost in result["engine_us"].items()]
+    return "\n".join(lines)
+
+
 def divergence(row: dict[str, Any]) -> str:
     """With its standard error."""
     return f"{row['kl']:.1e} ± {row['kl_error']:.0e}"
@@ -152,6 +205,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "kv-b-proj": kv_b_proj,
     "rounding": rounding,
     "planner-proof": planner_proof,
+    "serve-load": serve_load,
+    "serve-soak": serve_soak,
+    "serve-overhead": serve_overhead,
 }
 
 

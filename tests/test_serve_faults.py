@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
+import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from moesaic import LLM
+from moesaic import LLM, SamplingParams
+from moesaic.serving.errors import HTTPError
 from moesaic.serving.frames import Channel, Unpacker
+from moesaic.serving.metrics import Metrics
+from moesaic.serving.session import MOST_UNREAD, Job, Session
+from moesaic.serving.wire import Piece
 from moesaic.serving.worker import Worker
 from tests.cli_support import spawn
 from tests.serve_support import Server, oracle, shared
@@ -209,6 +218,157 @@ def test_a_killed_engine_ends_streams_health_and_server() -> None:
     last = server.text().splitlines()[-1]
     assert last == "moesaic: error: the engine process was killed by signal 9"
     assert "Traceback" not in server.text()
+
+
+def test_an_engine_that_hangs_is_as_good_as_dead() -> None:
+    server = Server("--engine-timeout", "2")
+    sock = opened(server)
+    engine = server.engine
+    engine.suspend()
+    with httpx.Client(base_url=server.base, trust_env=False) as other:
+        server.until(lambda: other.get("/health").status_code == 503, 10)
+    sock.close()
+    assert server.process.wait(10) == 1
+    assert server.text().splitlines()[-1] == "moesaic: error: the engine process has not answered for 2 s"
+    assert not engine.is_running()
+
+
+def test_an_engine_does_not_outlive_its_server() -> None:
+    server = Server()
+    sock = opened(server)
+    engine = server.engine
+    server.kill()
+    deadline = time.monotonic() + 5
+    while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    sock.close()
+
+
+def test_an_engine_that_dies_while_draining_is_an_error() -> None:
+    server = Server("--drain-timeout", "20")
+    sock = opened(server)
+    engine = server.engine
+    server.process.terminate()
+    server.until(lambda: "draining" in server.text())
+    os.kill(engine.pid, signal.SIGKILL)
+    assert server.process.wait(10) == 1
+    sock.close()
+
+
+@pytest.mark.long
+def test_a_stream_that_nobody_reads_is_cut_off(server: Server) -> None:
+    """Its client stays connected and takes nothing: what is kept for it is bounded, and the engine is freed."""
+    before = server.metric("aborts_total", reason="slow_reader")
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    raw = json.dumps({**LONG, "n": 8, "max_tokens": 1800, "logprobs": 20}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    sock.sendall(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+    server.until(lambda: server.metric("aborts_total", reason="slow_reader") > before, 60)
+    server.until(server.idle, 5)
+    sock.close()
+
+
+def test_a_reader_that_lags_frees_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a connection: a job that is streamed keeps so much for its reader and no more; one that collects, all."""
+
+    async def run() -> None:
+        session = Session(Metrics(), 1)
+        sent: list[Any] = []
+        monkeypatch.setattr(session, "send", sent.append)
+        cut: list[bool] = []
+        for behind in (lambda: cut.append(True), None):
+            job = Job(session, ["0.0"])
+            session.jobs["0.0"] = job
+            job.behind = behind
+            for _ in range(MOST_UNREAD // 4 + 1):
+                job.put(Piece("0.0", "abcd", (1, 2, 3, 4)))
+            if behind is None:
+                assert len(await job.next()) == MOST_UNREAD // 4 + 1
+                continue
+            assert cut == [True]
+            assert not job.pieces
+            assert sent == [["abort", ["0.0"]]]
+            assert not session.jobs
+            with pytest.raises(HTTPError) as failed:
+                await job.next()
+            assert (failed.value.status, failed.value.code) == (408, "slow_reader")
+        assert cut == [True]
+        assert session.metrics.aborted.labels("slow_reader")._value.get() == 1  # as /metrics will show it
+
+    asyncio.run(run())
+
+
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <time.h>
+
+static volatile long long *offset;
+static int (*real)(clockid_t, struct timespec *);
+
+__attribute__((constructor)) static void begin(void) {
+  real = dlsym(RTLD_NEXT, "clock_gettime");
+  int file = open(getenv("CLOCK_OFFSET"), O_RDONLY);
+  if (file >= 0) offset = mmap(0, 8, PROT_READ, MAP_SHARED, file, 0);
+}
+int clock_gettime(clockid_t id, struct timespec *at) {
+  int code = real(id, at);
+  if (id == CLOCK_REALTIME && offset) at->tv_sec += *offset;
+  return code;
+}
+int gettimeofday(struct timeval *at, void *zone) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  at->tv_sec = now.tv_sec, at->tv_usec = now.tv_nsec / 1000;
+  return 0;
+}
+time_t time(time_t *at) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (at) *at = now.tv_sec;
+  return now.tv_sec;
+}
+"""
+"""A wall clock that jumps when a number in a file changes, for any process that preloads it."""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_clock_that_jumps_is_not_noticed(tmp_path: Path) -> None:
+    """A day forward, two back, under a stream: it ends as it would have, nobody is late, no duration is a day long."""
+    (tmp_path / "clock.c").write_text(CLOCK)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", tmp_path / "clock.so", tmp_path / "clock.c", "-ldl"],
+                   check=True)  # fmt: skip
+    offset = tmp_path / "offset"
+    offset.write_bytes(struct.pack("q", 0))
+    server = Server("--deterministic", "--request-timeout", "60", "--engine-timeout", "30", "--log-json",
+                    LD_PRELOAD=str(tmp_path / "clock.so"), CLOCK_OFFSET=str(offset))  # fmt: skip
+    body = {**LONG, "temperature": 0, "max_tokens": 240}
+    expected = oracle().generate("Hello", SamplingParams(temperature=0, max_tokens=240, ignore_eos=True))[0].text
+    text, created = "", set()
+    jumps = iter([86_400, -86_400, 0, 30 * 86_400])
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        for count, line in enumerate(answer.iter_lines()):
+            if count % 100 == 50 and (jump := next(jumps, None)) is not None:
+                with offset.open("r+b") as file:
+                    file.write(struct.pack("q", jump))
+                again = server.post("/v1/completions", {**body, "stream": False, "max_tokens": 1}).json()
+                created.add(round((again["created"] - time.time()) / 86_400))
+            if line.startswith("data: {"):
+                text += json.loads(line[6:])["choices"][0]["text"]
+    assert text == expected
+    assert created == {1, -1, 0, 30}  # it did jump
+    assert server.metric("request_seconds_sum") < 60
+    assert server.http.get("/health").status_code == 200
+    assert server.stop() == 0
+    entries = [json.loads(line) for line in server.text().splitlines()]
+    assert all(0 <= entry.get("seconds", 0) < 60 for entry in entries)
 
 
 def test_the_deadline_of_draining_cuts_streams_off_and_leaves_with_0() -> None:

@@ -1,7 +1,7 @@
 """The server as an attacker meets it: schemathesis over its own document, and bytes that are no HTTP at all.
 
-The long versions (`make test-long`) do the same thousands of times, and leave on 1,000 streams; memory and descriptors
-must be where they were.
+The long versions (`make test-long`) do the same thousands of times; memory and descriptors must be where they were.
+Streams that are left in the middle are in `benchmarks/serve_soak.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 import random
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import psutil
 import pytest
@@ -19,10 +21,11 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import load_all_checks
+from schemathesis.core.failures import FailureGroup
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from tests.serve_support import Server
+from tests.serve_support import CHAT, Server
 
 load_all_checks()
 
@@ -72,7 +75,37 @@ def test_the_server_keeps_to_its_document(document: schemathesis.BaseSchema) -> 
 
 @pytest.mark.long
 def test_the_server_keeps_to_its_document_at_length(document: schemathesis.BaseSchema) -> None:
-    assert explore(document, 400) > 2000
+    called = explore(document, 400)
+    print(f"{called} calls")
+    assert called > 2000
+
+
+TEXT, CONVERSATION = "/v1/completions", "/v1/chat/completions"
+STREAM = {"model": "tiny", "stream": True, "max_tokens": 4}
+STREAMS = [
+    (TEXT, {**STREAM, "prompt": "Hi", "logprobs": 2, "return_token_ids": True,
+            "stream_options": {"include_usage": True}}),
+    (TEXT, {**STREAM, "prompt": ["a", "b"], "n": 2}),
+    (CONVERSATION, {**STREAM, "messages": CHAT[:1], "stream_options": {"include_usage": True}}),
+    (CONVERSATION, {**STREAM, "messages": CHAT[:1], "logprobs": True, "top_logprobs": 2, "return_token_ids": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMS)
+def test_every_event_of_a_stream_is_documented(document: schemathesis.BaseSchema, path: str, body: Any) -> None:
+    answer = document[path]["POST"].Case(body=body, media_type="application/json").call_and_validate()
+    assert answer.status_code == 200
+    assert answer.headers["content-type"][0].startswith("text/event-stream")
+
+
+def test_a_wrong_event_would_be_seen(small: Server) -> None:
+    told = small.http.get("/openapi.json").json()
+    told["components"]["schemas"]["TextChunk"]["properties"]["object"] = {"const": "another"}
+    told["servers"] = [{"url": small.base}]
+    wrong = schemathesis.openapi.from_dict(told)
+    wrong.config.update(base_url=small.base)
+    with pytest.raises(FailureGroup, match="SSE event"):
+        wrong[TEXT]["POST"].Case(body=STREAMS[0][1], media_type="application/json").call_and_validate()
 
 
 def attack(port: int, dice: random.Random) -> None:
@@ -132,24 +165,16 @@ def test_bytes_that_are_no_request_do_no_harm(small: Server) -> None:
 
 
 @pytest.mark.long
-def test_an_onslaught_and_a_thousand_disconnects_leave_nothing_behind() -> None:
+def test_an_onslaught_leaves_nothing_behind() -> None:
     server = Server("--header-timeout", "2")
-    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 500, "ignore_eos": True, "stream": True}
-
-    def leave(count: int) -> None:
-        for _ in range(count):
-            with server.http.stream("POST", "/v1/completions", json=body) as answer:
-                next(answer.iter_bytes(1))
-
     onslaught(server, 500)
-    leave(200)
     server.until(server.idle, 10)
+    time.sleep(6)  # what is freed goes back to the system every five seconds
     before, bytes_before = descriptors(server), memory(server)
-    aborted = server.metric("aborts_total", reason="disconnect")
     onslaught(server, 2000)
-    leave(1000)
     server.until(lambda: server.idle() and descriptors(server) <= before, 20)
-    assert server.metric("aborts_total", reason="disconnect") >= aborted + 1000
+    time.sleep(6)
     for was, now in zip(bytes_before, memory(server), strict=True):
-        assert now <= was * 1.05 + (4 << 20), (was, now)
+        assert now <= was * 1.03 + (1 << 20), (was, now)
     assert server.stop() == 0
+    assert "Traceback" not in server.text()

@@ -6,19 +6,18 @@ import asyncio
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from benchmarks import serve_load, serve_soak
 from moesaic import SamplingParams
 from moesaic.commands import _load
 from moesaic.serving import logs
 from moesaic.serving.options import ServeConfig
 from moesaic.serving.wire import params_to_wire
 from tests.cli_support import call
-from tests.serve_support import Server, oracle, shared
+from tests.serve_support import Server, oracle
 
 
 def expected(load: _load.Load) -> list[str]:
@@ -41,27 +40,6 @@ def test_the_smallest_pool_serves_a_hundred_requests() -> None:
     found = _load.summary(samples, seconds)
     assert found["tokens"] == server.metric("generated_tokens_total")
     assert server.stop() == 0
-
-
-def test_bench_serve(tmp_path: Path) -> None:
-    server = shared()
-    out = tmp_path / "out.json"
-    done = call("bench", "serve", "--url", f"{server.base}/v1", "--requests", "6", "--rate", "50", "--tokens", "3:5",
-                "--words", "4", "--json", out)  # fmt: skip
-    assert done.code == 0, done
-    line = json.loads(done.out.splitlines()[-1])
-    assert (line["requests"], line["errors"]) == (6, 0)
-    written = json.loads(out.read_text())
-    assert sum(len(sample["pieces"]) > 0 for sample in written["samples"]) == 6
-    for sample in written["samples"]:
-        assert sample["pieces"] == sorted(sample["pieces"])
-        assert sample["pieces"][-1] <= sample["took"]
-    assert line["ttft_ms"]["p50"] <= line["ttft_ms"]["p99"] <= line["e2e_ms"]["max"]
-    failed = call("bench", "serve", "--url", server.base, "--model", "absent", "--requests", "2")
-    assert failed.code == 1
-    assert "model_not_found" in failed.err
-    assert call("bench", "serve", "--url", "ftp://x").code == 2
-    assert call("bench", "serve", "--url", server.base, "--words", "9:3").code == 2
 
 
 def test_percentiles_are_those_of_the_nearest_rank() -> None:
@@ -143,18 +121,6 @@ def test_log_lines_stay_lines() -> None:
     assert json.loads(logs.Lines(as_json=True).format(record))["user"] == "a\nb c"
 
 
-def test_a_clock_that_jumps_changes_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Durations and deadlines come from clocks that cannot be set: time.time is asked only for dates."""
-    import ast
-
-    import moesaic.serving
-
-    for path in Path(moesaic.serving.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.BinOp):
-                assert "time.time" not in ast.unparse(node), (path, ast.unparse(node))
-
-
 def test_only_what_differs_from_the_defaults_is_sent() -> None:
     params = SamplingParams(temperature=0.0, stop=("a",), logit_bias={3: 1.0}, max_tokens=4)
     sent: dict[str, Any] = params_to_wire(params)
@@ -163,41 +129,46 @@ def test_only_what_differs_from_the_defaults_is_sent() -> None:
     assert params_to_wire(SamplingParams()) == {}
 
 
-# --- long ------------------------------------------------------------------------------------------------------------
+# --- long: the benchmarks, at their full size ------------------------------------------------------------------------
 
 
 @pytest.mark.long
 def test_512_streams_for_a_minute_each_equal_to_its_answer_alone() -> None:
-    server = Server("--deterministic", "--max-num-seqs", "256", "--kv-memory", "256MiB", "--max-queue", "512",
-                    "--request-timeout", "600")  # fmt: skip
-    began, rounds, tokens = time.monotonic(), 0, 0
-    while time.monotonic() - began < 60:
-        load = _load.Load(server.base, "tiny", 512, None, 512, (3, 40), (8, 48), rounds)
-        samples, _ = asyncio.run(_load.run(load))
-        assert [sample.error for sample in samples] == [None] * 512
-        assert [sample.text for sample in samples] == expected(load)
-        rounds, tokens = rounds + 1, tokens + sum(sample.tokens for sample in samples)
-    print(f"{rounds} rounds of 512 streams, {tokens} tokens, 0 errors")
-    assert server.stop() == 0
+    found = serve_load.measure(512, 60)
+    print(found)
+    assert found["requests"] >= 512
+    assert (found["errors"], found["alone_errors"], found["different"], found["incomplete"]) == (0, 0, 0, 0)
 
 
 @pytest.mark.long
 def test_20000_short_requests_do_not_grow_the_processes() -> None:
-    server = Server("--max-num-seqs", "64", "--kv-memory", "16MiB", "--max-queue", "512")
+    found = serve_soak.soak(20_000)
+    print(found)
+    assert found["errors"] == 0
+    assert found["growth"]["both"] < serve_soak.BOUND
 
-    def run(count: int, seed: int) -> None:
-        load = _load.Load(server.base, "tiny", count, None, 64, (3, 20), (1, 4), seed)
-        samples, _ = asyncio.run(_load.run(load))
-        assert not [sample.error for sample in samples if sample.error]
 
-    def rss() -> list[int]:
-        return [each.memory_info().rss for each in (psutil.Process(server.process.pid), server.engine)]
+@pytest.mark.long
+def test_1000_disconnects_leave_nothing_behind() -> None:
+    found = serve_soak.disconnects(1000)
+    print(found)
+    assert found["aborted"] == 1200  # with the first ones
+    assert found["descriptors_after"] == found["descriptors_before"]
+    assert found["growth"]["both"] < serve_soak.BOUND
 
-    run(4000, 0)
-    before = rss()
-    for seed in range(1, 9):
-        run(2000, seed)
-    growth = [now / was - 1 for was, now in zip(before, rss(), strict=True)]
-    print(f"20,000 requests; growth of server and engine after the first 4,000: {growth}")
-    assert max(growth) < 0.02
-    assert server.stop() == 0
+
+def test_the_measure_of_load_sees_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge of the long test, on a small load, and on answers that one letter is changed of."""
+    found = serve_load.measure(6, 0.5)
+    assert (found["errors"], found["alone_errors"], found["different"], found["incomplete"]) == (0, 0, 0, 0)
+    assert found["requests"] >= 6
+    truth = serve_load.one
+
+    async def other(*args: Any) -> Any:
+        sample = await truth(*args)
+        sample.text, sample.tokens = sample.text + "x", sample.tokens - 1
+        return sample
+
+    monkeypatch.setattr(serve_load, "one", other)
+    found = serve_load.measure(3, 0.1)
+    assert found["different"] == found["incomplete"] == found["requests"] > 0

@@ -12,6 +12,7 @@ import yaml
 from moesaic.commands import serve
 from moesaic.config import EngineConfig
 from moesaic.errors import OptionError
+from moesaic.serving import extra
 from moesaic.serving.auth import Keys
 from moesaic.serving.errors import HTTPError
 from moesaic.serving.options import ServeConfig, resolve
@@ -92,3 +93,11 @@ def test_keys_come_from_both_places(tmp_path: Path) -> None:
 def test_an_unknown_option_of_any_source_is_an_error() -> None:
     with pytest.raises(OptionError, match="from the file"):
         resolve({"file": {"nonsense": 1}})
+
+
+def test_a_missing_package_is_one_line_with_the_command_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extra, "PACKAGES", (*extra.PACKAGES, "no_such_package"))
+    done = call("serve", "--print-config")
+    assert done.code == 4
+    assert "no_such_package" in done.error
+    assert "pip install 'moesaic[serve]'" in done.error

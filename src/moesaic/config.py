@@ -92,10 +92,16 @@ def environment_options() -> dict[str, str]:
 
 
 def engine_environment() -> dict[str, str]:
-    """For a process that serves for weeks. oneDNN keeps 1,024 compiled products by shape, and prompts are of every
-    length: half a gigabyte that comes slowly and looks like a leak. Whoever sets the variable knows better.
+    """For a process that serves for weeks. oneDNN keeps 1,024 compiled products by shape, torch's layer over it as many
+    more, and prompts are of every length: half a gigabyte that comes slowly and looks like a leak. Whoever sets the
+    variables knows better.
     """
-    return {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", **os.environ}
+    return {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32", **os.environ}
+
+
+def helper_environment() -> dict[str, str]:
+    """For a process beside the engine, which leaves it the cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,8 @@ import math
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,11 @@ LINE = 1 << 20
 
 @dataclass
 class Sample:
-    """One request. Times in seconds: `sent` since the load began, `pieces` since it was sent. error: why it failed."""
+    """One request. Times in seconds: `sent` since the load began, `pieces` since it was sent. error: why it failed.
+
+    streamed: whether the answer came in events; without, it has no first token to time.  tokens: as the server counts
+    them, else one per piece.
+    """
 
     sent: float
     pieces: list[float] = field(default_factory=list)
@@ -32,41 +37,59 @@ class Sample:
     text: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
+    streamed: bool = True
     error: str | None = None
 
 
 @dataclass(frozen=True)
 class Load:
-    """What to send. rate: requests per second, None at once.  concurrency: streams at once.  words, tokens: ranges."""
+    """What to send. rate: requests per second, None at once.  concurrency: streams at once, None any number.
+    words, tokens: ranges.  chat: conversations, not plain prompts.  timeout: seconds for one request.
+    extra: more fields of each body, instead of ours where they are the same.
+    """
 
     url: str
     model: str
     requests: int
     rate: float | None
-    concurrency: int
+    concurrency: int | None
     words: tuple[int, int]
     tokens: tuple[int, int]
     seed: int
     key: str | None = None
+    chat: bool = False
+    timeout: float = 600.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def body(self, prompt: str, limit: int) -> dict[str, Any]:
+        asked = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
+        return {"model": self.model, **asked, "max_tokens": limit, "temperature": 0, "stream": True,
+                "stream_options": {"include_usage": True}, **self.extra}  # fmt: skip
 
 
 class Target:
     """Where a URL points to."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port
+        except ValueError:
+            parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise OptionError(f"{url!r} is no http URL", where="--url", remedy="Write http://HOST:PORT.")
         self.host, self.tls = parts.hostname, ssl.create_default_context() if parts.scheme == "https" else None
-        self.port = parts.port or (443 if self.tls else 80)
+        self.port = port or (443 if self.tls else 80)
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        self.name = f"{name}:{self.port}"
         self.path = parts.path.rstrip("/").removesuffix("/v1")
 
-    async def post(self, path: str, body: Any, key: str | None) -> AsyncIterator[bytes]:
+    async def call(self, method: str, path: str, body: Any, key: str | None) -> AsyncGenerator[bytes, None]:
         """The lines of the answer's body as they come. Raises RequestError for any status but 200."""
         reader, writer = await asyncio.open_connection(self.host, self.port, ssl=self.tls, limit=LINE)
         try:
-            raw = json.dumps(body).encode()
-            head = [f"POST {self.path}{path} HTTP/1.1", f"host: {self.host}:{self.port}", "connection: close",
+            raw = b"" if body is None else json.dumps(body).encode()
+            head = [f"{method} {self.path}{path} HTTP/1.1", f"host: {self.name}", "connection: close",
                     "content-type: application/json", f"content-length: {len(raw)}"]  # fmt: skip
             head += [f"authorization: Bearer {key}"] if key else []
             writer.write("\r\n".join([*head, "", ""]).encode() + raw)
@@ -75,8 +98,9 @@ class Target:
             while (line := (await reader.readline()).strip().lower()) != b"":
                 chunked |= line.startswith(b"transfer-encoding:") and b"chunked" in line
             if len(status) < 2 or status[1] != b"200":
-                text = (await reader.read(2000)).decode("utf-8", "replace")
-                raise RequestError(f"{b' '.join(status).decode(errors='replace').strip()}: {text}", where=path)
+                text = " ".join((await reader.read(500)).decode("utf-8", "replace").split())
+                what = b" ".join(status[1:]).decode(errors="replace").strip() or "no answer"
+                raise RequestError(f"{what}: {text}", where=path)
             async for line in lines(reader, chunked=chunked):
                 yield line
         finally:
@@ -84,10 +108,11 @@ class Target:
 
 
 async def lines(reader: asyncio.StreamReader, *, chunked: bool) -> AsyncIterator[bytes]:
+    """Whole lines, then what is left. Raises IncompleteReadError where a chunked body is cut off."""
     held = b""
     while True:
         if chunked:
-            size = int((await reader.readline()).split(b";")[0] or b"0", 16)
+            size = int((await reader.readline()).split(b";")[0].strip() or b"-", 16)
             data = (await reader.readexactly(size + 2))[:-2]
         else:
             data = await reader.read(65536)
@@ -95,37 +120,79 @@ async def lines(reader: asyncio.StreamReader, *, chunked: bool) -> AsyncIterator
         for line in whole:
             yield line
         if not data:
+            if held:
+                yield held
             return
+
+
+async def first_model(load: Load) -> str:
+    """The first model that the server lists. Raises RequestError."""
+    try:
+        async with asyncio.timeout(load.timeout):
+            text = b"".join([line async for line in Target(load.url).call("GET", "/v1/models", None, load.key)])
+        return str(json.loads(text)["data"][0]["id"])
+    except (*FAILURES, LookupError, TypeError) as error:
+        raise RequestError(f"the server does not say which models it has ({told(error)})", where="--url",
+                           remedy="Check that it runs, or name a --model.") from None  # fmt: skip
+
+
+FAILURES = (OSError, RequestError, ValueError, asyncio.IncompleteReadError, TimeoutError)
+"""What may happen to a request; any of them is one failed sample."""
+
+
+def told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 async def one(target: Target, load: Load, prompt: str, limit: int, began: float) -> Sample:
     sample = Sample(time.perf_counter() - began)
     sent = time.perf_counter()
-    body = {"model": load.model, "prompt": prompt, "max_tokens": limit, "temperature": 0, "stream": True,
-            "stream_options": {"include_usage": True}}  # fmt: skip
-    done = False
+    path = "/v1/chat/completions" if load.chat else "/v1/completions"
     try:
-        async for line in target.post("/v1/completions", body, load.key):
-            now = time.perf_counter() - sent
-            if not line.startswith(b"data: "):
-                continue
-            if line.strip() == b"data: [DONE]":
-                done = True
-                break
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RequestError(str(event["error"].get("message")), where="stream")
-            if usage := event.get("usage"):
-                sample.prompt_tokens, sample.tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            if event["choices"] and event["choices"][0].get("text"):
-                sample.pieces.append(now)
-                sample.text += event["choices"][0]["text"]
-        if not done:
-            sample.error = "the stream ended before [DONE]"
-    except (OSError, RequestError, ValueError, asyncio.IncompleteReadError) as error:
-        sample.error = f"{type(error).__name__}: {error}"
+        async with asyncio.timeout(load.timeout):
+            async with aclosing(target.call("POST", path, load.body(prompt, limit), load.key)) as answer:
+                await read(sample, answer, sent)
+    except TimeoutError:
+        sample.error = f"no end within {load.timeout:g} s"
+    except (*FAILURES, LookupError, TypeError, AttributeError) as error:  # the last: JSON that is no OpenAI answer
+        sample.error = told(error)
     sample.took = time.perf_counter() - sent
     return sample
+
+
+async def read(sample: Sample, answer: AsyncIterator[bytes], sent: float) -> None:
+    """Fills a sample from an answer's lines: events, or, from a server that does not stream, one JSON object."""
+    plain: list[bytes] = []
+    async for line in answer:
+        now = time.perf_counter() - sent
+        if not line.startswith(b"data:"):
+            plain.append(line)
+            continue
+        if line[5:].strip() == b"[DONE]":
+            sample.tokens = sample.tokens or len(sample.pieces)
+            return
+        event = json.loads(line[5:])
+        if event.get("error"):
+            raise RequestError(str(event["error"]), where="stream")
+        if take(sample, event, "delta"):
+            sample.pieces.append(now)
+    whole = b"\n".join(plain).strip()
+    if sample.pieces or not whole.startswith(b"{"):
+        raise RequestError("ended before [DONE]", where="stream")
+    sample.streamed = False
+    take(sample, json.loads(whole), "message")
+
+
+def take(sample: Sample, event: Any, part: str) -> bool:
+    """Adds what an event or an answer says; whether it brought text."""
+    if usage := event.get("usage"):
+        sample.prompt_tokens = usage.get("prompt_tokens") or 0
+        sample.tokens = usage.get("completion_tokens") or 0
+    choice = (event.get("choices") or [{}])[0]
+    message = choice.get(part) or {}
+    said = choice.get("text") or message.get("content") or ""
+    sample.text += said
+    return bool(said or message.get("reasoning_content") or message.get("reasoning") or message.get("tool_calls"))
 
 
 def plans(load: Load) -> list[tuple[float, str, int]]:
@@ -140,7 +207,8 @@ def plans(load: Load) -> list[tuple[float, str, int]]:
 
 async def run(load: Load) -> tuple[list[Sample], float]:
     """Every request's sample, and the seconds that all took."""
-    target, gate, began = Target(load.url), asyncio.Semaphore(load.concurrency), time.perf_counter()
+    target, began = Target(load.url), time.perf_counter()
+    gate = asyncio.Semaphore(load.concurrency or load.requests)
 
     async def later(when: float, prompt: str, limit: int) -> Sample:
         await asyncio.sleep(max(0.0, when - (time.perf_counter() - began)))
@@ -157,7 +225,8 @@ def summary(samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
     gaps = [b - a for sample in good for a, b in zip(sample.pieces, sample.pieces[1:], strict=False)]
     tokens = sum(sample.tokens for sample in good)
     return {
-        "requests": len(samples), "errors": len(samples) - len(good), "seconds": round(seconds, 3),
+        "requests": len(samples), "errors": len(samples) - len(good),
+        "not_streamed": sum(not sample.streamed for sample in good), "seconds": round(seconds, 3),
         "requests_per_s": round(len(good) / seconds, 2), "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1),
         "prompt_tokens": sum(sample.prompt_tokens for sample in good),
         "ttft_ms": percentiles([sample.pieces[0] for sample in good if sample.pieces]),

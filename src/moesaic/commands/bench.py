@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
     from moesaic.commands._load import Sample
     from moesaic.commands._measure import Case
 
+DEFAULT_CONCURRENCY = 64
+
 EPILOG = """\
 `moesaic bench serve --help` and `moesaic bench tune --help` tell the options.
 
 examples:
   moesaic bench serve --url http://127.0.0.1:8000 --model tiny --requests 200 --rate 10
-  moesaic bench serve --url http://host:8000 --model mixtral --concurrency 64 --words 50:500 --tokens 100:300
+  moesaic bench serve --url http://host:8000 --chat --concurrency 64 --words 50:500 --tokens 100:300 --plot out.svg
   moesaic bench tune ./model
 """
 TUNE = """\
@@ -55,16 +59,20 @@ def add_serve(subparsers: Any) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("--url", metavar="URL", required=True, help="of the server, with or without /v1 (required)")
-    add("--model", metavar="NAME", default="tiny", help="as the server calls it (default: tiny)")
+    add("--model", metavar="NAME", help="as the server calls it (default: the first that it lists)")
+    add("--chat", action="store_true", help="send conversations (default: plain prompts)")
     add("--requests", metavar="N", type=int, default=100, help="how many (default: 100)")
     add("--rate", metavar="R", type=float, help="per second, arriving at random (default: all at once)")
-    add("--concurrency", metavar="N", type=int, default=64, help="streams at once (default: 64)")
+    add("--concurrency", metavar="N", type=int, help="streams at once (default: 64, with --rate any number)")
     add("--words", metavar="A:B", type=span, default=(10, 100), help="words of a prompt, from A to B (default: 10:100)")
     add("--tokens", metavar="A:B", type=span, default=(16, 128), help="most new tokens, from A to B (default: 16:128)")
     add("--seed", metavar="N", type=int, default=0, help="of prompts and arrivals (default: 0)")
+    add("--timeout", metavar="SECONDS", type=float, default=600.0, help="for one request (default: 600)")
+    add("--extra-body", metavar="JSON", type=json_object, default={},
+        help="more fields of each request, such as '{\"ignore_eos\": true}' (default: none)")  # fmt: skip
     add("--api-key-file", metavar="FILE", help="whose first line is the key (default: no key)")
     add("--json", metavar="FILE", help="write the summary and every request to this file (default: no file)")
-    add("--plot", metavar="FILE", help="draw the latencies; needs matplotlib (default: no drawing)")
+    add("--plot", metavar="FILE", help="draw the latencies as SVG (default: no drawing)")
     parser.set_defaults(run=run)
 
 
@@ -153,19 +161,35 @@ def span(text: str) -> tuple[int, int]:
     return low, high
 
 
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     from moesaic.commands import _load
 
-    for name in ("requests", "concurrency"):
-        if getattr(args, name) < 1:
+    for name in ("requests", "concurrency", "rate", "timeout"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
             raise OptionError("must be positive", where=f"--{name}", remedy="Correct the value.")
-    if args.rate is not None and not args.rate > 0:
-        raise OptionError("must be positive", where="--rate", remedy="Correct the value.")
-    key = Path(args.api_key_file).read_text(encoding="utf-8").split("\n")[0].strip() if args.api_key_file else None
-    load = _load.Load(args.url, args.model, args.requests, args.rate, args.concurrency, args.words, args.tokens,
-                      args.seed, key)  # fmt: skip
+    writable(args.json, "--json")
+    writable(args.plot, "--plot")
+    load = _load.Load(
+        args.url, args.model or "", args.requests, args.rate,
+        args.concurrency or (None if args.rate else DEFAULT_CONCURRENCY), args.words, args.tokens, args.seed,
+        key_of(args.api_key_file), args.chat, args.timeout, args.extra_body,
+    )  # fmt: skip
+    if not load.model:
+        load = replace(load, model=asyncio.run(_load.first_model(load)))
     samples, seconds = asyncio.run(_load.run(load))
-    found = _load.summary(samples, seconds)
+    found = {"model": load.model, "rate": load.rate, "concurrency": load.concurrency, "words": list(load.words),
+             "max_tokens": list(load.tokens), "seed": load.seed, **_load.summary(samples, seconds)}  # fmt: skip
     show(found)
     for error in sorted({sample.error for sample in samples if sample.error})[:5]:
         print(f"moesaic: failed: {error}", file=sys.stderr)
@@ -173,33 +197,47 @@ def run(args: argparse.Namespace) -> int:
         each = [vars(sample) for sample in samples]
         Path(args.json).write_text(json.dumps({**found, "samples": each}, indent=1), encoding="utf-8")
     if args.plot:
-        plot(samples, args.plot)
+        title = f"{load.model}: {found['requests_per_s']} requests/s, {found['tokens_per_s']} tokens/s"
+        Path(args.plot).write_text(plot(samples, title), encoding="utf-8")
     print(json.dumps(found))
     return int(found["errors"] > 0)
 
 
+def key_of(file: str | None) -> str | None:
+    """The first line of a file. Raises OptionError where it cannot be read."""
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8").split("\n")[0].strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        raise OptionError(f"{file} cannot be read ({reason})", where="--api-key-file", remedy="Name another.") from None
+
+
+def writable(file: str | None, where: str) -> None:
+    """Raises OptionError before the load is sent, not after."""
+    try:
+        if file is not None:
+            Path(file).open("a").close()
+    except OSError as error:
+        raise OptionError(f"{file} cannot be written ({error.strerror})", where=where, remedy="Name another.") from None
+
+
 def show(found: dict[str, Any]) -> None:
-    print(f"{found['requests']} requests, {found['errors']} failed, {found['seconds']} s: "
+    whole = f", {found['not_streamed']} not streamed" if found["not_streamed"] else ""
+    print(f"{found['requests']} requests, {found['errors']} failed{whole}, {found['seconds']} s: "
           f"{found['requests_per_s']} requests/s, {found['tokens_per_s']} tokens/s")  # fmt: skip
     for name, title in (("ttft_ms", "first token"), ("itl_ms", "between tokens"), ("e2e_ms", "whole request")):
         parts = ", ".join(f"{place} {value:,.1f}" for place, value in found[name].items())
         print(f"{title + ', ms':<20} {parts}")
 
 
-def plot(samples: list[Sample], path: str) -> None:
-    """Three distributions, each the part of all that took at most so long."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("needs matplotlib", where="--plot", remedy="pip install matplotlib") from None
-    good = [sample for sample in samples if sample.error is None and sample.pieces]
+def plot(samples: list[Sample], title: str) -> str:
+    """Three distributions as SVG."""
+    from moesaic.commands._latency_plot import svg
+
+    good = [sample for sample in samples if sample.error is None]
     gaps = [b - a for s in good for a, b in zip(s.pieces, s.pieces[1:], strict=False)]
-    first, whole = [s.pieces[0] for s in good], [s.took for s in good]
-    values = {"first token": first, "between tokens": gaps, "whole request": whole}
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    for axes, (name, each) in zip(figure.subplots(1, 3), values.items(), strict=True):
-        ordered = sorted(1e3 * value for value in each)
-        axes.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post")
-        axes.set(title=name, xlabel="ms", ylim=(0, 1))
-        axes.grid(alpha=0.3)
-    figure.savefig(path)
+    first, whole = [s.pieces[0] for s in good if s.pieces], [s.took for s in good]
+    curves = (("first token", first), ("between tokens", gaps), ("whole request", whole))
+    return svg(title, [(name, [1e3 * value for value in values]) for name, values in curves])

@@ -23,10 +23,11 @@ OPTIONAL = {
     "pydantic": ("moesaic serve", "serve"),
     "prometheus-client": ("/metrics of moesaic serve", "serve"),
     "msgpack": ("messages between the server and its engine", "serve"),
+    "pyyaml": ("moesaic serve --config", "serve"),
     "uvloop": ("a faster event loop for moesaic serve", "serve"),
     "xgrammar": ("answers held to a JSON schema, a regular expression or a choice", "grammar"),
     "gguf": ("checkpoints in GGUF", "convert"),
-    "matplotlib": ("drawings of moesaic bench", "train"),
+    "matplotlib": ("the curves of training", "train"),
 }
 """Distribution -> (what it enables, the extra of moesaic that installs it)."""
 

@@ -28,6 +28,7 @@ SERVE: Mapping[str, Hint] = {
     "request_timeout": Hint("longest time for a request, from arrival to last byte", "SECONDS"),
     "header_timeout": Hint("longest time for a client to send a request", "SECONDS"),
     "drain_timeout": Hint("after SIGTERM, time for running requests to end", "SECONDS"),
+    "engine_timeout": Hint("longest silence of the engine before it counts as dead", "SECONDS"),
     "max_connections": Hint("connections at once", "N"),
     "max_body": Hint("largest request body: 4MiB, 512K or plain bytes", "BYTES", "4MiB", parse=size),
     "max_prompt_tokens": Hint("longest prompt", "TOKENS", "what fits the model"),
@@ -35,9 +36,9 @@ SERVE: Mapping[str, Hint] = {
     "max_top_logprobs": Hint("most alternatives per token, at most 20", "N"),
     "max_schema": Hint("largest JSON schema or set of choices", "BYTES", "64KiB", parse=size),
     "max_schema_depth": Hint("deepest JSON schema", "N"),
-    "tool_parser": Hint("how tool calls are read: auto, none, deepseek, qwen or gpt-oss", "NAME"),
+    "tool_parser": Hint("how tool calls are read: auto, none, deepseek, qwen, glm or gpt-oss", "NAME"),
     "reasoning_parser": Hint("how reasoning is read: auto, none, think or gpt-oss", "NAME"),
-    "expert_load": Hint("do not sample the load of the experts", default="sample one step in 16"),
+    "expert_load": Hint("do not sample the load of the experts", default="sample it in 1% of the time"),
     "expert_series": Hint("no metric per expert, only per layer", default="one per expert"),
     "log_json": Hint("log JSON, one object per line", default="text"),
     "log_file": Hint("append the log to this file", "FILE", "standard error"),
@@ -74,6 +75,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from moesaic.serving.extra import require
 
+    require()
     flags = {**given(args, ServeConfig), **given(args, EngineConfig)}
     if args.model is not None:
         flags["model"] = args.model
@@ -82,7 +84,6 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         show(options.shown(), options.sources)
         return 0
-    require()
     from moesaic.serving.server import serve
 
     return serve(options)

@@ -145,11 +145,11 @@ class Engine:
             request.cached_prompt_tokens,
         )  # fmt: skip
 
-    def fail(self, request: Request, why: str = "the model produced no valid logits") -> Delta:
+    def fail(self, request: Request, why: str = "the model produced no valid logits", status: int = 500) -> Delta:
         """Ends one request (by default one whose logits are not numbers); the others go on."""
         self.scheduler.finish(request, FinishReason.ERROR)
         self.states.pop(request.id, None)
-        return Delta(request.id, "", (), finish_reason=FinishReason.ERROR, error=why)
+        return Delta(request.id, "", (), finish_reason=FinishReason.ERROR, error=why, status=status)
 
     def count(self, step: Step, sampling: list[Chunk], result: StepResult) -> None:
         stats = self.stats

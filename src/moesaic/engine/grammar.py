@@ -1,7 +1,8 @@
 """Answers held to a grammar: JSON, a JSON schema, a regular expression, one of several texts. Through `xgrammar`.
 
 A `Guide` walks along one answer and says which tokens may come next; the sampler gives all others -inf before anything
-else looks at the logits. Torch-free but for what xgrammar imports itself, when the first grammar is compiled.
+else looks at the logits. Torch-free but for what xgrammar imports itself, when the first grammar is compiled. Calls of
+xgrammar have no bound in time: who takes grammars from strangers walks in a process of its own (`serving/guides.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +28,26 @@ def available() -> bool:
     return find_spec("xgrammar") is not None
 
 
-class Guide:
+class Guide(Protocol):
     """What may follow, for one answer."""
+
+    def allowed_W(self) -> npt.NDArray[np.int32]:
+        """Bit `t % 32` of word `t // 32` is set where token t may come next. Valid until `accept`."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+        ...
+
+
+class Matcher:
+    """A guide in this process."""
 
     def __init__(self, matcher: Any, vocab: int) -> None:
         self.matcher = matcher
         self.words_1W: npt.NDArray[np.int32] = np.zeros((1, -(-vocab // 32)), np.int32)
 
     def allowed_W(self) -> npt.NDArray[np.int32]:
-        """Bit `t % 32` of word `t // 32` is set where token t may come next. Overwritten by the next call."""
         self.words_1W.fill(-1)
         self.matcher.fill_next_token_bitmask(self.words_1W, 0)
         return self.words_1W.reshape(-1)
@@ -44,6 +56,11 @@ class Guide:
         """Raises RuntimeError for a token that was not allowed."""
         if not self.matcher.accept_token(token):
             raise RuntimeError(f"token {token} does not continue the grammar")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the newest token was an end token."""
+        return bool(self.matcher.is_terminated())
 
 
 class Grammars:
@@ -82,10 +99,10 @@ class Grammars:
                 remedy="Correct or simplify it.",
             ) from error  # fmt: skip
 
-    def guide(self, compiled: Any, stops: Iterable[int]) -> Guide:
+    def guide(self, compiled: Any, stops: Iterable[int]) -> Matcher:
         """stops: the tokens that end the answer; they are allowed where the grammar is complete."""
         matcher = self.library.GrammarMatcher(compiled, override_stop_tokens=sorted(stops))
-        return Guide(matcher, self.vocab)
+        return Matcher(matcher, self.vocab)
 
 
 def choices(texts: Iterable[str]) -> str:

@@ -17,7 +17,8 @@ class Delta:
 
     text: newly final text (a stop string's beginning and unfinished characters are held back).
     tokens: new ids.  logprobs: one per new id if asked for.  prompt_logprobs: with the first delta, if asked for: None
-    for the first prompt token, then one per token.
+    for the first prompt token, then one per token.  error: why the request failed; status: whose fault it was, as HTTP
+    says it.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class Delta:
     stop_reason: int | str | None = None
     cached_tokens: int = 0
     error: str | None = None
+    status: int = 500
 
 
 class OutputState:

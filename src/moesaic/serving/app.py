@@ -20,7 +20,10 @@ from moesaic.serving.state import State
 
 @dataclass(frozen=True)
 class Entry:
-    """One path. takes: its body.  gives: its JSON answer; None is plain text.  errors: statuses it may answer with."""
+    """One path. takes: its body.  gives: its JSON answer; None is plain text.  errors: statuses it may answer with.
+
+    streams: the JSON of its events, where it can stream.
+    """
 
     method: str
     path: str
@@ -29,16 +32,16 @@ class Entry:
     gives: type[BaseModel] | None
     takes: type[BaseModel] | None = None
     errors: tuple[int, ...] = ()
-    streams: bool = False
+    streams: type[BaseModel] | None = None
 
 
 BODY = (400, 404, 413, 415, 503)
 RUNS = (*BODY, 429, 500, 504)
 TABLE = (
     Entry("POST", "/v1/chat/completions", routes.chat, "Answer a conversation.", answers.ChatAnswer,
-          schema.ChatRequest, RUNS, streams=True),
+          schema.ChatRequest, RUNS, answers.ChatChunk),
     Entry("POST", "/v1/completions", routes.completions, "Continue prompts.", answers.TextAnswer,
-          schema.CompletionRequest, RUNS, streams=True),
+          schema.CompletionRequest, RUNS, answers.TextChunk),
     Entry("GET", "/v1/models", routes.models, "The model that is served.", answers.ModelList, errors=(503,)),
     Entry("GET", "/v1/models/{model}", routes.model, "One of its names.", answers.Model, errors=(404, 503)),
     Entry("POST", "/tokenize", routes.tokenize, "Text to token ids.", answers.Tokenized, schema.TokenizeRequest, BODY),

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from moesaic.errors import UnsupportedError
 
-PACKAGES = ("starlette", "uvicorn", "httptools", "pydantic", "prometheus_client", "msgpack")
+PACKAGES = ("starlette", "uvicorn", "httptools", "pydantic", "prometheus_client", "msgpack", "yaml")
 
 
 def require() -> None:

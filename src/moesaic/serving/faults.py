@@ -7,6 +7,7 @@ import logging
 from moesaic.engine.engine import Engine
 from moesaic.engine.output import Delta
 from moesaic.engine.scheduler import Chunk, Step
+from moesaic.errors import MoesaicError
 
 log = logging.getLogger("moesaic.engine")
 MAX_LOST_STEPS = 3
@@ -14,7 +15,8 @@ MAX_LOST_STEPS = 3
 
 
 def isolate(engine: Engine) -> tuple[list[Delta], bool]:
-    """After `engine.step()` raised: ends the guilty requests. Returns their last deltas, and whether any was spared.
+    """After `engine.step()` raised: ends the guilty requests. Returns their last deltas, and whether the engine is fit:
+    it spared somebody, or each of the guilty asked for what cannot be done.
 
     Running a chunk twice writes the same rows to the same slots and draws the same noise, so the innocent notice
     nothing. If all run alone and only fail together (memory), all of the step are ended.
@@ -22,16 +24,29 @@ def isolate(engine: Engine) -> tuple[list[Delta], bool]:
     step = engine.scheduler.schedule()  # the step that was discarded comes again
     if step is None:
         return [], True
-    guilty = [chunk for chunk in step.chunks if not runs_alone(engine, chunk)] or list(step.chunks)
+    failures = {chunk.request: error for chunk in step.chunks if (error := failure(engine, chunk)) is not None}
+    fit = bool(failures) and all(isinstance(error, MoesaicError) for error in failures.values())
+    guilty = [chunk.request for chunk in step.chunks if not failures or chunk.request in failures]
     engine.scheduler.discard(step)
-    deltas = [engine.fail(chunk.request, "the request could not be computed") for chunk in guilty]
-    return deltas, len(guilty) < len(step.chunks)
+    deltas = [engine.fail(request, *told(failures.get(request))) for request in guilty]
+    return deltas, fit or len(guilty) < len(step.chunks)
 
 
-def runs_alone(engine: Engine, chunk: Chunk) -> bool:
+def told(error: Exception | None) -> tuple[str, int]:
+    """What its client is told: what it can do something about, and nothing of the rest."""
+    if isinstance(error, MoesaicError):
+        return error.one_line(), error.http_status
+    return "the request could not be computed", 500
+
+
+def failure(engine: Engine, chunk: Chunk) -> Exception | None:
+    """What a chunk raises alone."""
     try:
         engine.runner.run(Step((chunk,), chunk.start >= chunk.request.num_prompt, chunk.count, ()))
-    except Exception:  # whatever it is, it is this request's
+    except MoesaicError as error:
+        log.warning("request %s: %s", chunk.request.id, error.one_line())
+        return error
+    except Exception as error:  # whatever it is, it is this request's
         log.exception("request %s failed", chunk.request.id)
-        return False
-    return True
+        return error
+    return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MAX_MESSAGE = 256 << 20
@@ -62,12 +62,11 @@ class Channel:
                 return
             del self.unsent[:sent]
 
-    def receive(self, *, wait: bool, also: int | None = None) -> list[Message]:
+    def receive(self, *, wait: bool, also: Sequence[Any] = (), seconds: float | None = None) -> list[Message]:
         """What has arrived; if nothing and `wait`, until something does. Raises EOFError where the other side left.
 
-        also: a descriptor that ends the waiting when it can be read.
+        also: what else ends the waiting when it can be read.  seconds: the longest wait.
         """
-        sources: list[Any] = [self.sock] if also is None else [self.sock, also]
         messages: list[Message] = []
         while True:
             try:
@@ -75,9 +74,9 @@ class Channel:
             except BlockingIOError:
                 if messages or not wait:
                     return messages
-                readable, _, _ = select.select(sources, [self.sock] if self.unsent else [], [])
+                readable, _, _ = select.select([self.sock, *also], [self.sock] if self.unsent else [], [], seconds)
                 self.flush()
-                if also in readable:
+                if self.sock not in readable and (readable or seconds is not None):
                     return messages
                 continue
             if not data:

@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from moesaic.serving.parent import resident_bytes
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
@@ -58,9 +60,14 @@ class EngineCollector(Collector):
         self.expert_series = expert_series
 
     def collect(self) -> Iterator[Metric]:
-        if not self.stats:
-            return
-        stats = self.stats
+        memory = GaugeMetricFamily("moesaic_resident_bytes", "Memory of a process", labels=["process"])
+        memory.add_metric(["server"], resident_bytes())
+        if self.stats:
+            memory.add_metric(["engine"], self.stats["resident"])
+            yield from self.counts(self.stats)
+        yield memory
+
+    def counts(self, stats: Mapping[str, Any]) -> Iterator[Metric]:
         queried, hits = stats["prefix_queried"], stats["prefix_hits"]
         used, blocks = stats["kv_blocks_used"], stats["kv_blocks"]
         yield gauge("queue_requests", "Completions waiting in the engine", stats["waiting"])
@@ -73,6 +80,8 @@ class EngineCollector(Collector):
         yield gauge("prefix_cache_hit_ratio", "Part of the tokens looked up that were found", hits / max(1, queried))
         yield total("preemptions", "Requests that lost their KV blocks and were computed again", stats["preemptions"])
         yield total("engine_steps", "Forward passes", stats["steps"])
+        yield total("near_ties", "Tokens that a rounding could have turned; 0 when deterministic", stats["near_ties"])
+        yield total("expert_sampled_steps", "Steps in which experts' choices were counted", stats["counted_steps"])
         yield from self.experts(stats["experts"])
 
     def experts(self, layers: list[tuple[int, list[int]]]) -> Iterator[Metric]:

@@ -25,14 +25,14 @@ class Operation(NamedTuple):
     gives: type[BaseModel] | None
     takes: type[BaseModel] | None
     errors: tuple[int, ...]
-    streams: bool
+    streams: type[BaseModel] | None
     keyed: bool
 
 
 def document(operations: Sequence[Operation], names: Sequence[str]) -> dict[str, Any]:
     """names: the only values that `model` may have."""
     taken = {op.takes for op in operations if op.takes}
-    given = {op.gives for op in operations if op.gives} | {ErrorAnswer}
+    given = {kind for op in operations for kind in (op.gives, op.streams, ErrorAnswer) if kind}
     wanted: list[Any] = [(kind, "validation") for kind in sorted(taken, key=str)]
     wanted += [(kind, "serialization") for kind in sorted(given, key=str)]
     refs, definitions = models_json_schema(wanted, ref_template=PLACES)
@@ -54,14 +54,22 @@ def document(operations: Sequence[Operation], names: Sequence[str]) -> dict[str,
     }
 
 
+def event(chunk: Any, refs: Any) -> dict[str, Any]:
+    """A server-sent event: a chunk as JSON, an error that ends the stream, or the text that says it is complete."""
+    said = {"anyOf": [chunk, refs[ErrorAnswer, "serialization"]]}
+    data = {"anyOf": [{"const": "[DONE]"},
+                      {"type": "string", "contentMediaType": "application/json", "contentSchema": said}]}  # fmt: skip
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
+
+
 def operation(op: Operation, refs: Any, names: Sequence[str]) -> dict[str, Any]:
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if op.gives is not None:
         content = {"application/json": {"schema": refs[op.gives, "serialization"]}}
     elif op.path.endswith(".json"):
         content = {"application/json": {"schema": {"type": "object"}}}
-    if op.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+    if op.streams is not None:
+        content["text/event-stream"] = {"schema": event(refs[op.streams, "serialization"], refs)}
     statuses = sorted({*op.errors, *((401,) if op.keyed else ())})
     failure = {"application/json": {"schema": refs[ErrorAnswer, "serialization"]}}
     if op.path in ("/health", "/ready"):

@@ -25,6 +25,7 @@ class ServeConfig:
     max_queue: completions waiting beside the running ones before new ones get 429.
     request_timeout: of one request, from its arrival to its last byte.  header_timeout: to receive one.
     drain_timeout: after SIGTERM, for running requests to end by themselves.
+    engine_timeout: for the engine to say anything, before it counts as dead; a step may compile kernels.
     max_*: what one request may ask; max_prompt_tokens None: what fits the model.
     tool_parser, reasoning_parser: `auto` chooses by the chat template, `none` is off.
     expert_load: sample how evenly experts are used.  expert_series: one metric per expert, not only per layer.
@@ -41,6 +42,7 @@ class ServeConfig:
     request_timeout: float = 600.0
     header_timeout: float = 20.0
     drain_timeout: float = 30.0
+    engine_timeout: float = 600.0
     max_connections: int = 4096
     max_body: int = 4 << 20
     max_prompt_tokens: int | None = None
@@ -68,7 +70,7 @@ class ServeConfig:
             raise wrong("max_queue" if self.max_queue < 0 else "max_top_logprobs", "is out of range")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise wrong("max_prompt_tokens", "must be positive")
-        for name in ("request_timeout", "header_timeout"):
+        for name in ("request_timeout", "header_timeout", "engine_timeout"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise wrong(name, "must be a positive number of seconds")
         if not (math.isfinite(self.drain_timeout) and self.drain_timeout >= 0):

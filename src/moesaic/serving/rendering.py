@@ -17,10 +17,13 @@ INLINE_CHARS = 20_000
 RESERVED = ("messages", "tools", "add_generation_prompt")
 
 
-async def chat_prompt(state: State, request: ChatRequest) -> tuple[str, bool]:
-    """(the prompt's text, whether calls of tools are to be read in the answer). Raises HTTPError."""
+async def chat_prompt(state: State, request: ChatRequest) -> tuple[str, list[dict[str, Any]] | None]:
+    """(the prompt's text, the tools whose calls are to be read in the answer). Raises HTTPError."""
     tools = check_tools(state, request)
     messages = [as_dict(message, as_text=state.reader.arguments_as_text) for message in request.messages]
+    if not state.template.mentions("developer"):  # or what it says would be lost without a word
+        for message in messages:
+            message["role"] = "system" if message["role"] == "developer" else message["role"]
     variables = dict(request.chat_template_kwargs or {})
     for name in RESERVED:
         if name in variables:
@@ -36,8 +39,8 @@ async def chat_prompt(state: State, request: ChatRequest) -> tuple[str, bool]:
         except MoesaicError as error:
             raise HTTPError.of(error) from None
 
-    size = sum(len(str(message.get("content"))) for message in messages)
-    return (work() if size <= INLINE_CHARS else await asyncio.to_thread(work)), tools is not None
+    size = sum(len(str(each)) for each in (*messages, *(tools or ()), *variables.values()))
+    return (work() if size <= INLINE_CHARS else await asyncio.to_thread(work)), tools
 
 
 def check_tools(state: State, request: ChatRequest) -> list[dict[str, Any]] | None:
@@ -48,8 +51,8 @@ def check_tools(state: State, request: ChatRequest) -> list[dict[str, Any]] | No
     if request.tools is None or choice == "none":
         return None
     if state.reader.tools is None:
-        what = "this model's tool calls cannot be read (known: DeepSeek, Qwen, gpt-oss); if it writes them like one of "
-        raise unsupported("tools", f"{what}these, the operator can say so with --tool-parser")
+        what = "this model's tool calls cannot be read (known: DeepSeek, Qwen, GLM, gpt-oss)"
+        raise unsupported("tools", f"{what}; if it writes them like one of these, the operator can set --tool-parser")
     if not state.template.mentions("tools"):
         raise unsupported("tools", "this model's chat template does not show tools")
     if choice is not None and choice != "auto":

@@ -91,13 +91,13 @@ def refused(error: ValidationError) -> HTTPError:
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-async def encode(state: State, text: str, where: str = "prompt", *, special: bool = True) -> list[int]:
-    """Token ids. Raises HTTPError where the text is empty, too long, or not text."""
+async def encode(state: State, text: str, where: str = "prompt", *, special: bool = True, beside: int = 0) -> list[int]:
+    """Token ids. Raises HTTPError where the text is empty, too long, or not text. beside: characters of all prompts."""
 
     def work() -> list[int]:
         return state.tokenizer.encode(text, special, max_tokens=state.max_model_len)
 
-    ids = work() if len(text) <= INLINE_CHARS else await asyncio.to_thread(work)
+    ids = work() if len(text) + beside <= INLINE_CHARS else await asyncio.to_thread(work)
     if not text or not ids:
         raise invalid(where, "is empty")
     return ids
@@ -116,7 +116,8 @@ async def completions(call: Call) -> None:
         many = list(given)
     if len(many) * (request.n or 1) > state.session.capacity:
         raise invalid("prompt", f"too many completions in one request, of at most {state.session.capacity}")
-    prompts = [await encode(state, each) if isinstance(each, str) else list(each) for each in many]
+    size = sum(len(each) for each in many if isinstance(each, str))
+    prompts = [await encode(state, each, beside=size) if isinstance(each, str) else list(each) for each in many]
     call.note(user=request.user, **({"prompt": given} if state.config.log_prompts else {}))
     job = state.session.submit([Ask(p, state.params(chosen, p), grammar) for p in prompts])
     writer = TextWriter(request, state.name(request.model), state.tokenizer, job.index, prompts)
@@ -132,14 +133,14 @@ async def chat(call: Call) -> None:
     text, tools = await chat_prompt(state, request)
     prompt = await encode(state, text, "messages", special=False)
     call.note(user=request.user, **({"prompt": text} if state.config.log_prompts else {}))
-    if state.reader.special(tools=tools):
+    if state.reader.special(tools=tools is not None):
         if request.skip_special_tokens:
             raise unsupported("skip_special_tokens", "must be false here: the answer is read by its special tokens")
         chosen["skip_special_tokens"] = False
     job = state.session.submit([Ask(prompt, state.params(chosen, prompt), grammar)])
 
     def parser() -> Any:
-        return state.reader.parser(text, tools=tools)
+        return state.reader.parser(text, tools)
 
     writer = ChatWriter(request, state.name(request.model), state.tokenizer, job.index, prompt, parser)
     await respond(call, request, job, writer)

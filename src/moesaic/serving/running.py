@@ -80,6 +80,7 @@ async def whole(job: Job, writer: Writer) -> dict[str, Any]:
 
 async def stream(job: Job, writer: Writer, scope: Scope, send: Send, headers: Mapping[str, str]) -> None:
     """Sends the answer as it comes. The status is sent with the first piece: until then a failure is a plain answer."""
+    job.behind = lambda: abandon(scope)
     pieces = await job.next()
     more = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS, *more]})

@@ -27,6 +27,7 @@ from moesaic.serving.guard import guarded
 from moesaic.serving.logs import log, set_up
 from moesaic.serving.metrics import Metrics
 from moesaic.serving.options import Resolved, ServeConfig
+from moesaic.serving.parent import settle
 from moesaic.serving.process import EngineFailed
 from moesaic.serving.session import Session
 from moesaic.serving.state import State
@@ -106,13 +107,18 @@ async def live(options: Resolved, state: State, model: str, stop: asyncio.Event,
     log.info("ready", extra={"fields": {"names": list(state.names), "summary": session.info["summary"]}})
     for note in session.info["notes"]:
         log.info("note: %s", note)
+    settle()
+    watching = loop.create_task(session.watch(options.serve.engine_timeout))
     ends: set[asyncio.Future[Any]] = {stopping, session.died}
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    if not stopping.done():
-        stopping.cancel()
-        return await mourn(session.died.result())
-    await drain(session, options.serve.drain_timeout, hurry)
-    return 0
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            stopping.cancel()
+            return await mourn(session.died.result())
+        await drain(session, options.serve.drain_timeout, hurry)
+        return 0
+    finally:
+        watching.cancel()
 
 
 async def start(state: State, model: str, engine: dict[str, object]) -> None:
@@ -132,14 +138,17 @@ async def mourn(error: EngineFailed) -> int:
 
 
 async def drain(session: Session, seconds: float, hurry: asyncio.Event) -> None:
-    """Takes nothing new, and waits for what runs; what is left at the deadline is cut off and told so."""
+    """Takes nothing new, and waits for what runs; what is left at the deadline is cut off and told so.
+
+    Raises EngineFailed where the engine does not live so long.
+    """
     session.state = "draining"
     log.info("draining", extra={"fields": {"running": len(session.jobs), "seconds": seconds}})
     deadline = asyncio.get_running_loop().time() + seconds
     while session.jobs and not hurry.is_set() and asyncio.get_running_loop().time() < deadline:
-        if session.died.done():
-            return
         await asyncio.sleep(0.05)
+    if session.state == "dead":
+        raise await session.died
     left = set(session.jobs.values())
     for job in left:
         job.fail(unavailable("the server is shutting down", 10), "shutdown")

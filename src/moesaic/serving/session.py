@@ -6,16 +6,19 @@ Everything here runs on one event loop; nothing waits for a step but those who a
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from moesaic.engine.params import SamplingParams
 from moesaic.serving.errors import HTTPError, busy, invalid, unavailable
 from moesaic.serving.frames import Message, Unpacker, packer
+from moesaic.serving.logs import log
 from moesaic.serving.metrics import Metrics
+from moesaic.serving.parent import give_back_memory
 from moesaic.serving.process import EngineFailed, EngineProcess
 from moesaic.serving.wire import Piece, params_to_wire, piece_from_wire
 
@@ -28,14 +31,22 @@ class Ask(NamedTuple):
     grammar: tuple[str, str] | None = None
 
 
+MOST_UNREAD = 8192
+"""Tokens, log-probs counted as such, that the reader of a stream may lag behind what its connection buffers."""
+
 
 class Job:
-    """All completions of one HTTP request: completion i of prompt p has index p * n + i."""
+    """All completions of one HTTP request: completion i of prompt p has index p * n + i.
+
+    behind: called when its reader lags too far behind; None: it collects all, and lags by design.
+    """
 
     def __init__(self, session: Session, ids: Sequence[str]) -> None:
         self.session, self.index = session, {request_id: i for i, request_id in enumerate(ids)}
         self.live = set(ids)
         self.pieces: list[Piece] = []
+        self.unread = 0
+        self.behind: Callable[[], None] | None = None
         self.failure: HTTPError | None = None
         self.waiter: asyncio.Future[None] | None = None
         self.arrived = time.perf_counter()
@@ -48,7 +59,7 @@ class Job:
             await self.waiter
         if self.failure is not None:
             raise self.failure
-        pieces, self.pieces = self.pieces, []
+        pieces, self.pieces, self.unread = self.pieces, [], 0
         return pieces
 
     def put(self, piece: Piece) -> None:
@@ -67,9 +78,14 @@ class Job:
             metrics.finished(piece.finish, now - self.arrived)
             self.session.took(now - self.arrived)
         if piece.error is not None:
-            self.fail(HTTPError(500, piece.error, code="request_failed"), None)
+            self.fail(HTTPError(piece.status, piece.error, code="request_failed"), None)
         self.pieces.append(piece)
+        self.unread += len(piece.tokens) + sum(len(each.top) for each in piece.logprobs)
         self.wake()
+        if self.behind is not None and self.unread > MOST_UNREAD:
+            self.pieces = []
+            self.fail(HTTPError(408, "the stream was not read fast enough", code="slow_reader"), "slow_reader")
+            self.behind()
 
     def fail(self, failure: HTTPError, reason: str | None) -> None:
         """Ends the job: its reader gets the failure, the engine is told to free what runs. reason: for the metrics."""
@@ -103,6 +119,8 @@ class Session(asyncio.Protocol):
         self.answers: dict[int, asyncio.Future[Any]] = {}
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.died: asyncio.Future[EngineFailed] = asyncio.get_running_loop().create_future()
+        self.heard = time.monotonic()  # from the engine
+        self.verdict: str | None = None  # why it was ended by us
         self.seconds_each = 1.0  # of one completion, a moving average, for Retry-After
         self.process: EngineProcess | None = None
         self.transport: asyncio.Transport | None = None
@@ -136,7 +154,27 @@ class Session(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # other loops' transports are of their own types
 
+    async def watch(self, seconds: float) -> None:
+        """Ends an engine that says nothing for so long, although it is asked: one that hangs is as good as dead.
+
+        Keeps this process tidy, too.
+        """
+        strikes, pause = 0, min(5.0, seconds / 4)
+        self.heard = time.monotonic()
+        while self.state in ("ready", "draining"):
+            self.send(["stats", next(self.numbers)])
+            gc.collect()  # connections end in circles, some with a URL of 64 KiB; there is little else to look at
+            give_back_memory()
+            await asyncio.sleep(pause)
+            # Twice, since it may be this loop that was held up, with the answer lying in the socket.
+            strikes = strikes + 1 if time.monotonic() - self.heard > seconds else 0
+            if strikes > 1 and self.process is not None:
+                self.verdict = f"has not answered for {seconds:g} s"
+                self.process.process.kill()
+                return
+
     def data_received(self, data: bytes) -> None:
+        self.heard = time.monotonic()
         for message in self.unpacker.feed(data):
             self.handle(message)
 
@@ -160,6 +198,7 @@ class Session(asyncio.Protocol):
             how = await asyncio.wait_for(self.process.ended(), 5.0)
         except TimeoutError:
             how = "closed its connection"
+        how = self.verdict or how
         if not self.died.done():
             self.died.set_result(EngineFailed(f"the engine process {how}"))
 
@@ -182,6 +221,8 @@ class Session(asyncio.Protocol):
             answer = self.answers.pop(rest[0], None)
             if answer is not None and not answer.done():
                 answer.set_result(rest[1])
+        elif kind == "log":
+            log.log(rest[0], "engine: %s", rest[1])
         elif kind == "ready":
             self.info = rest[0]
             self.ready.set_result(None)

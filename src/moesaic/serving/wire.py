@@ -7,6 +7,7 @@ From the engine:  ["ready", {...}] or ["failed", exit code, line]    once, first
                   ["pieces", [piece ...]]    one message per step
                   ["refused", [id ...], {status, what, where, remedy}]
                   ["stats", token, {...}]    ["flushed", token, problem or None]
+                  ["log", level, text]
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Piece(NamedTuple):
     logprobs: Sequence[Logprob] = ()
     prompt_logprobs: Sequence[Logprob | None] | None = None
     error: str | None = None
+    status: int = 500
 
 
 def piece_to_wire(delta: Any) -> list[Any]:
@@ -50,6 +52,7 @@ def piece_to_wire(delta: Any) -> list[Any]:
         *plain, delta.finish_reason and str(delta.finish_reason), delta.stop_reason, delta.cached_tokens,
         [_logprob(each) for each in delta.logprobs],
         None if prompt is None else [None if each is None else _logprob(each) for each in prompt], delta.error,
+        delta.status,
     ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,10 @@ from moesaic.contracts.spec import MoESpec
 from moesaic.engine.engine import Engine, Stats
 from moesaic.engine.params import SamplingParams
 from moesaic.errors import MoesaicError
-from moesaic.serving.compiling import Compiling, Guiding, Ids
 from moesaic.serving.faults import MAX_LOST_STEPS, isolate
 from moesaic.serving.frames import Channel, Message
+from moesaic.serving.guides import Guides, Guiding, Ids
+from moesaic.serving.parent import die_with_parent, give_back_memory, resident_bytes, settle
 from moesaic.serving.wire import params_to_wire, piece_to_wire
 
 if TYPE_CHECKING:
@@ -29,8 +31,13 @@ if TYPE_CHECKING:
     from moesaic.llm import LLM
 
 log = logging.getLogger("moesaic.engine")
-SAMPLE_EVERY = 16
-"""Steps per step whose expert choices are counted: the load is a sample, and costs next to nothing."""
+COUNT_PART = 0.01
+"""The part of the time that goes, at most, into steps that count the experts' choices. Such a step is made kernel by
+kernel, without tape or graph, and may take several times as long as its neighbours: so it is time that is rationed, not
+steps, and what a step costs extra cannot exceed the whole of it."""
+
+TIDY_IDLE, TIDY_BUSY = 1.0, 30.0
+"""Seconds between two times that freed memory is given back: some milliseconds, best where nobody waits."""
 
 
 class Worker:
@@ -38,29 +45,40 @@ class Worker:
 
     def __init__(self, llm: LLM, channel: Channel, *, experts: bool = True) -> None:
         self.llm, self.engine, self.channel, self.experts = llm, llm.engine, channel, experts
-        self.compiling = Compiling(llm)
+        self.guides = Guides(llm.path, self.engine.vocab)
         self.lost_steps = 0
         self.meter = self.engine.runner.model.meter
         self.meter.start()
+        self.counted, self.count_again = 0, 0.0  # steps; when the next one may be
+        self.tidied = time.perf_counter()
         layers = self.engine.runner.model.spec.layers  # draft layers are metered after them, and do not run
         self.mixtures = [layer.index for layer in layers if isinstance(layer.mlp, MoESpec)]
 
     def run(self) -> None:
         """Until the other side leaves (EOFError)."""
         while True:
-            for message in self.channel.receive(wait=not self.engine.has_work, also=self.compiling.wake):
+            self.tidy()
+            limit = 1.0 if self.guides.pending else None
+            wait = not self.engine.has_work
+            for message in self.channel.receive(wait=wait, also=self.guides.sources, seconds=limit):
                 self.handle(message)
-            for ids, prompt, sampling, guide in self.compiling.ready():
+            for ids, prompt, sampling, guide in self.guides.ready():
                 self.queue(ids, prompt, sampling, guide)
             if self.engine.has_work:
                 self.step()
+
+    def tidy(self) -> None:
+        now = time.perf_counter()
+        if now - self.tidied > (TIDY_BUSY if self.engine.has_work else TIDY_IDLE):
+            give_back_memory()
+            self.tidied = time.perf_counter()
 
     def handle(self, message: Message) -> None:
         kind, *rest = message
         if kind == "add":
             self.add(*rest)
         elif kind == "abort":
-            self.compiling.forget(rest[0])
+            self.guides.forget(rest[0])
             for request_id in rest[0]:
                 self.engine.abort(request_id)
         elif kind == "stats":
@@ -75,7 +93,7 @@ class Worker:
         if grammar is None:
             self.queue(ids, prompt, sampling)
         else:
-            self.compiling.start(ids, prompt, sampling, grammar)
+            self.guides.start(ids, prompt, sampling, grammar)
 
     def queue(self, ids: Ids, prompt: list[int], sampling: dict[str, Any], guide: Guiding | None = None) -> None:
         """If one completion is refused, none stays."""
@@ -91,17 +109,22 @@ class Worker:
 
     def step(self) -> None:
         """One step. An exception ends the requests that cause it; an engine that fails everybody is given up."""
-        self.meter.on = self.experts and self.engine.stats.steps % SAMPLE_EVERY == 0
+        began = time.perf_counter()
+        self.meter.on = self.experts and began >= self.count_again
         try:
             deltas = self.engine.step()
             self.lost_steps = 0
         except Exception as error:
-            log.exception("a step failed")
+            if not isinstance(error, MoesaicError):
+                log.exception("a step failed")
             deltas, spared = isolate(self.engine)
             self.lost_steps = 0 if spared else self.lost_steps + 1
             if self.lost_steps >= MAX_LOST_STEPS:
                 self.say(deltas)
                 raise RuntimeError(f"{self.lost_steps} steps failed one after another") from error
+        if self.meter.on:
+            ended = time.perf_counter()
+            self.counted, self.count_again = self.counted + 1, ended + (ended - began) * (1 / COUNT_PART - 1)
         self.say(deltas)
 
     def say(self, deltas: list[Delta]) -> None:
@@ -117,6 +140,7 @@ class Worker:
             "preemptions": stats.preemptions, "near_ties": stats.near_ties,
             "prefix_queried": blocks.queried, "prefix_hits": blocks.hits,
             "kv_blocks": blocks.num_blocks - 1, "kv_blocks_used": blocks.num_blocks - 1 - blocks.available,
+            "resident": resident_bytes(), "counted_steps": self.counted,
             "experts": [[at, list(load.counts)] for at, load in zip(self.mixtures, self.meter.loads(), strict=False)],
         }  # fmt: skip
 
@@ -135,6 +159,17 @@ def problem(error: Exception) -> dict[str, Any]:
         return {"status": error.http_status, "what": error.what, "where": error.where, "remedy": error.remedy}
     log.error("a request could not be queued", exc_info=error)
     return {"status": 500, "what": "the request could not be queued", "where": None, "remedy": None}
+
+
+class Told(logging.Handler):
+    """Log records go to the server, which knows where and how they are to be written."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(logging.WARNING)
+        self.channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.channel.send(["log", record.levelno, self.format(record)])
 
 
 def warm_up(engine: Engine) -> None:
@@ -185,12 +220,15 @@ def plain(value: Any) -> Any:
 
 
 def main(descriptor: int) -> int:
+    die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="moesaic engine: %(message)s")
     try:
         with socket.socket(fileno=descriptor) as sock:
             channel = Channel(sock)
+            logging.getLogger("moesaic").addHandler(Told(channel))
+            logging.getLogger("moesaic").propagate = False
             kind, start = channel.receive(wait=True)[0]
             if kind != "start":
                 raise ValueError(f"unknown message {kind!r}")
@@ -210,6 +248,7 @@ def serve(channel: Channel, start: dict[str, Any]) -> int:
         return error.exit_code
     warm_up(llm.engine)
     channel.send(["ready", describe(llm)])
+    settle()
     Worker(llm, channel, experts=start["experts"]).run()
     raise AssertionError("run ends by an exception")
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from moesaic.config import one_of
 from moesaic.serving.parsers.base import Parser, Plain
 from moesaic.serving.parsers.harmony import Harmony
-from moesaic.serving.parsers.think import BEGIN, CALLS, TOOL_CALL, Think, deepseek_calls, qwen_calls
+from moesaic.serving.parsers.named import TOOL_CALL, glm_calls, qwen_calls, schemas_of
+from moesaic.serving.parsers.think import BEGIN, CALLS, Read, Think, deepseek_calls
 from moesaic.text.chat import ChatTemplate
 
-MARKS = {"gpt-oss": "<|channel|>", "deepseek": CALLS[0], "qwen": TOOL_CALL[0]}
-"""What only a template of that family holds."""
+MARKS = {"gpt-oss": "<|channel|>", "deepseek": CALLS[0], "glm": "<arg_key>", "qwen": TOOL_CALL[0]}
+"""What a template of that family holds, and none of those after it."""
 TOOL_PARSERS = ("auto", "none", *MARKS)
 REASONING_PARSERS = ("auto", "none", "think", "gpt-oss")
 
@@ -44,13 +48,18 @@ class Reader:
         """Whether answers are read by their special tokens, which must then be in the text."""
         return self.reasoning is not None or (tools and self.tools is not None)
 
-    def parser(self, prompt: str, *, tools: bool) -> Parser:
+    def parser(self, prompt: str, tools: Sequence[Mapping[str, Any]] | None) -> Parser:
         """For one answer. prompt: the rendered one, which may have opened the reasoning already.  tools: read calls."""
-        family = self.tools if tools else None
+        family = self.tools if tools is not None else None
         if self.reasoning == "gpt-oss" or family == "gpt-oss":
             return Harmony(tools=family == "gpt-oss", reasoning=self.reasoning == "gpt-oss")
-        blocks = {"deepseek": (*CALLS, deepseek_calls), "qwen": (*TOOL_CALL, qwen_calls)}
-        opened = self.reasoning == "think" and prompt.rstrip().endswith(BEGIN)
         if family is None and self.reasoning is None:
             return Plain()
+        schemas = schemas_of(tools or ())
+        blocks: dict[str, tuple[str, str, Read]] = {
+            "deepseek": (*CALLS, deepseek_calls),
+            "qwen": (*TOOL_CALL, partial(qwen_calls, schemas=schemas)),
+            "glm": (*TOOL_CALL, partial(glm_calls, schemas=schemas)),
+        }
+        opened = self.reasoning == "think" and prompt.rstrip().endswith(BEGIN)
         return Think(opened, blocks[family] if family else None, think=self.reasoning == "think")

@@ -5,7 +5,6 @@ A call that cannot be read is given back as it was written: an answer never lose
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 
@@ -44,10 +43,8 @@ class Think:
         if mark and self.think and piece in (BEGIN, END):
             self.reasoning, self.fresh = piece == BEGIN, True
             return ()
-        if mark and self.tools and piece == self.tools[0]:
-            self.inside, self.reasoning = [piece], False
-            return ()
-        if mark and self.tools and piece == self.tools[1]:
+        if mark and self.tools and not self.reasoning and piece in self.tools[:2]:  # in reasoning it is talk of a call
+            self.inside = [piece] if piece == self.tools[0] else None
             return ()
         if self.fresh:
             piece = piece.lstrip()
@@ -86,34 +83,3 @@ def deepseek_calls(text: str) -> Sequence[Part] | None:
             return None
         calls.append(Part("tool", found, name))
     return calls if calls and not text[at:].strip() else None
-
-
-# --- Qwen ------------------------------------------------------------------------------------------------------------
-
-TOOL_CALL = "<tool_call>", "</tool_call>"
-FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*(.*?)\s*</function>\s*", re.DOTALL)
-PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-
-
-def qwen_calls(text: str) -> Sequence[Part] | None:
-    """`{"name": ..., "arguments": {...}}` (Hermes form), or `<function=NAME><parameter=X>...` (coder form)."""
-    if match := FUNCTION.fullmatch(text):
-        given = {name: value_of(value) for name, value in PARAMETER.findall(match[2])}
-        rest = PARAMETER.sub("", match[2])
-        return None if rest.strip() else [Part("tool", json.dumps(given, ensure_ascii=False), match[1])]
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    given = call.get("arguments", {})
-    return [Part("tool", json.dumps(given, ensure_ascii=False), call["name"])] if isinstance(given, dict) else None
-
-
-def value_of(text: str) -> object:
-    """A parameter of the coder form: JSON where it is JSON, else text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
