@@ -11,6 +11,7 @@ from moesaic.contracts.plan import Wishes
 from moesaic.contracts.spec import ModelSpec
 from moesaic.engine.blocks import BlockManager
 from moesaic.engine.engine import Engine
+from moesaic.engine.feed import Feed
 from moesaic.engine.graphs import DecodeGraphs
 from moesaic.engine.runner import Runner
 from moesaic.engine.scheduler import Scheduler, SchedulerConfig
@@ -76,11 +77,13 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
     like = torch.empty(0, dtype=built.dtype, device=hardware.device)
     pool = KVPool(built.model.kv_widths(), blocks, config.block_size, like)
     made = DecodeGraphs if plan.base.capturable else DecodeTapes if tapeable(built) else None
-    graphs = made(built.model, pool, config.max_num_seqs, length) if made else None
-    runner = Runner(built.model, pool, like.device, not config.deterministic, graphs)
+    feed = Feed(config.max_num_seqs, like.device)
+    graphs = made(built.model, pool, feed, config.max_num_seqs, length) if made else None
+    runner = Runner(built.model, pool, feed, not config.deterministic, graphs)
     scheduler = Scheduler(limits(config, length), BlockManager(blocks, config.block_size, config.prefix_cache))
     ends = end_tokens(checkpoint, spec, tokenizer)
-    engine = Engine(scheduler, runner, tokenizer, ends, config.seed, config.deterministic)
+    overlap = hardware.device != "cpu"  # where the processor that schedules is not the one that computes
+    engine = Engine(scheduler, runner, tokenizer, ends, config.seed, config.deterministic, overlap)
     return Launched(engine, built, hardware, blocks, length)
 
 

@@ -176,9 +176,26 @@ def mlp(x_TD: Tensor, w13_ID: Tensor, w2_DI: Tensor, activation: Activation, ont
     return (y_TD if onto_TD is None else y_TD + wide(onto_TD)).to(x_TD.dtype)
 
 
-def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
-         spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return route(linear(wide(x_TD), w_ED, logit_bias_E), bias_E, spec)
+def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
+         live_T: Tensor | None = None, counts_E: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ids_TA, weights_TA = route(linear(wide(x_TD), w_ED, logit_bias_E), bias_E, spec)
+    return settle_choices(ids_TA, live_T, counts_E), weights_TA
+
+
+def settle_choices(ids_TA: Tensor, live_T: Tensor | None, counts_E: Tensor | None) -> Tensor:
+    """No expert for rows that are padding; the others are counted."""
+    if live_T is not None:
+        ids_TA = ids_TA.masked_fill(live_T[:, None] == 0, -1)
+    if counts_E is not None:
+        counts_E += torch.bincount(ids_TA[ids_TA >= 0], minlength=len(counts_E))
+    return ids_TA
+
+
+def top_two(scores_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scores = wide(scores_RV)
+    place_R1 = scores.argmax(1, keepdim=True)  # documented to return the first of equal maxima
+    others = scores.scatter(1, place_R1, float("-inf"))
+    return place_R1[:, 0], scores.gather(1, place_R1)[:, 0], others.amax(1)
 
 
 def store_latent(x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor, slots_T: Tensor) -> None:

@@ -29,7 +29,7 @@ class Parts:
         blocks = [*spec.layers, *(draft.block for draft in spec.drafts)]
         mixtures = [block for block in blocks if isinstance(block.mlp, MoESpec)]
         self.place = {block.index: i for i, block in enumerate(mixtures)}
-        self.meter = LoadMeter([b.mlp.router.experts for b in mixtures if isinstance(b.mlp, MoESpec)])
+        self.meter = LoadMeter([b.mlp.router.experts for b in mixtures if isinstance(b.mlp, MoESpec)], like.device)
 
     def norm(self, name: str) -> Norm:
         return Norm(name, self.hidden, self.eps, self.kernels.ops, self.like)
@@ -56,7 +56,7 @@ class Block:
         """(output not yet added, residual)."""
         h_TD, residual_TD = self.input_norm.after_add(x_TD, residual_TD)
         h_TD, residual_TD = self.post_norm.after_add(self.attention(h_TD, at), residual_TD)
-        y_TD = self.mlp(h_TD, at.step.phase) if isinstance(self.mlp, MoELayer) else self.mlp(h_TD)
+        y_TD = self.mlp(h_TD, at.step) if isinstance(self.mlp, MoELayer) else self.mlp(h_TD)
         return y_TD, residual_TD
 
     def sources(self) -> Sources:

@@ -13,6 +13,7 @@ from moesaic.contracts.spec import MLPSpec, MoESpec
 from moesaic.errors import UnsupportedError
 from moesaic.kernels.registry import BoundCell, Kernels
 from moesaic.layers.linear import Linear, Sources
+from moesaic.layers.step import StepInput
 from moesaic.moe.balance import LoadMeter
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.experts import Experts
@@ -59,11 +60,10 @@ class MoELayer:
         self.experts = Experts(spec, of.experts, like)
         self.shared = MLP(spec.shared, kernels, like) if spec.shared else None
 
-    def __call__(self, x_TD: Tensor, phase: Phase) -> Tensor:
-        cell = self.cell(phase, len(x_TD))
+    def __call__(self, x_TD: Tensor, step: StepInput) -> Tensor:
+        cell = self.cell(step.phase, len(x_TD))
         dispatcher = self.dispatchers[cell.path.stage("dispatch").kernel]
-        routing = self.route(x_TD, cell.ops)
-        self.meter.count(self.place, routing.ids_TA)
+        routing = self.route(x_TD, cell.ops, step.live_T, self.meter.counters(self.place))
         sent = dispatcher.dispatch(x_TD, routing)
         y = self.experts(sent, cell.ops)
         y_TD = dispatcher.combine(y, sent)
