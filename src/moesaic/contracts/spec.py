@@ -97,9 +97,9 @@ class GQASpec:
     sinks: str | None = None
 
     @property
-    def kv_width(self) -> int:
-        """Elements per token in the KV pool: keys, then values."""
-        return 2 * self.kv_heads * self.head_dim
+    def kv_parts(self) -> tuple[int, ...]:
+        """Elements per token in the KV pool: the keys of each head, then the values."""
+        return (self.head_dim,) * (2 * self.kv_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +128,9 @@ class MLASpec:
     window: int | None = None
 
     @property
-    def kv_width(self) -> int:
+    def kv_parts(self) -> tuple[int, ...]:
         """Elements per token in the KV pool: normalised latent, then rotated shared key."""
-        return self.kv_rank + self.rope_dim
+        return (self.kv_rank, self.rope_dim)
 
 
 @dataclass(frozen=True, slots=True)

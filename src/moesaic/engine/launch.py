@@ -19,7 +19,7 @@ from moesaic.engine.tapes import DecodeTapes
 from moesaic.errors import CapacityError, OptionError
 from moesaic.formats.dialects.modules import linears
 from moesaic.hardware import Hardware, local, local_cpu
-from moesaic.layers.kv_pool import KVPool, block_bytes
+from moesaic.layers.kv_pool import block_bytes
 from moesaic.models.build import Built, build, choose_dtype, plan_here, stored_spec
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.hold import hold_online
@@ -75,7 +75,7 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
     if config.max_model_len is None:
         length = min(length, (blocks - 1) * config.block_size)
     like = torch.empty(0, dtype=built.dtype, device=hardware.device)
-    pool = KVPool(built.model.kv_widths(), blocks, config.block_size, like)
+    pool = built.model.pool(blocks, config.block_size)
     made = DecodeGraphs if plan.base.capturable else DecodeTapes if tapeable(built) else None
     feed = Feed(config.max_num_seqs, like.device)
     graphs = made(built.model, pool, feed, config.max_num_seqs, length) if made else None
@@ -89,7 +89,7 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
 
 def wishes_of(config: EngineConfig) -> Wishes:
     router = None if config.router_dtype == "auto" else config.router_dtype
-    return Wishes(experts=wish_of(config.experts, "--experts"), router_dtype=router, graphs=config.graphs,
+    return Wishes(experts=wish_of(config.experts, "--experts"), router_dtype=router, graphs=config.graphs, kv=config.kv,
                   deterministic=config.deterministic, max_batch=config.max_num_seqs)  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def count_blocks(config: EngineConfig, built: Built, hardware: Hardware, length:
 
     Never more than all running requests at full length need. Raises CapacityError where a demanded length does not fit.
     """
-    bytes_each = block_bytes(built.model.kv_widths(), config.block_size, built.dtype.itemsize)
+    bytes_each = block_bytes(built.model.kv_widths(), config.block_size, built.model.kv_like.itemsize)
     per_request = -(-length // config.block_size)
     if config.kv_memory is not None:
         budget = config.kv_memory

@@ -26,7 +26,7 @@ from moesaic.errors import UnsupportedError
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._native import library
 from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Latent
-from moesaic.kernels.reference import settle_choices
+from moesaic.kernels.reference_fused import settle_choices
 
 FUSED = ("mlp", "gate", "store_latent", "attend_latent")
 OPS = ("linear", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts", "attend_paged", *FUSED)

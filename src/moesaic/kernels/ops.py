@@ -23,7 +23,8 @@ from moesaic.formats.encodings import Rows
 
 OP_NAMES = ("linear", "encode", "linear_quant", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts",
             "attend_paged", "attend_dense")  # fmt: skip
-FUSED = ("mlp", "gate", "store_latent", "attend_latent", "top_two")
+FUSED = ("mlp", "gate", "store_latent", "attend_latent", "top_two", "linear_terms", "add_norm_encode", "store_heads",
+         "attend_encode")  # fmt: skip
 """Optional ops, each equal to several of the others. A layer calls one where the plan found a backend that has it, and
 composes it otherwise."""
 
@@ -121,12 +122,46 @@ class KVView:
     """How attention reads one pool row: `kv_heads` keys of `key_dim` from 0, values of `value_dim` from `value_at`.
 
     In the absorbed form of MLA the value *is* the first part of the key: value_at == 0 with one kv head.
+    A pool of bytes holds the same in FP8 (formats/kv.py).
     """
 
     kv_heads: int
     key_dim: int
     value_at: int
     value_dim: int
+
+    @property
+    def latent(self) -> bool:
+        return self.value_at == 0
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Widths of what is scaled apart in FP8: keys, then values; or latent and rotary key."""
+        if self.latent:
+            return (self.value_dim, self.key_dim - self.value_dim)
+        return (self.key_dim,) * self.kv_heads + (self.value_dim,) * self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """How scores become weights: as the arguments of `attend_paged`."""
+
+    scale: float
+    window: int | None = None
+    sinks_H: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """What becomes of the heads of grouped-query attention before they are used: an RMS norm of each query and each
+    key (None: there is none), then the rotation of as many first elements as there are angles. dtype: of the queries.
+    """
+
+    q_K: Tensor | None
+    k_K: Tensor | None
+    eps: float
+    interleaved: bool
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +284,33 @@ class Ops(Protocol):
 
         A NaN counts as the largest. The next score is -inf where there is no other.
         """
+        ...
+
+    def linear_terms(self, x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
+        """`linear_quant` left for its reader to add up, in order: FP32 terms, or a single one in x.dtype. [P, T, N]."""
+        ...
+
+    def add_norm_encode(self, x: Tensor, residual_TD: Tensor | None, w_D: Tensor, eps: float, encoding: Encoding,
+                        scale: Tensor | None = None) -> tuple[Tensor, Rows, Tensor]:  # fmt: skip
+        """(norm, its rows encoded, sum) of x [T, D], or of terms [P, T, D], plus the residual, where there is one.
+
+        The sum is rounded to w's dtype before the norm, the norm before it is encoded. Not for an encoding whose scale
+        spans all rows.
+        """
+        ...
+
+    def store_heads(self, x_PTX: Tensor, w: HeadNorms, angles: tuple[Tensor, Tensor], pool_PW: Tensor, slots_T: Tensor,
+                    view: KVView) -> Tensor:  # fmt: skip
+        """Terms of [queries, keys, values], heads of one size -> queries [T, H, K], normed and rotated.
+
+        Writes the pool rows of the tokens: keys normed and rotated, and values.
+        """
+        ...
+
+    def attend_encode(self, q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, how: Softmax,
+                      encoding: Encoding, scale: Tensor | None = None) -> Rows:  # fmt: skip
+        """`attend_paged`, its rows [T, H x V] rounded to q's dtype and encoded. Not for an encoding whose scale spans
+        all rows."""
         ...
 
     def store_latent(self, x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,

@@ -24,6 +24,7 @@ from moesaic.kernels.ops import Ops
 BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "reference")
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
 ENTRY_POINTS = "moesaic.kernels"
+IN_PLACE_OF = {"linear_terms": "linear_quant", "attend_encode": "attend_paged", "attend_latent": "attend_paged"}
 
 
 @cache
@@ -140,5 +141,7 @@ class Kernels:
 
 
 def bind(chosen: Mapping[str, str]) -> Ops:
-    """op -> backend, as an object with the functions."""
-    return cast(Ops, SimpleNamespace(**{op: getattr(backends()[name], op) for op, name in chosen.items()}))
+    """op -> backend, as an object with the functions. A fused op is left out where another backend was chosen for the
+    op that it takes the place of."""
+    own = {op: name for op, name in chosen.items() if chosen.get(IN_PLACE_OF.get(op, op)) == name}
+    return cast(Ops, SimpleNamespace(**{op: getattr(backends()[name], op) for op, name in own.items()}))
