@@ -28,7 +28,8 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme
 from moesaic.contracts.spec import SILU, Activation, RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Span
+from moesaic.formats.sizes import kv_row_bytes
+from moesaic.kernels.ops import AttentionBatch, ExpertWeights, HeadNorms, KVView, Latent, Softmax, Span
 
 PRODUCTS = r"(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\S*?\.(e4m3|bf16|tf32|kind::\w+)\b"
 LIKE = torch.empty(0, dtype=torch.bfloat16, device="meta")
@@ -90,7 +91,7 @@ def report(name: str, kernel: Any) -> dict[str, Any]:
     products = sorted(set(re.findall(PRODUCTS, ptx)))
     return {
         "kernel": name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        "pdl": ("griddepcontrol.wait" in ptx, kernel.metadata.launch_pdl), "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
         "products": [f"{op} {kind}" for op, kind in products if kind],
     }  # fmt: skip
 
@@ -128,16 +129,55 @@ def linear_quant(name: str, tokens: int) -> None:
     linear_quant(encoded(tokens, 2048, scheme.activation), weight(scheme, (4096, 512, 512), 2048))
 
 
-def attend(view: KVView, heads: int, sequences: int, count: int, window: int | None = None) -> None:
+def batch_of(sequences: int, count: int) -> AttentionBatch:
+    spans = tuple(Span(s * count, count, 1024) for s in range(sequences))
+    table, spans_S3 = meta(sequences, 64, dtype=torch.int32), meta(sequences, 3, dtype=torch.int64)
+    return AttentionBatch(spans, sequences if count == 1 else 0, table, 16, spans_S3)
+
+
+def pool_of(view: KVView, fp8: bool) -> Tensor:
+    return meta(65536, kv_row_bytes(view.parts), dtype=torch.uint8) if fp8 else meta(65536, sum(view.parts))
+
+
+def attend(view: KVView, heads: int, sequences: int, count: int, window: int | None = None, fp8: bool = False) -> None:
     from moesaic.kernels._triton.attend_paged import attend_paged
 
-    spans = tuple(Span(s * count, count, 1024) for s in range(sequences))
-    batch = AttentionBatch(spans, sequences if count == 1 else 0, meta(sequences, 1024, dtype=torch.int64),
-                           meta(sequences, dtype=torch.int64), meta(sequences, 1024, dtype=torch.float32),
-                           meta(sequences, 3, dtype=torch.int64))  # fmt: skip
-    width = max(view.kv_heads * view.key_dim, view.value_at + view.kv_heads * view.value_dim)
     sinks = meta(heads, dtype=torch.float32) if window else None
-    attend_paged(meta(sequences * count, heads, view.key_dim), meta(65536, width), batch, view, 0.1, window, sinks)
+    q = meta(sequences * count, heads, view.key_dim)
+    attend_paged(q, pool_of(view, fp8), batch_of(sequences, count), view, 0.1, window, sinks)
+
+
+def fused(tokens: int, name: str) -> None:
+    """What stands between the products of a decoding step, for an encoding."""
+    from moesaic.kernels._triton.add_norm_encode import add_norm_encode
+    from moesaic.kernels._triton.attend_encode import attend_encode
+    from moesaic.kernels._triton.gate import gate
+    from moesaic.kernels._triton.linear_terms import linear_terms
+    from moesaic.kernels._triton.store_heads import store_heads
+    from moesaic.kernels._triton.top_two import top_two
+
+    scheme = SCHEMES[name]
+    encoding, static, angle = scheme.activation, static_scale(scheme.activation), meta(tokens, 64, dtype=torch.float32)
+    terms, hidden = meta(4, tokens, 2048, dtype=torch.float32), meta(tokens, 2048)
+    _, rows, _ = add_norm_encode(terms, hidden, meta(2048), 1e-6, encoding, static)
+    x = linear_terms(rows, weight(scheme, (4096, 512, 512), 2048))
+    norms = HeadNorms(meta(128), meta(128), 1e-6, False, torch.bfloat16)
+    q = store_heads(x, norms, (angle, angle), pool_of(GROUPED, False), meta(tokens, dtype=torch.int64), GROUPED)
+    attend_encode(q, pool_of(GROUPED, False), batch_of(tokens, 1), GROUPED, Softmax(0.1), encoding, static)
+    live, counts = meta(tokens, dtype=torch.int64), meta(128, dtype=torch.int64)
+    spec = RouterSpec(128, 8, "softmax", "w")
+    gate(hidden, meta(128, 2048, dtype=torch.float32), None, None, spec, live, counts)
+    top_two(meta(tokens, 151936))
+
+
+def fused_latent(tokens: int, fp8: bool) -> None:
+    from moesaic.kernels._triton.attend_latent import attend_latent
+    from moesaic.kernels._triton.store_latent import store_latent
+
+    angles, pool = (meta(tokens, 32, dtype=torch.float32),) * 2, pool_of(LATENT, fp8)
+    w = Latent(meta(128, 128, 512), meta(128, 128, 512), meta(512), 1e-6, 0.1, True, 1536)
+    store_latent(meta(tokens, 2112), w, angles, pool, meta(tokens, dtype=torch.int64))
+    attend_latent(meta(tokens, 128, 192), w, angles, pool, batch_of(tokens, 1))
 
 
 def gate(tokens: int) -> None:
@@ -172,11 +212,20 @@ CASES: dict[str, Callable[[], object]] = {
     "latent prefill": lambda: attend(LATENT, 128, 1, 256),
     "grouped decode": lambda: attend(GROUPED, 32, 64, 1),
     "grouped prefill": lambda: attend(GROUPED, 32, 1, 256),
+    "latent decode fp8": lambda: attend(LATENT, 128, 8, 1, fp8=True),
+    "latent prefill fp8": lambda: attend(LATENT, 128, 1, 256, fp8=True),
+    "grouped decode fp8": lambda: attend(GROUPED, 32, 64, 1, fp8=True),
+    "grouped prefill fp8": lambda: attend(GROUPED, 32, 1, 256, fp8=True),
+    "fused latent": lambda: fused_latent(16, False),
+    "fused latent fp8": lambda: fused_latent(16, True),
     "sinks": lambda: attend(KVView(8, 64, 512, 64), 64, 8, 1, 128),
     "sinks prefill": lambda: attend(KVView(8, 64, 512, 64), 64, 1, 512, 128),
     "oai": lambda: experts("mxfp4", 16, (128, 2880, 2880, 4), True),
 }
 for _name in SCHEMES:
+    if SCHEMES[_name].activation.by_row and SCHEMES[_name].quantized:
+        for _tokens in (1, 64):
+            CASES[f"fused {_name} {_tokens}"] = lambda name=_name, tokens=_tokens: fused(tokens, name)
     for _tokens in (1, 64, 256, 1024, 4096):
         CASES[f"experts {_name} {_tokens}"] = lambda name=_name, tokens=_tokens: experts(name, tokens)
         if _name != "bf16":

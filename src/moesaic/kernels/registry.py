@@ -21,7 +21,7 @@ from moesaic.errors import UnsupportedError
 from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
 
-BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "reference")
+BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "triton_invariant", "reference")
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
 ENTRY_POINTS = "moesaic.kernels"
 IN_PLACE_OF = {"linear_terms": "linear_quant", "attend_encode": "attend_paged", "attend_latent": "attend_paged"}

@@ -42,7 +42,7 @@ class MLA:
         # The two paths contract it along different axes: a quantised one is decoded when loaded, never quantised again.
         self.kv_b = Linear((spec.kv_b,), kernels, like, plain=True)
         self.view = KVView(1, spec.kv_rank + spec.rope_dim, value_at=0, value_dim=spec.kv_rank)
-        self.fused = hasattr(ops, "store_latent") and hasattr(ops, "attend_latent") and not one_path
+        self.fused = hasattr(ops, "store_latent") and hasattr(ops, "attend_latent")
         self.sums = hasattr(ops, "add_norm_encode")
         self.latent = Latent(*self.halves(), self.kv_norm.weight_D, eps, spec.scale, spec.rope.interleaved, self.q_rank)
 
@@ -58,7 +58,7 @@ class MLA:
     def attend(self, x_TD: Tensor, at: LayerInput, rows: Rows | None) -> Tensor:
         """[T, H, V]."""
         step, batch = at.step, at.step.attention
-        if self.fused and (batch.decodes == len(batch.spans) or max(span.length for span in batch.spans) <= SHORT):
+        if self.fused and (self.one_path or batch.decodes == len(batch.spans) or batch.longest <= SHORT):
             return self.in_place(x_TD, at, rows)
         q_nope_THN, q_rope_THP, row_TW = self.project(x_TD, at, rows)
         pool_PW = step.pool.write(self.layer, step.slots_T, row_TW, self.view.parts)

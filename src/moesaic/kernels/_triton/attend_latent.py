@@ -56,12 +56,15 @@ def heads_kernel(x_ptr, x_token, x_head, w_ptr, w_head, w_out, w_in, y_ptr, y_to
 
 
 def per_head(x_THK: Tensor, w_HJK: Tensor, y_THJ: Tensor, angles: tuple[Tensor, Tensor] | None = None,
-             interleaved: bool = False) -> Tensor:  # fmt: skip
-    """Writes w[h] x[t, h] (and what is rotated behind it); returns y. w may be any strided view [H, J, K]."""
+             interleaved: bool = False, most: int = 64) -> Tensor:  # fmt: skip
+    """Writes w[h] x[t, h] (and what is rotated behind it); returns y. w may be any strided view [H, J, K].
+
+    most: rows of a tile; 16 is the least, whatever T is.
+    """
     (tokens, heads, _), (_, outputs, size) = x_THK.shape, w_HJK.shape
     cos, sin = angles or (None, None)
     half = 0 if cos is None else cos.shape[1]
-    rows, columns = min(max(power(tokens), 16), 64), min(power(outputs, 16), 128)
+    rows, columns = min(max(power(tokens), 16), most), min(power(outputs, 16), 128)
     how: dict[str, Any] = {"INTERLEAVED": interleaved, "HALF": half, "BHALF": power(half)}
     if tokens:
         heads_kernel[(cdiv(tokens, rows), cdiv(outputs, columns), heads)](

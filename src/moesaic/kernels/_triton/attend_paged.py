@@ -113,16 +113,27 @@ def decode(q: Tensor, kv: Heads, batch: AttentionBatch, how: Softmax, target: Ta
     """Sequences of one row each."""
     sequences, heads = len(batch.spans), q.shape[1]
     repeat = heads // kv.kv_heads
-    height = min(max(power(repeat), 16), 32 if kv.wide else 64)
-    block = 32 if kv.wide else 64
-    programs = sequences * kv.kv_heads * cdiv(repeat, height)
-    splits = max(1, min(PROGRAMS // programs, cdiv(batch.longest, 2 * block), MOST_SPLITS))
-    tile = {"RB": height, "BM": height, "BL": block, "num_warps": 8 if kv.wide else 4,
-            "num_stages": 2 if kv.wide else 3}  # fmt: skip
+    tile = decode_tile(kv, repeat)
+    programs = sequences * kv.kv_heads * cdiv(repeat, tile["RB"])
+    splits = max(1, min(PROGRAMS // programs, cdiv(batch.longest, 2 * tile["BL"]), MOST_SPLITS))
     if splits == 1 and target.encoding == PLAIN:
         attend(q, kv, Tables.of(batch), how, tile, target.out)
     else:
         in_parts(q, kv, Tables.of(batch), how, tile, splits, target)
+
+
+def decode_tile(kv: Heads, repeat: int) -> dict[str, int]:
+    """Five stages are two buffers of keys: the first ones hold entries of the table."""
+    height = min(max(power(repeat), 16), 32 if kv.wide else 64)
+    block, warps = (32, 8) if kv.wide else (64, 4)
+    return {"RB": height, "BM": height, "BL": block, "num_warps": warps, "num_stages": 5}
+
+
+def prefill_tile(kv: Heads, repeat: int, longest: int) -> dict[str, int]:
+    height = min(32 if kv.wide else 128, max(16, power(longest * repeat)))
+    warps = 8 if height >= 128 or kv.wide else 4
+    return {"RB": min(power(repeat), height), "BM": height, "BL": 32 if kv.wide else 64, "num_warps": warps,
+            "num_stages": 2}  # fmt: skip
 
 
 def in_parts(q: Tensor, kv: Heads, tables: Tables, how: Softmax, tile: dict[str, int], splits: int, target: Target,
@@ -173,8 +184,4 @@ def joins(encoding: Encoding, heads: int, size: int) -> bool:
 
 def prefill(q: Tensor, kv: Heads, tables: Tables, how: Softmax, out: Tensor) -> None:
     """Sequences of several rows each, the last positions of their contexts."""
-    repeat = q.shape[1] // kv.kv_heads
-    height = min(32 if kv.wide else 128, max(16, power(tables.longest * repeat)))
-    tile = {"RB": min(power(repeat), height), "BM": height, "BL": 32 if kv.wide else 64,
-            "num_warps": 8 if height >= 128 or kv.wide else 4, "num_stages": 2}  # fmt: skip
-    attend(q, kv, tables, how, tile, out)
+    attend(q, kv, tables, how, prefill_tile(kv, q.shape[1] // kv.kv_heads, tables.longest), out)

@@ -44,15 +44,15 @@ def powers(bytes_ptr, at, ok):
 
 
 @triton.jit
-def fold(q1, q2, at_M, row_ok, kv, table_row, begin, end, scale, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
-         K: tl.constexpr, V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BV: tl.constexpr,
+def fold(q1, q2, at_M, row_ok, kv, key_bytes, value_bytes, table_row, begin, end, scale, BLOCK: tl.constexpr,
+         WINDOW: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BV: tl.constexpr,
          SHARED: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr):  # fmt: skip
     """(running maximum, sum of exponentials, weighted values) of positions begin..end; scores in units of log 2.
 
-    kv: (k pointer, its token stride, v pointer, its token stride, bytes of a row's key exponents, of its value
-    exponents), at the kv head. The exponents of a latent cache: of the latent, then of the rotary key.
+    kv: (k pointer, its token stride, v pointer, its token stride), at the kv head. key_bytes, value_bytes: where a row
+    of bytes has the head's exponents; in a latent cache, those of the latent and then of the rotary key.
     """
-    k_ptr, k_token, v_ptr, v_token, key_bytes, value_bytes = kv
+    k_ptr, k_token, v_ptr, v_token = kv
     top, total = tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BV], tl.float32)
     for start in range(begin, end, BL):
@@ -134,10 +134,10 @@ def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_to
     groups = heads // R
     key_bytes = None if bytes_ptr is None else bytes_ptr + exponents_at + g
     value_bytes = None if bytes_ptr is None else bytes_ptr + exponents_at + groups + g
-    kv = (k_ptr + g * k_head, k_token, v_ptr + g * v_head, v_token, key_bytes, value_bytes)
+    kv = (k_ptr + g * k_head, k_token, v_ptr + g * v_head, v_token)
     table_row = None if table_ptr is None else table_ptr + s.to(tl.int64) * table_stride
-    top, total, acc = fold(q1, q2, at_M, row_ok, kv, table_row, begin, end, scale, BLOCK, WINDOW, K, V, D1, D2, BV,
-                           SHARED, FP8, BM, BL)  # fmt: skip
+    top, total, acc = fold(q1, q2, at_M, row_ok, kv, key_bytes, value_bytes, table_row, begin, end, scale, BLOCK,
+                           WINDOW, K, V, D1, D2, BV, SHARED, FP8, BM, BL)  # fmt: skip
     if sinks_ptr is not None and not SPLIT:
         sink = tl.load(sinks_ptr + head, row_ok, 0.0).to(tl.float32) * LOG2E
         peak = tl.maximum(top, sink)

@@ -71,7 +71,7 @@ def wide_terms(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None, fixed: bool = 
     x = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     (m, k), n = x.shape, w_ND.shape[0]
     bm, bn = (16, 32) if fixed else (min(max(power(m), 16), 64), 32 if m <= 64 else 64)
-    tiles = (1 if fixed else cdiv(m, bm)) * cdiv(n, bn)
+    tiles = (1 if fixed else max(1, cdiv(m, bm))) * cdiv(n, bn)
     share = cdiv(cdiv(k, max(1, min(PROGRAMS // tiles, MOST_PARTS, k // (2 * STEP)))), STEP) * STEP
     parts = cdiv(k, share)
     y = x.new_empty(parts, m, n, dtype=torch.float32)

@@ -77,10 +77,6 @@ def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tenso
     return y.view(*x.data.shape[:-1], w.shape[-2])
 
 
-def linear_terms(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    return products(x, w, bias_N, 2)
-
-
 def added_up(terms_PTN: Tensor, dtype: torch.dtype) -> Tensor:
     y = torch.empty(terms_PTN.shape[1:], dtype=dtype, device=terms_PTN.device)
     sum_kernel[(cdiv(y.numel(), 1024),)](
@@ -89,16 +85,16 @@ def added_up(terms_PTN: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, waves: int = 1) -> Tensor:
+def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, waves: int = 1, fixed: bool = False) -> Tensor:
     """[P, T, N]: FP32 parts whose sum is the product, or the product itself in x.dtype.
 
-    waves: programs per multiprocessor that parts are made for.
+    waves: programs per multiprocessor that parts are made for.  fixed: the same tiles and parts for any T.
     """
     (n, k), given = w.shape, operands(x, w)
     rows = given.pointers["x_ptr"].shape[0]
-    tile = tile_of(min(max(power(rows), 16), 128), given)
-    step, tiles = given.constants["BK"], cdiv(rows, tile.bm) * cdiv(n, tile.bn)
-    share = share_of(tiles, rows, k, step, waves)
+    tile = tile_of(64 if fixed else min(max(power(rows), 16), 128), given)
+    step, tiles = given.constants["BK"], (1 if fixed else cdiv(rows, tile.bm)) * cdiv(n, tile.bn)
+    share = share_of(tiles, k // 64 if fixed else rows, k, step, waves)
     parts = cdiv(k, share)
     y = torch.empty(parts, rows, n, dtype=x.dtype if parts == 1 else torch.float32, device=x.data.device)
     if y.numel():
