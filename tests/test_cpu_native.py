@@ -50,7 +50,8 @@ def test_mlp(tokens: int, dtype: torch.dtype) -> None:
         x, onto = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens, hidden).to(dtype)
         w13, w2 = (torch.randn(2 * width, hidden) / 5).to(dtype), (torch.randn(hidden, width) / 4).to(dtype)
         for plus in (None, onto):
-            mine, theirs = cpu_native.mlp(x, w13, w2, how, plus), reference_fused.mlp(*map(wide, (x, w13, w2, how, plus)))
+            mine = cpu_native.mlp(x, w13, w2, how, plus)
+            theirs = reference_fused.mlp(*map(wide, (x, w13, w2, how, plus)))
             close(mine, theirs, f"{hidden} {width} {how.kind}")
 
 

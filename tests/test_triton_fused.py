@@ -87,6 +87,7 @@ def test_attend_latent(fp8: bool) -> None:
 def test_gate(spec: RouterSpec) -> None:
     for tokens, dtype in ((0, torch.bfloat16), (1, torch.float32), (9, torch.bfloat16)):
         support.check_gate(spec, tokens, 192, dtype)
+    support.check_narrow_gate(spec, 9, 192)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -162,6 +163,7 @@ def test_gate_on_gpu(spec: RouterSpec) -> None:
     for tokens in (1, 64, 1021):
         for dtype in (torch.float32, torch.bfloat16):
             support.check_gate(spec, tokens, 7168 if spec.experts == 256 else 2048, dtype)
+        support.check_narrow_gate(spec, tokens, 2048)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""`triton_invariant`: a row's result, bit for bit, whatever runs beside it; and right at all. Interpreted, and on a GPU.
+"""`triton_invariant`: a row's result, bit for bit, whatever runs beside it; and right at all. In both rings.
 
 The claim is about equality, so everything is compared with `torch.equal`: whole against any part, and a token read as
 the last of a prompt against the same token decoded.
@@ -6,7 +6,8 @@ the last of a prompt against the same token decoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,18 +28,17 @@ LATENT, GROUPED = KVView(1, 576, 0, 512), KVView(4, 128, 512, 128)
 
 
 @pytest.fixture(autouse=True)
-def where(request: pytest.FixtureRequest) -> Iterator[None]:
+def where(request: pytest.FixtureRequest) -> None:
     from triton import knobs
 
     if knobs.runtime.interpret == (request.node.get_closest_marker("gpu") is not None):
         pytest.skip("runs in the other ring")
-    yield
 
 
 def parts_of(tokens: int) -> list[slice]:
     """One row alone, a few, many: each cut of the rows once."""
     cuts = sorted({0, 1, 3, min(17, tokens), min(64, tokens), min(65, tokens), tokens})
-    return [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b <= tokens]
+    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
 def same_in_parts(call: Callable[[slice], Tensor], tokens: int, what: str) -> Tensor:
@@ -110,7 +110,7 @@ def check_encoded(view: KVView, heads: int) -> None:
 def check_latent(heads: int, sizes: tuple[int, int, int], turned: int) -> None:
     lengths = (13, 700, 1)
     w, (batch, blocks) = triton_fused.latent(heads, sizes), triton_fused.paged(lengths, (1, 1, 1), 8)
-    pool, angles = triton_fused.pool_of(blocks * 8, sizes[1:2] + (turned,), False), triton_fused.angles(3, turned // 2)
+    pool, angles = triton_fused.pool_of(blocks * 8, (sizes[1], turned), False), triton_fused.angles(3, turned // 2)
     q = randn(3, heads, sizes[0] + turned)
     whole = triton_invariant.attend_latent(q, w, angles, pool, batch)
     for s in range(3):

@@ -91,7 +91,8 @@ def report(name: str, kernel: Any) -> dict[str, Any]:
     products = sorted(set(re.findall(PRODUCTS, ptx)))
     return {
         "kernel": name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
-        "pdl": ("griddepcontrol.wait" in ptx, kernel.metadata.launch_pdl), "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        "pdl": ("griddepcontrol.wait" in ptx, kernel.metadata.launch_pdl),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
         "products": [f"{op} {kind}" for op, kind in products if kind],
     }  # fmt: skip
 

@@ -204,6 +204,17 @@ def check_gate(spec: RouterSpec, tokens: int, hidden: int, dtype: torch.dtype) -
     torch.testing.assert_close(weights[same], expected[same], rtol=1e-4, atol=1e-6)
 
 
+def check_narrow_gate(spec: RouterSpec, tokens: int, hidden: int) -> None:
+    """A gate in BF16: logits are rounded to it, and equal ones go to the lower expert."""
+    x, w = randn(tokens, hidden), randn(spec.experts, hidden) * hidden**-0.5
+    bias = torch.randn(spec.experts, device=device()) if spec.bias else None
+    ids, weights = triton.gate(x, w, None, bias, spec)
+    theirs, expected = reference_fused.gate(x, w, None, bias, spec)
+    same = (ids == theirs).all(1)
+    assert same.sum() >= tokens - max(1, tokens // 20), "a logit at the middle between two may be rounded either way"
+    torch.testing.assert_close(weights[same], expected[same], rtol=2**-7, atol=1e-6)
+
+
 def check_top_two(rows: int, vocab: int, dtype: torch.dtype) -> None:
     scores = randn(rows, vocab, dtype=dtype)
     if rows > 4:

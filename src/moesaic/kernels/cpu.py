@@ -27,8 +27,8 @@ ROW_WISE = ("rms_norm", "add_rms_norm", "rotate")
 BATCHED = ("linear", "activate", "route", "experts", "attend_paged", "attend_dense")
 CONTRACTS = (
     *(Contract(op, "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=op in ROW_WISE,
-               rank=10, activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, kv=frozenset(KV_FORMATS),
-               path=path_of(op))
+               rank=10, activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True,
+               kv=frozenset(KV_FORMATS), path=path_of(op))
       for op in ROW_WISE + BATCHED),
     Contract("encode", "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=10),
 )  # fmt: skip

@@ -24,6 +24,7 @@ from moesaic.kernels.reference import (
     wide,
 )
 
+
 def mlp(x_TD: Tensor, w13_ID: Tensor, w2_DI: Tensor, activation: Activation, onto_TD: Tensor | None = None) -> Tensor:
     y_TD = activate(wide(x_TD) @ wide(w13_ID).T, activation) @ wide(w2_DI).T
     return (y_TD if onto_TD is None else y_TD + wide(onto_TD)).to(x_TD.dtype)
@@ -31,7 +32,8 @@ def mlp(x_TD: Tensor, w13_ID: Tensor, w2_DI: Tensor, activation: Activation, ont
 
 def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
          live_T: Tensor | None = None, counts_E: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    ids_TA, weights_TA = route(linear(wide(x_TD), w_ED, logit_bias_E), bias_E, spec)
+    x_TD = wide(x_TD) if w_ED.dtype != torch.bfloat16 else x_TD.to(torch.bfloat16)
+    ids_TA, weights_TA = route(linear(x_TD, w_ED, logit_bias_E), bias_E, spec)
     return settle_choices(ids_TA, live_T, counts_E), weights_TA
 
 

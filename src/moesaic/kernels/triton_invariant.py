@@ -64,7 +64,8 @@ def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor
     from moesaic.kernels._triton.linear import wide_terms
     from moesaic.kernels._triton.route import choose
 
-    return choose(wide_terms(x_TD, w_ED, logit_bias_E, fixed=True), bias_E, spec, live_T, counts_E)
+    terms = wide_terms(x_TD, w_ED, logit_bias_E, fixed=True)
+    return choose(terms, bias_E, spec, live_T, counts_E, rounded=w_ED.dtype == torch.bfloat16)
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,

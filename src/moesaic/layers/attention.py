@@ -30,8 +30,8 @@ class GQA:
         self.sinks_H = like.new_empty(spec.heads, dtype=torch.float32) if spec.sinks else None
         keys = spec.kv_heads * spec.head_dim
         self.view = KVView(spec.kv_heads, spec.head_dim, value_at=keys, value_dim=spec.head_dim)
-        norms = (norm.weight_D if norm else None for norm in (self.q_norm, self.k_norm))
-        self.norms = HeadNorms(*norms, eps, spec.rope.interleaved, like.dtype)
+        q_K, k_K = (norm.weight_D if norm else None for norm in (self.q_norm, self.k_norm))
+        self.norms = HeadNorms(q_K, k_K, eps, spec.rope.interleaved, like.dtype)
         self.fused, self.sums = hasattr(ops, "store_heads"), hasattr(ops, "add_norm_encode")
 
     @property

@@ -18,8 +18,8 @@ class KVPool:
     """Rows [slots, width] per layer. Layers write the rows of the tokens they compute and read through slots."""
 
     def __init__(self, widths: Sequence[int], blocks: int, block_size: int, like: Tensor) -> None:
-        """widths: elements per token of each layer, or bytes in FP8. `like` gives dtype and device. Rows start as zeros: a masked row
-        is multiplied by a zero weight, and zero times an uninitialised NaN is NaN."""
+        """widths: elements per token of each layer, or bytes in FP8. `like` gives dtype and device. Rows start as
+        zeros: a masked row is multiplied by a zero weight, and zero times an uninitialised NaN is NaN."""
         self.block_size = block_size
         self.layers = [like.new_zeros(blocks * block_size, width) for width in widths]
 

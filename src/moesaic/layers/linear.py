@@ -21,7 +21,6 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels.ops import Ops
 from moesaic.kernels.registry import Kernels
 
-
 PLAIN = Encoding("bf16")
 
 

@@ -60,7 +60,7 @@ class Block:
         y_TD = self.attention(h_TD, at, rows)
         h_TD, rows, residual_TD = self.post_norm.encoded(y_TD, residual_TD, self.mlp.takes)
         if isinstance(self.mlp, MoELayer):
-            return self.mlp(h_TD, at.step, rows), residual_TD
+            return self.mlp(h_TD, at.step.phase, at.step.live_T, rows), residual_TD
         return self.mlp(h_TD, rows=rows), residual_TD
 
     def sources(self) -> Sources:

@@ -14,7 +14,6 @@ from moesaic.errors import UnsupportedError
 from moesaic.formats.encodings import Rows
 from moesaic.kernels.registry import BoundCell, Kernels
 from moesaic.layers.linear import Linear, Sources, Taken
-from moesaic.layers.step import StepInput
 from moesaic.moe.balance import LoadMeter
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.experts import Experts
@@ -69,11 +68,13 @@ class MoELayer:
     def takes(self) -> Taken | None:
         return self.experts.takes
 
-    def __call__(self, x_TD: Tensor, step: StepInput, rows: Rows | None = None) -> Tensor:
-        """rows: x encoded."""
-        cell = self.cell(step.phase, len(x_TD))
+    def __call__(
+        self, x_TD: Tensor, phase: Phase, live_T: Tensor | None = None, rows: Rows | None = None
+    ) -> Tensor:
+        """live_T: 0 for rows that are padding.  rows: x encoded."""
+        cell = self.cell(phase, len(x_TD))
         dispatcher = self.dispatchers[cell.path.stage("dispatch").kernel]
-        routing = self.route(x_TD, cell.ops, step.live_T, self.meter.counters(self.place))
+        routing = self.route(x_TD, cell.ops, live_T, self.meter.counters(self.place))
         sent = dispatcher.dispatch(x_TD, routing, rows)
         y = self.experts(sent, cell.ops)
         y_TD = dispatcher.combine(y, sent)

@@ -38,8 +38,8 @@ from moesaic.planning.needs import (
     under,
 )
 
-FUSED_OPS = frozenset({"add_norm_encode", "attend_encode", "attend_latent", "gate", "linear_terms", "mlp", "store_heads",
-                       "store_latent", "top_two"})  # fmt: skip
+FUSED_OPS = frozenset({"add_norm_encode", "attend_encode", "attend_latent", "gate", "linear_terms", "mlp",
+                       "store_heads", "store_latent", "top_two"})  # fmt: skip
 """Taken where a backend has them: layers compose the others."""
 COMMON_OPS = ("linear", "encode", "rms_norm", "add_rms_norm", "rotate", "activate", "attend_paged", "attend_dense")
 PREFILL = 8192

@@ -22,14 +22,16 @@ from moesaic.kernels.ops import AttentionBatch, KVView, Latent
 @triton.jit
 def turn(x_row, y_row, row_ok, angle_rows, cos_ptr, sin_ptr, HALF: tl.constexpr, BHALF: tl.constexpr,
          INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Rotates 2 HALF elements of each row from x_row to y_row (pointers [M, 1])."""
-    d = tl.arange(0, BHALF)[None, :]
-    ok = row_ok & (d < HALF)
-    first_at, second_at = (2 * d, 2 * d + 1) if INTERLEAVED else (d, HALF + d)
-    first, second = tl.load(x_row + first_at, ok, 0.0).to(tl.float32), tl.load(x_row + second_at, ok, 0.0).to(tl.float32)
-    cos, sin = tl.load(cos_ptr + angle_rows + d, ok, 0.0), tl.load(sin_ptr + angle_rows + d, ok, 0.0)
-    tl.store(y_row + d, (first * cos - second * sin).to(y_row.dtype.element_ty), ok)
-    tl.store(y_row + HALF + d, (second * cos + first * sin).to(y_row.dtype.element_ty), ok)
+    """Rotates 2 HALF elements of each row from x_row to y_row (pointers [M, 1]); done by the first tile of outputs."""
+    if tl.program_id(1) == 0:
+        d = tl.arange(0, BHALF)[None, :]
+        ok = row_ok & (d < HALF)
+        first_at, second_at = (2 * d, 2 * d + 1) if INTERLEAVED else (d, HALF + d)
+        first = tl.load(x_row + first_at, ok, 0.0).to(tl.float32)
+        second = tl.load(x_row + second_at, ok, 0.0).to(tl.float32)
+        cos, sin = tl.load(cos_ptr + angle_rows + d, ok, 0.0), tl.load(sin_ptr + angle_rows + d, ok, 0.0)
+        tl.store(y_row + d, (first * cos - second * sin).to(y_row.dtype.element_ty), ok)
+        tl.store(y_row + HALF + d, (second * cos + first * sin).to(y_row.dtype.element_ty), ok)
 
 
 @triton.jit
@@ -51,8 +53,7 @@ def heads_kernel(x_ptr, x_token, x_head, w_ptr, w_head, w_out, w_in, y_ptr, y_to
         acc = tl.dot(to_operand(x), to_operand(w), acc)
     tl.store(y_row + n[None, :], acc.to(y_ptr.dtype.element_ty), ok & (n < J)[None, :])
     if HALF > 0:
-        if tl.program_id(1) == 0:
-            turn(x_row + K, y_row + J, ok, m64 * angle_row, cos_ptr, sin_ptr, HALF, BHALF, INTERLEAVED)
+        turn(x_row + K, y_row + J, ok, m64 * angle_row, cos_ptr, sin_ptr, HALF, BHALF, INTERLEAVED)
 
 
 def per_head(x_THK: Tensor, w_HJK: Tensor, y_THJ: Tensor, angles: tuple[Tensor, Tensor] | None = None,

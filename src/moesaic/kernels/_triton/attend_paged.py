@@ -138,7 +138,7 @@ def prefill_tile(kv: Heads, repeat: int, longest: int) -> dict[str, int]:
 
 def in_parts(q: Tensor, kv: Heads, tables: Tables, how: Softmax, tile: dict[str, int], splits: int, target: Target,
              chunk: int = 0) -> None:  # fmt: skip
-    """Contexts shared out over programs, then joined. The sequences' rows are those of the target, from the first on."""
+    """Contexts shared out over programs, then joined. The sequences' rows are those of the target, in order."""
     rows, heads = len(target.out), q.shape[1]
     part = q.new_empty(rows, heads, splits, kv.value_dim, dtype=torch.float32)
     lse = q.new_empty(rows, heads, splits, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """A row that a kernel holds in its registers, into an encoding: what `encode.py` does of rows in memory, bit for bit.
 
-The row is a tile [BG, S] of FP32: group g, element s is column g S + s, zeros behind the last column. S follows from the
-encoding, so that a group with a scale of its own is a row of the tile.
+The row is a tile [BG, S] of FP32: group g, element s is column g S + s, zeros behind the last column. S follows from
+the encoding, so that a group with a scale of its own is a row of the tile.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def fp8(rows: int, size: int, like: Tensor) -> Tensor:
 
 
 def emitting(encoding: Encoding, parts: dict[str, Tensor], size: int, groups: int | None = None) -> dict[str, Any]:
-    """The kernel arguments `data_ptr .. top_ptr, ENCODING, STATIC, BG, S`. groups: of a program, all of them if None."""
+    """The kernel arguments `data_ptr .. top_ptr, ENCODING, STATIC, BG, S`. groups: of a program; None is all."""
     step = GROUPS[encoding.name]
     none = parts.get("data")
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import RouterSpec
@@ -11,4 +12,5 @@ from moesaic.kernels._triton.route import choose
 
 def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
          live_T: Tensor | None = None, counts_E: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return choose(wide_terms(x_TD, w_ED, logit_bias_E), bias_E, spec, live_T, counts_E)
+    terms = wide_terms(x_TD, w_ED, logit_bias_E)
+    return choose(terms, bias_E, spec, live_T, counts_E, rounded=w_ED.dtype == torch.bfloat16)

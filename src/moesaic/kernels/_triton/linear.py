@@ -24,10 +24,12 @@ MOST_PARTS = 16
 
 
 @triton.jit
-def wide_product(x, w, acc, EXACT: tl.constexpr):
-    """acc + x w^T in FP32. EXACT: x holds numbers that TF32 holds."""
+def wide_product(x, w, acc, EXACT: tl.constexpr, NARROW: tl.constexpr):
+    """acc + x w^T in FP32. EXACT: x holds numbers that TF32 holds; NARROW: both hold numbers that BF16 holds."""
     if WIDE:
         return tl.dot(x, tl.trans(w), acc)
+    elif NARROW:
+        return tl.dot(x.to(tl.bfloat16), tl.trans(w.to(tl.bfloat16)), acc)
     elif EXACT:
         upper = (w.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of mantissa
         acc = tl.dot(x, tl.trans(upper), acc, input_precision="tf32")
@@ -38,23 +40,23 @@ def wide_product(x, w, acc, EXACT: tl.constexpr):
 
 @triton.jit
 def wide_kernel(x_ptr, x_stride, w_ptr, w_stride, bias_ptr, y_ptr, M, N, K, share, BM: tl.constexpr, BN: tl.constexpr,
-                BK: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                BK: tl.constexpr, EXACT: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
     begin, end = part * share, tl.minimum(part * share + share, K)
     x_row = x_ptr + m.to(tl.int64)[:, None] * x_stride
     w_row = w_ptr + n.to(tl.int64)[:, None] * w_stride
     if PDL:
-        prefetch(w_ptr + n.to(tl.int64) * w_stride + begin, n < N, end - begin, 32, 8)
+        prefetch(w_ptr + n.to(tl.int64) * w_stride + begin, n < N, end - begin, 64 if NARROW else 32, 8)
     wait(PDL)
     acc = tl.zeros([BM, BN], tl.float32)
     for k0 in range(begin, end, BK):
         k = k0 + tl.arange(0, BK)[None, :]
         x = tl.load(x_row + k, (m < M)[:, None] & (k < K), 0.0).to(tl.float32)
-        w = tl.load(w_row + k, (n < N)[:, None] & (k < K), 0.0)
-        acc = wide_product(x, w, acc, EXACT)
+        w = tl.load(w_row + k, (n < N)[:, None] & (k < K), 0.0).to(tl.float32)
+        acc = wide_product(x, w, acc, EXACT, NARROW)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, (n < N) & (part == 0), 0.0)[None, :]
+        acc += tl.load(bias_ptr + n, (n < N) & (part == 0), 0.0).to(tl.float32)[None, :]
     at = (part * M + m.to(tl.int64))[:, None] * N + n[None, :]
     tl.store(y_ptr + at, acc, (m < M)[:, None] & (n < N)[None, :])
 
@@ -67,8 +69,9 @@ def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
 
 
 def wide_terms(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None, fixed: bool = False) -> Tensor:
-    """FP32 [P, T, N] to be added up, of rows in FP32 or BF16 and FP32 weights. fixed: the same tiles for any T."""
-    x = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    """FP32 [P, T, N] to be added up, of rows and weights in FP32 or BF16. fixed: the same tiles for any T."""
+    x = x_TD if w_ND.dtype == torch.float32 else x_TD.to(w_ND.dtype)
+    x = x if x.stride(1) == 1 else x.contiguous()
     (m, k), n = x.shape, w_ND.shape[0]
     bm, bn = (16, 32) if fixed else (min(max(power(m), 16), 64), 32 if m <= 64 else 64)
     tiles = (1 if fixed else max(1, cdiv(m, bm))) * cdiv(n, bn)
@@ -78,6 +81,7 @@ def wide_terms(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None, fixed: bool = 
     if m:
         wide_kernel[(cdiv(m, bm), cdiv(n, bn), parts)](
             x, x.stride(0), w_ND, w_ND.stride(0), bias_N, y, m, n, k, share, BM=bm, BN=bn, BK=STEP,
-            EXACT=x.dtype == torch.bfloat16, num_warps=4, num_stages=3, **options(x.device),
+            EXACT=x.dtype == torch.bfloat16, NARROW=w_ND.dtype == torch.bfloat16, num_warps=4, num_stages=3,
+            **options(x.device),
         )  # fmt: skip
     return y

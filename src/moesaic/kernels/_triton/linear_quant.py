@@ -29,7 +29,7 @@ def linear_kernel(x_ptr, x_stride, xs_ptr, xs_stride, w_ptr, w_expert, w_stride,
                   FORMAT: tl.constexpr, GROUP: tl.constexpr, X_GROUPS: tl.constexpr, X_ROWS: tl.constexpr,
                   EIGHT: tl.constexpr, FLIP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                   SHARE: tl.constexpr, UNIFORM: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """UNIFORM: the weight rows of each tile share their block scales. LINES: of a program's weight rows, moved ahead."""
+    """UNIFORM: the weight rows of each tile share their block scales. LINES: of its weight rows, moved ahead."""
     part = tl.program_id(2)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)

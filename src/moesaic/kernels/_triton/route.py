@@ -58,11 +58,20 @@ def scores_of(logits, real, SIGMOID: tl.constexpr):
 
 
 @triton.jit
+def to_bf16_grid(x):
+    """FP32 -> the nearest BF16 value, ties to even, in FP32; by its bits, as the interpreter's own cast truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    found = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(x != x, x, found)
+
+
+@triton.jit
 def route_kernel(logits_ptr, part, row, bias_ptr, live_ptr, counts_ptr, ids_ptr, weights_ptr, scale, P: tl.constexpr,
                  E: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr,
                  TWO: tl.constexpr, A: tl.constexpr, BA: tl.constexpr, SIGMOID: tl.constexpr, LATE: tl.constexpr,
-                 RENORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Logits: the sum of P terms. LATE: chosen by logits, then weighted by the softmax of the chosen."""
+                 RENORM: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Logits: the sum of P terms, rounded to BF16 if ROUND. LATE: chosen by logits, then weighted by the softmax of the
+    chosen."""
     t = tl.program_id(0).to(tl.int64)
     SIZE: tl.constexpr = E // GROUPS
     g, m = tl.arange(0, BG), tl.arange(0, BM)
@@ -72,6 +81,8 @@ def route_kernel(logits_ptr, part, row, bias_ptr, live_ptr, counts_ptr, ids_ptr,
     logits = tl.load(logits_ptr + t * row + index, real, 0.0).to(tl.float32)
     for p in tl.static_range(1, P):
         logits += tl.load(logits_ptr + p * part + t * row + index, real, 0.0)
+    if ROUND:
+        logits = to_bf16_grid(logits)
     scores = logits if LATE else scores_of(logits, real, SIGMOID)
     choice = scores
     if bias_ptr is not None:
@@ -114,8 +125,8 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[T
 
 
 def choose(logits_PTE: Tensor, bias_E: Tensor | None, spec: RouterSpec, live_T: Tensor | None = None,
-           counts_E: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`route` of the sum of terms; see `gate` in ops.py for the rest."""
+           counts_E: Tensor | None = None, rounded: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`route` of the sum of terms, rounded to BF16 or not; see `gate` in ops.py for the rest."""
     logits = logits_PTE if logits_PTE.stride(2) == 1 else logits_PTE.contiguous()
     parts, tokens, _ = logits.shape
     ids_TA = torch.empty(tokens, spec.top_k, dtype=torch.int32, device=logits.device)
@@ -126,7 +137,7 @@ def choose(logits_PTE: Tensor, bias_E: Tensor | None, spec: RouterSpec, live_T: 
             logits, logits.stride(0), logits.stride(1), bias_E, live_T, counts_E, ids_TA, weights_TA, spec.scale,
             P=parts, E=spec.experts, GROUPS=spec.groups, BG=groups, BM=members, KEEP=spec.top_groups,
             TWO=spec.group_score == "top2_sum", A=spec.top_k, BA=power(spec.top_k), SIGMOID=spec.scoring == "sigmoid",
-            LATE=spec.scoring == "softmax_topk", RENORM=spec.renormalize, num_warps=1 if groups * members <= 512 else 4,
-            **options(logits.device),
+            LATE=spec.scoring == "softmax_topk", RENORM=spec.renormalize, ROUND=rounded,
+            num_warps=1 if groups * members <= 512 else 4, **options(logits.device),
         )  # fmt: skip
     return ids_TA, weights_TA

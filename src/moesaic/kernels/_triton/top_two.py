@@ -66,6 +66,7 @@ def top_two(scores_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     key, behind = new(rows, chunks, dtype=torch.int64), new(rows, chunks, dtype=torch.float32)
     if rows:
         how = options(scores.device)
-        chunk_kernel[(rows, chunks)](scores, key, behind, vocab, scores.stride(0), chunks, BLOCK=CHUNK, num_warps=8, **how)
+        row = scores.stride(0)
+        chunk_kernel[(rows, chunks)](scores, key, behind, vocab, row, chunks, BLOCK=CHUNK, num_warps=8, **how)
         winner_kernel[(rows,)](key, behind, ids, best, second, chunks, BC=power(chunks), num_warps=1, **how)
     return ids, best, second

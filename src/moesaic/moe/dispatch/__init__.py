@@ -17,7 +17,7 @@ class Dispatcher(Protocol):
     """`combine` consumes exactly what `dispatch` returned."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing, rows: Rows | None = None) -> Dispatched:
-        """Rows for this rank's experts, with local expert ids. rows: x encoded, which one that moves rows need not use."""
+        """Rows for this rank's experts, with local expert ids. rows: x encoded, which nobody has to use."""
         ...
 
     def combine(self, y_TD: Tensor, sent: Dispatched) -> Tensor:
