@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from moesaic.assets import embedded_model
-from moesaic.config import DEVICES, DTYPES, KV_FORMATS, EngineConfig, flag, parse_bytes
+from moesaic.config import DEVICES, DTYPES, KV_FORMATS, LOAD_FORMATS, EngineConfig, flag, parse_bytes
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.engine.params import SamplingParams
 from moesaic.errors import OptionError
@@ -78,6 +78,7 @@ ENGINE: Mapping[str, Hint] = {
     "prefix_cache": Hint("do not reuse the KV cache of shared prompt beginnings", default="reuse"),
     "deterministic": Hint("an answer never depends on what runs beside it", default="off"),
     "kv": Hint("format of the KV cache; bf16: the dtype that is computed in", choices=KV_FORMATS),
+    "load_format": Hint("dummy: random weights; only a config.json is needed", choices=LOAD_FORMATS),
     "quantization": Hint(
         f"scheme to quantise to while loading: {', '.join(SCHEMES)}; none is as stored", "S", "none", parse=scheme
     ),
