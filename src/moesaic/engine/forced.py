@@ -96,7 +96,7 @@ class Distance:
 
 def distance(sound_AV: Tensor, other_AV: Tensor, answer: Sequence[int]) -> Distance:
     """Between the logits of two models. In FP64: small divergences are differences of near-equals."""
-    sound_AV, other_AV = sound_AV.double(), other_AV.double()
+    sound_AV, other_AV = sound_AV.double(), other_AV.to(sound_AV.device).double()
     p_AV, q_AV = torch.log_softmax(sound_AV, -1), torch.log_softmax(other_AV, -1)
     answer_A1 = torch.tensor(answer, device=p_AV.device)[:, None]
     level_AV, apart_AV = sound_AV - sound_AV.mean(1, keepdim=True), sound_AV - other_AV
