@@ -21,7 +21,6 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.machine import save
-from moesaic.formats.sizes import kv_row_bytes
 from moesaic.kernels import triton
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
 
@@ -48,10 +47,10 @@ def batch_of(sequences: int, length: int, count: int) -> AttentionBatch:
 def pools(view: KVView, slots: int, fp8: bool) -> list[torch.Tensor]:
     """As many as together exceed the cache."""
     if fp8:
-        one = torch.randint(0x20, 0x60, (slots, kv_row_bytes(view.parts)), device="cuda", dtype=torch.uint8)
-        one[:, sum(view.parts) :] = 120
+        one = torch.randint(0x20, 0x40, (slots, view.parts.fp8_bytes), device="cuda", dtype=torch.uint8)
+        one[:, view.parts.exponents_at :] = 120
     else:
-        one = torch.randn(slots, sum(view.parts), device="cuda").bfloat16()
+        one = torch.randn(slots, view.parts.width, device="cuda").bfloat16()
     return [one.clone() for _ in range(min(32, -(-gpu.CACHE // one.nbytes)))]
 
 

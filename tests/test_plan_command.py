@@ -179,7 +179,7 @@ def test_a_cache_in_fp8_needs_attention_that_reads_it(mixtral: Path) -> None:
     made = plan(latent, GPUS["h200"], CATALOGUE, replace(HYPOTHETICAL, kv="fp8"))
     assert isinstance(made, ModelPlan)
     assert {layer.attention for layer in made.layers} == {"triton"}
-    assert made.kv_bytes_per_token == len(latent.layers) * (512 + 64 + 16)
+    assert made.kv_bytes_per_token == len(latent.layers) * (512 + 2 * 64 + 16)
     plain = [replace(c, kv=frozenset({"bf16"})) if c.op in CACHE_OPS and c.built else c for c in CATALOGUE]
     made = plan(latent, GPUS["h200"], plain, replace(HYPOTHETICAL, kv="fp8"))
     assert isinstance(made, Refusal)

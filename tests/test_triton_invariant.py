@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from moesaic.contracts.scheme import SCHEMES, Encoding
-from moesaic.contracts.spec import RouterSpec
+from moesaic.contracts.spec import KVParts, RouterSpec
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import reference, triton_invariant
 from moesaic.kernels.ops import AttentionBatch, KVView, Softmax, Span
@@ -110,7 +110,8 @@ def check_encoded(view: KVView, heads: int) -> None:
 def check_latent(heads: int, sizes: tuple[int, int, int], turned: int) -> None:
     lengths = (13, 700, 1)
     w, (batch, blocks) = triton_fused.latent(heads, sizes), triton_fused.paged(lengths, (1, 1, 1), 8)
-    pool, angles = triton_fused.pool_of(blocks * 8, (sizes[1], turned), False), triton_fused.angles(3, turned // 2)
+    pool = triton_fused.pool_of(blocks * 8, KVParts(sizes[1:2], turned), False)
+    angles = triton_fused.angles(3, turned // 2)
     q = randn(3, heads, sizes[0] + turned)
     whole = triton_invariant.attend_latent(q, w, angles, pool, batch)
     for s in range(3):

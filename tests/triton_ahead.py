@@ -28,7 +28,6 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme
 from moesaic.contracts.spec import SILU, Activation, RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.formats.sizes import kv_row_bytes
 from moesaic.kernels.ops import AttentionBatch, ExpertWeights, HeadNorms, KVView, Latent, Softmax, Span
 
 PRODUCTS = r"(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\S*?\.(e4m3|bf16|tf32|kind::\w+)\b"
@@ -137,7 +136,7 @@ def batch_of(sequences: int, count: int) -> AttentionBatch:
 
 
 def pool_of(view: KVView, fp8: bool) -> Tensor:
-    return meta(65536, kv_row_bytes(view.parts), dtype=torch.uint8) if fp8 else meta(65536, sum(view.parts))
+    return meta(65536, view.parts.fp8_bytes, dtype=torch.uint8) if fp8 else meta(65536, view.parts.width)
 
 
 def attend(view: KVView, heads: int, sequences: int, count: int, window: int | None = None, fp8: bool = False) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.scheme import Encoding, Scheme
-from moesaic.contracts.spec import RouterSpec
+from moesaic.contracts.spec import KVParts, RouterSpec
 from moesaic.formats import kv
 from moesaic.kernels import reference, reference_fused, triton
 from moesaic.kernels.ops import AttentionBatch, HeadNorms, KVView, Latent, Softmax, Span
@@ -50,23 +50,24 @@ def angles(tokens: int, half: int) -> tuple[Tensor, Tensor]:
     return each.cos(), each.sin()
 
 
-def pool_of(slots: int, parts: tuple[int, ...], fp8: bool) -> Tensor:
+def pool_of(slots: int, parts: KVParts, fp8: bool) -> Tensor:
     """Random rows of a cache."""
-    rows = randn(slots, sum(parts), dtype=torch.float32)
+    rows = randn(slots, parts.width, dtype=torch.float32)
     return kv.encode(rows, parts) if fp8 else rows.to(BF16)
 
 
-def values(pool: Tensor, parts: tuple[int, ...]) -> Tensor:
-    return kv.decode(pool, parts).double() if pool.dtype == torch.uint8 else pool.double()
-
-
-def check_rows_written(mine: Tensor, theirs: Tensor, slots: Tensor, parts: tuple[int, ...], before: Tensor) -> None:
+def check_rows_written(mine: Tensor, theirs: Tensor, slots: Tensor, parts: KVParts, before: Tensor) -> None:
     """The tokens' rows, and no other. FP8: at most a step of a code apart, in at most 0.1% of places."""
     others = torch.ones(len(mine), dtype=torch.bool, device=mine.device)
     others[slots] = False
     assert torch.equal(mine[others].view(torch.uint8), before[others].view(torch.uint8))
     if mine.dtype == torch.uint8:
-        codes, twins = mine[slots].int(), theirs[slots].int()
+        width, plain = sum(parts.coded), slice(sum(parts.coded), parts.exponents_at)
+        if parts.plain:
+            tails = (rows[slots][:, plain].contiguous().view(BF16) for rows in (mine, theirs))
+            close(*tails, "what stays in BF16")
+        coded = [i for i in range(mine.shape[1]) if i < width or i >= parts.exponents_at]
+        codes, twins = mine[slots][:, coded].int(), theirs[slots][:, coded].int()
         assert (codes != twins).sum() <= max(1, 0.001 * codes.numel())
         assert ((codes - twins).abs() <= 1).all()
     else:
@@ -104,7 +105,7 @@ def in_wide(w: Latent) -> Latent:
 def check_store_latent(tokens: int, rank: int, turned: int, fp8: bool) -> None:
     for column, interleaved in ((0, True), (24, False)):
         w = latent(2, (16, rank, 16), column, interleaved)
-        parts, x, turn = (rank, turned), randn(tokens, column + rank + turned), angles(tokens, turned // 2)
+        parts, x, turn = KVParts((rank,), turned), randn(tokens, column + rank + turned), angles(tokens, turned // 2)
         before = pool_of(tokens + 9, parts, fp8)
         mine, theirs = before.clone(), before.clone() if fp8 else before.double()
         slots = torch.randperm(tokens + 9, device=device())[:tokens]
@@ -166,7 +167,7 @@ def check_attend_latent(heads: int, sizes: tuple[int, int, int], turned: int, le
     w, tokens = latent(heads, sizes), len(lengths)
     nope, rank, value = sizes
     batch, blocks = paged(lengths, (1,) * tokens, 16)
-    pool, turn = pool_of(blocks * 16, (rank, turned), fp8), angles(tokens, turned // 2)
+    pool, turn = pool_of(blocks * 16, KVParts((rank,), turned), fp8), angles(tokens, turned // 2)
     q, view = randn(tokens, heads, nope + turned), KVView(1, rank + turned, 0, rank)
     absorbed = per_head(q, w.w_k_HNR.transpose(1, 2), q.new_empty(tokens, heads, rank + turned), turn, w.interleaved)
     latents = torch.einsum("thn,hnr->thr", q[..., :nope].double(), w.w_k_HNR.double())

@@ -7,7 +7,6 @@ columns 0 is no column axis. tests/test_planning_sizes.py holds every entry agai
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from moesaic.contracts.scheme import WeightFormat
 
@@ -54,8 +53,3 @@ def illegal_cut(form: WeightFormat, size: int, ways: int, axis: int) -> str | No
     legal = [n for n in range(1, 129) if n == 1 or (size % n == 0 and (size // n) % step == 0)]
     what = f"{size} / {ways} = {size / ways:g} cuts a block of {step} of {form}"
     return f"{what}; legal: {', '.join(map(str, legal))} ways"
-
-
-def kv_row_bytes(parts: Sequence[int]) -> int:
-    """Bytes of one token's row of an FP8 cache (`kv.py`): codes, an exponent per part, whole units of 16."""
-    return -(-(sum(parts) + len(parts)) // 16) * 16

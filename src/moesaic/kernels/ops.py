@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.scheme import Encoding
-from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.contracts.spec import Activation, KVParts, RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 
@@ -135,11 +135,11 @@ class KVView:
         return self.value_at == 0
 
     @property
-    def parts(self) -> tuple[int, ...]:
-        """Widths of what is scaled apart in FP8: keys, then values; or latent and rotary key."""
+    def parts(self) -> KVParts:
+        """Of a row: keys, then values; or latent and rotary key."""
         if self.latent:
-            return (self.value_dim, self.key_dim - self.value_dim)
-        return (self.key_dim,) * self.kv_heads + (self.value_dim,) * self.kv_heads
+            return KVParts((self.value_dim,), self.key_dim - self.value_dim)
+        return KVParts((self.key_dim,) * self.kv_heads + (self.value_dim,) * self.kv_heads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.scheme import Encoding
-from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.contracts.spec import Activation, KVParts, RouterSpec
 from moesaic.formats import kv
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
@@ -81,7 +81,7 @@ def store_heads(x_PTX: Tensor, w: HeadNorms, angles: tuple[Tensor, Tensor], pool
     return q.to(w.dtype)
 
 
-def write_rows(pool_PW: Tensor, slots_T: Tensor, rows_TW: Tensor, parts: tuple[int, ...]) -> None:
+def write_rows(pool_PW: Tensor, slots_T: Tensor, rows_TW: Tensor, parts: KVParts) -> None:
     stored = kv.encode(rows_TW, parts) if pool_PW.dtype == torch.uint8 else rows_TW.to(pool_PW.dtype)
     pool_PW[slots_T] = stored
 
@@ -97,7 +97,7 @@ def store_latent(x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW
     latent_TR, key_TP = x_TX[:, w.column :].split((rank, turned), 1)
     key_T1P = rotate(key_TP[:, None], *angles, w.interleaved)
     row_TW = torch.cat([rms_norm(latent_TR, w.norm_R, w.eps), key_T1P[:, 0]], 1)
-    write_rows(pool_PW, slots_T, row_TW, (rank, turned))
+    write_rows(pool_PW, slots_T, row_TW, KVParts((rank,), turned))
 
 
 def attend_latent(q_THK: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moesaic.contracts.spec import KVParts
 from moesaic.formats import kv
 
 
@@ -23,8 +24,8 @@ class KVPool:
         self.block_size = block_size
         self.layers = [like.new_zeros(blocks * block_size, width) for width in widths]
 
-    def write(self, layer: int, slots_T: Tensor, rows_TW: Tensor, parts: Sequence[int]) -> Tensor:
-        """Stores one row per token and returns the layer's whole table [slots, width]. parts: see formats/kv.py."""
+    def write(self, layer: int, slots_T: Tensor, rows_TW: Tensor, parts: KVParts) -> Tensor:
+        """Stores one row per token and returns the layer's whole table [slots, width]."""
         table = self.layers[layer]
         return table.index_copy_(0, slots_T, kv.encode(rows_TW, parts) if table.dtype == torch.uint8 else rows_TW)
 

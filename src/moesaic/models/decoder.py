@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import DraftSpec, LayerSpec, MLASpec, ModelSpec, MoESpec
-from moesaic.formats.sizes import kv_row_bytes
 from moesaic.kernels.registry import Kernels
 from moesaic.layers.attention import GQA
 from moesaic.layers.kv_pool import KVPool
@@ -134,7 +133,7 @@ class Decoder:
         """Pool elements per token for each layer, draft layers last; bytes in FP8."""
         blocks = [*self.spec.layers, *(draft.block for draft in self.spec.drafts if drafts)]
         parts = [block.attention.kv_parts for block in blocks]
-        return [kv_row_bytes(each) if self.kernels.plan.kv == "fp8" else sum(each) for each in parts]
+        return [each.fp8_bytes if self.kernels.plan.kv == "fp8" else each.width for each in parts]
 
     @property
     def kv_like(self) -> Tensor:

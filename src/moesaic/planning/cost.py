@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from moesaic.contracts.plan import ModelPlan, Wishes
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
-from moesaic.contracts.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, MoESpec
-from moesaic.formats.sizes import kv_row_bytes, weight_bytes
+from moesaic.contracts.spec import GQASpec, KVParts, LayerSpec, MLASpec, ModelSpec, MoESpec
+from moesaic.formats.sizes import weight_bytes
 from moesaic.hardware import Hardware
 from moesaic.planning.needs import experts_scheme, stacks_of
 
@@ -98,8 +98,8 @@ def kv_bytes(block: LayerSpec, wishes: Wishes, dtype: str) -> int:
     """Per token on one rank. MLA's row serves all heads, so that each rank has it; kv heads are dealt out."""
     at, parts = block.attention, block.attention.kv_parts
     if isinstance(at, GQASpec):
-        parts = parts[: 2 * max(at.kv_heads // wishes.tp, 1)]
-    return kv_row_bytes(parts) if wishes.kv == "fp8" else ITEMSIZE[dtype] * sum(parts)
+        parts = KVParts(parts.coded[: 2 * max(at.kv_heads // wishes.tp, 1)])
+    return parts.fp8_bytes if wishes.kv == "fp8" else ITEMSIZE[dtype] * parts.width
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.scheme import Encoding
+from moesaic.errors import UnsupportedError
 from moesaic.kernels._triton.attention import attention_kernel, merge_kernel
 from moesaic.kernels._triton.emit import GROUPS, emitting
 from moesaic.kernels._triton.launch import cdiv, power
@@ -39,9 +40,12 @@ class Heads:
     @staticmethod
     def of(pool_PW: Tensor, view: KVView) -> Heads:
         width, fp8 = pool_PW.stride(0), pool_PW.dtype == torch.uint8
+        if fp8 and view.latent and view.value_dim & (view.value_dim - 1):
+            raise UnsupportedError(f"no kernel reads latents of {view.value_dim} elements in FP8",
+                                   remedy="Use --kv bf16.")  # fmt: skip
         codes = pool_PW.view(torch.float8_e4m3fn) if fp8 else pool_PW
         return Heads(codes, codes[:, view.value_at :], (width, view.key_dim), (width, view.value_dim), view.kv_heads,
-                     view.key_dim, view.value_dim, sum(view.parts) if fp8 else None)  # fmt: skip
+                     view.key_dim, view.value_dim, view.parts.exponents_at if fp8 else None)  # fmt: skip
 
     @property
     def wide(self) -> bool:
@@ -58,6 +62,7 @@ class Heads:
         return {
             "k_ptr": self.k, "k_token": k_token, "k_head": k_head, "v_ptr": self.v, "v_token": v_token,
             "v_head": v_head, "bytes_ptr": self.k.view(torch.uint8) if fp8 else None,
+            "tail_ptr": self.k.view(torch.bfloat16) if fp8 and shared and rest else None,
             "exponents_at": self.exponents_at or 0, "FP8": fp8, "K": self.key_dim, "V": self.value_dim,
             "D1": max(first, 16), "D2": power(rest, 16) if rest else 0,
             "BV": first if shared else power(self.value_dim, 16), "SHARED": shared,

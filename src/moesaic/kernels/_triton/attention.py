@@ -44,13 +44,14 @@ def powers(bytes_ptr, at, ok):
 
 
 @triton.jit
-def fold(q1, q2, at_M, row_ok, kv, key_bytes, value_bytes, table_row, begin, end, scale, BLOCK: tl.constexpr,
-         WINDOW: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BV: tl.constexpr,
-         SHARED: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr):  # fmt: skip
+def fold(q1, q2, at_M, row_ok, kv, tail_ptr, key_bytes, value_bytes, table_row, begin, end, scale,
+         BLOCK: tl.constexpr, WINDOW: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D1: tl.constexpr,
+         D2: tl.constexpr, BV: tl.constexpr, SHARED: tl.constexpr, FP8: tl.constexpr, BM: tl.constexpr,
+         BL: tl.constexpr):  # fmt: skip
     """(running maximum, sum of exponentials, weighted values) of positions begin..end; scores in units of log 2.
 
     kv: (k pointer, its token stride, v pointer, its token stride), at the kv head. key_bytes, value_bytes: where a row
-    of bytes has the head's exponents; in a latent cache, those of the latent and then of the rotary key.
+    of bytes has the head's exponents.  tail_ptr: the rows as BF16, where an FP8 cache has the end of its keys in that.
     """
     k_ptr, k_token, v_ptr, v_token = kv
     top, total = tl.full([BM], LOWEST, tl.float32), tl.zeros([BM], tl.float32)
@@ -71,12 +72,14 @@ def fold(q1, q2, at_M, row_ok, kv, key_bytes, value_bytes, table_row, begin, end
             power = powers(key_bytes, slot * k_token, ok)
             scores = scores * LIFT * power[None, :]
         if D2 > 0:
-            k2 = keys(row, ok[:, None], D1, D2, K, FP8)
-            if FP8:
-                rest = powers(key_bytes + (1 if SHARED else 0), slot * k_token, ok)
-                scores += tl.dot(q2, tl.trans(k2)) * LIFT * rest[None, :]
+            if tail_ptr is not None:
+                tail_row = tail_ptr + (slot * (k_token // 2) + D1 // 2)[:, None]
+                scores = tl.dot(q2, tl.trans(keys(tail_row, ok[:, None], 0, D2, K - D1, False)), scores)
+            elif FP8:
+                k2 = keys(row, ok[:, None], D1, D2, K, True)
+                scores += tl.dot(q2, tl.trans(k2)) * LIFT * power[None, :]
             else:
-                scores = tl.dot(q2, tl.trans(k2), scores)
+                scores = tl.dot(q2, tl.trans(keys(row, ok[:, None], D1, D2, K, False)), scores)
         seen = ok[None, :] & (at[None, :] <= at_M[:, None]) & row_ok[:, None]
         if WINDOW > 0:
             seen = seen & (at[None, :] > at_M[:, None] - WINDOW)
@@ -93,15 +96,16 @@ def fold(q1, q2, at_M, row_ok, kv, key_bytes, value_bytes, table_row, begin, end
 
 
 @triton.jit
-def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_token, v_head, bytes_ptr, exponents_at,
-                     table_ptr, table_stride, spans_ptr, sinks_ptr, out_ptr, lse_ptr, start, count, length, splits,
-                     scale, heads, BLOCK: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                     D1: tl.constexpr, D2: tl.constexpr, BV: tl.constexpr, SHARED: tl.constexpr, FP8: tl.constexpr,
-                     WINDOW: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, SPLIT: tl.constexpr,
-                     CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_token, v_head, tail_ptr, bytes_ptr,
+                     exponents_at, table_ptr, table_stride, spans_ptr, sinks_ptr, out_ptr, lse_ptr, start, count,
+                     length, splits, scale, heads, BLOCK: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+                     V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BV: tl.constexpr, SHARED: tl.constexpr,
+                     FP8: tl.constexpr, WINDOW: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr,
+                     SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows start..start + count of a sequence, its last positions of `length`; from spans_ptr where there are many.
 
     SPLIT: out and lse hold a part per program. bytes_ptr: the rows' bytes, exponents from exponents_at on.
+    tail_ptr: the rows as BF16, where keys end in that.
     """
     BLOCKS: tl.constexpr = (R + RB - 1) // RB
     g, part = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
@@ -136,8 +140,8 @@ def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_to
     value_bytes = None if bytes_ptr is None else bytes_ptr + exponents_at + groups + g
     kv = (k_ptr + g * k_head, k_token, v_ptr + g * v_head, v_token)
     table_row = None if table_ptr is None else table_ptr + s.to(tl.int64) * table_stride
-    top, total, acc = fold(q1, q2, at_M, row_ok, kv, key_bytes, value_bytes, table_row, begin, end, scale, BLOCK,
-                           WINDOW, K, V, D1, D2, BV, SHARED, FP8, BM, BL)  # fmt: skip
+    top, total, acc = fold(q1, q2, at_M, row_ok, kv, tail_ptr, key_bytes, value_bytes, table_row, begin, end, scale,
+                           BLOCK, WINDOW, K, V, D1, D2, BV, SHARED, FP8, BM, BL)  # fmt: skip
     if sinks_ptr is not None and not SPLIT:
         sink = tl.load(sinks_ptr + head, row_ok, 0.0).to(tl.float32) * LOG2E
         peak = tl.maximum(top, sink)
