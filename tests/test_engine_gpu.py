@@ -20,10 +20,16 @@ from moesaic.engine.draw import NEAR_TIE
 from moesaic.engine.engine import Engine
 from moesaic.engine.graphs import DecodeGraphs, sizes
 from moesaic.errors import MoesaicError
+from moesaic.kernels.registry import Kernels
+from moesaic.kernels.traced import TracedKernels
 from moesaic.layers.linear import Stored
+from moesaic.models.decoder import Decoder
+from moesaic.models.dummy import fill_model
 from moesaic.tasks import FAMILIES, items
+from tests.small_models import alike
 from tests.test_dummy import CONFIG, folder_of
 from tests.test_overlap import answers, summary
+from tests.test_traced import compiled, planned, steps
 
 pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=48, logprobs=2)
@@ -170,6 +176,20 @@ def test_a_large_dummy_is_made_on_the_gpu(tmp_path: Path) -> None:
     assert torch.cuda.max_memory_allocated() - before <= held + layer
     results = llm.generate([[1, 2, 3], [4] * 100], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     assert [len(result.tokens) for result in results] == [8, 8]
+
+
+@pytest.mark.parametrize("case", [("heads with norms", "fp8", "fp8", "triton"), ("latent", "mxfp8", "bf16", "triton")],
+                         ids=str)  # fmt: skip
+@torch.inference_mode()
+def test_a_compiled_model_is_the_model(case: tuple[str, str, str, str]) -> None:
+    spec, plan = planned(*case)
+    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    model, plain = (Decoder(spec, kind(plan), like, 128) for kind in (TracedKernels, Kernels))
+    fill_model(model)
+    alike(model, plain)
+    run, pools = compiled(model, "aot_eager"), [each.pool(24, 4) for each in (model, plain)]
+    for mine, theirs in zip(steps(pools[0]), steps(pools[1]), strict=True):
+        assert torch.equal(run(mine), plain.scores(plain(theirs)))
 
 
 def test_sizes_of_graphs() -> None:

@@ -9,9 +9,9 @@ H query heads, G kv heads, K key size, V value size, L context length, S sequenc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,19 @@ class Span:
 
 Context = tuple[Tensor, Tensor, Tensor]
 """(slots [S, L], lengths [S], hidden [S, L]) of some sequences of an AttentionBatch."""
+
+
+class Kept:
+    """A property that is computed once, unless while something is traced: a trace must not keep its tensors."""
+
+    def __init__(self, make: Callable[[Any], Tensor]) -> None:
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, owner: Any, kind: type) -> Tensor:
+        value = self.make(owner)
+        if not torch.compiler.is_compiling():
+            vars(owner)[self.name] = value
+        return value
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class AttentionBatch:
         """INT64 context lengths."""
         return self.spans_S3[:, 2]
 
-    @cached_property
+    @Kept
     def slots_SL(self) -> Tensor:
         """INT64 pool slot of position l of sequence s, 0 behind the end of its context.
 
@@ -94,7 +107,7 @@ class AttentionBatch:
         width = self.table_SB.shape[1] if self.block == 1 else self.longest
         return torch.arange(width, device=self.spans_S3.device) >= self.lengths_S[:, None]
 
-    @cached_property
+    @Kept
     def hidden_SL(self) -> Tensor:
         """FP32, 0 where position l is in the context of sequence s and -inf behind its end."""
         outside_SL = self.outside_SL

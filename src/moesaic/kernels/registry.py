@@ -26,6 +26,9 @@ BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "triton
 ENTRY_POINTS = "moesaic.kernels"
 IN_PLACE_OF = {"linear_terms": "linear_quant", "attend_encode": "attend_paged", "attend_latent": "attend_paged"}
 
+VARIANT_OF = {"triton_invariant": "triton"}
+"""Backends that hold nothing but other variants of another one's ops."""
+
 
 @cache
 def backends() -> Mapping[str, ModuleType]:
@@ -110,8 +113,12 @@ class Kernels:
         if need not in self._bound:
             chosen = {choice.op: choice.chosen for choice in self.plan.ops[self.plan.base]}
             chosen |= {choice.op: choice.chosen for choice in self.plan.ops[need]}
-            self._bound[need] = bind(chosen)
+            self._bound[need] = self.bind(chosen)
         return self._bound[need]
+
+    def bind(self, chosen: Mapping[str, str]) -> Ops:
+        """op -> backend, as an object with the functions."""
+        return cast(Ops, SimpleNamespace(**{op: getattr(backends()[name], op) for op, name in own(chosen).items()}))
 
     def layer(self, layer: int) -> LayerPlan:
         """The plan of a layer by its index; StopIteration where there is none."""
@@ -127,11 +134,11 @@ class Kernels:
         gate, bound = self.chosen("gate", replace(base, logits=of.router_dtype)), []
         for cell in of.cells:
             names = {**chosen, **{role: cell.path.stage(role).kernel for role in ("route", "experts")}}
-            if gate == names["route"]:
+            if VARIANT_OF.get(gate, gate) == names["route"]:
                 names["gate"] = gate
             key = tuple(names.items())
             if key not in self._bound:
-                self._bound[key] = bind(names)
+                self._bound[key] = self.bind(names)
             bound.append(BoundCell(cell.phase, cell.tokens, cell.path, self._bound[key]))
         return tuple(bound)
 
@@ -140,8 +147,6 @@ class Kernels:
         return next((choice.chosen for choice in self.plan.ops[need] if choice.op == op), "")
 
 
-def bind(chosen: Mapping[str, str]) -> Ops:
-    """op -> backend, as an object with the functions. A fused op is left out where another backend was chosen for the
-    op that it takes the place of."""
-    own = {op: name for op, name in chosen.items() if chosen.get(IN_PLACE_OF.get(op, op)) == name}
-    return cast(Ops, SimpleNamespace(**{op: getattr(backends()[name], op) for op, name in own.items()}))
+def own(chosen: Mapping[str, str]) -> dict[str, str]:
+    """op -> backend, without the fused ops that take the place of an op for which another backend was chosen."""
+    return {op: name for op, name in chosen.items() if chosen.get(IN_PLACE_OF.get(op, op)) == name}

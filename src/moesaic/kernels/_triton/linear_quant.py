@@ -13,7 +13,19 @@ from torch import Tensor
 
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels._triton.gemm import across, along, operands, product, scale_rows, tile_of
+from moesaic.kernels._triton.gemm import (
+    EIGHT_BITS,
+    Operands,
+    Tile,
+    across,
+    along,
+    operand_rows,
+    operands,
+    product,
+    scale_rows,
+    steps,
+    tile_of,
+)
 from moesaic.kernels._triton.launch import cdiv, power
 from moesaic.kernels._triton.pdl import options, prefetch, wait
 
@@ -92,9 +104,7 @@ def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, waves: int = 1, fix
     """
     (n, k), given = w.shape, operands(x, w)
     rows = given.pointers["x_ptr"].shape[0]
-    tile = tile_of(64 if fixed else min(max(power(rows), 16), 128), given)
-    step, tiles = given.constants["BK"], (1 if fixed else cdiv(rows, tile.bm)) * cdiv(n, tile.bn)
-    share = share_of(tiles, k // 64 if fixed else rows, k, step, waves)
+    tile, share = cut(rows, w, given, waves, fixed)
     parts = cdiv(k, share)
     y = torch.empty(parts, rows, n, dtype=x.dtype if parts == 1 else torch.float32, device=x.data.device)
     if y.numel():
@@ -105,6 +115,23 @@ def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, waves: int = 1, fix
             **options(y.device),
         )  # fmt: skip
     return y
+
+
+def cut(rows: int, w: QuantTensor, given: Operands, waves: int, fixed: bool) -> tuple[Tile, int]:
+    """The tile of each program, and its elements of K."""
+    (n, k), step = w.shape, given.constants["BK"]
+    tile = tile_of(64 if fixed else min(max(power(rows), 16), 128), given)
+    tiles = (1 if fixed else cdiv(rows, tile.bm)) * cdiv(n, tile.bn)
+    return tile, share_of(tiles, k // 64 if fixed else rows, k, step, waves)
+
+
+def parts_of(x: Rows, w: QuantTensor, waves: int, fixed: bool) -> int:
+    """How many parts `products` makes, from shapes alone: nothing is allocated."""
+    values, _, _ = operand_rows(x)
+    step, _ = steps(w)
+    eight = w.form.name in EIGHT_BITS and values.dtype == torch.float8_e4m3fn and step >= 32
+    given = Operands({}, {"FORMAT": w.form.name, "EIGHT": eight, "BK": step})
+    return cdiv(w.columns, cut(values.shape[:-1].numel(), w, given, waves, fixed)[1])
 
 
 def share_of(tiles: int, rows: int, k: int, step: int, waves: int = 1) -> int:
