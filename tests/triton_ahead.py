@@ -180,6 +180,25 @@ def fused_latent(tokens: int, fp8: bool) -> None:
     attend_latent(meta(tokens, 128, 192), w, angles, pool, batch_of(tokens, 1))
 
 
+def invariant(name: str) -> None:
+    """The kernels of deterministic mode, for prompts; none asks how many rows there are."""
+    from moesaic.kernels import triton_invariant as backend
+
+    scheme = SCHEMES[name]
+    if not scheme.quantized:
+        backend.linear(meta(48, 2048), meta(151936, 2048))
+    else:
+        x, w = encoded(48, 2048, scheme.activation), weight(scheme, (4096, 512, 512), 2048)
+        backend.linear_quant(x, w)
+        backend.linear_terms(x, w)
+    backend.gate(meta(48, 2048), meta(128, 2048, dtype=torch.float32), None, None, RouterSpec(128, 8, "softmax", "w"))
+    q, batch = meta(48, 32, 128), batch_of(3, 16)
+    backend.attend_encode(q, pool_of(GROUPED, False), batch, GROUPED, Softmax(0.1), scheme.activation)
+    w_latent = Latent(meta(128, 128, 512), meta(128, 128, 512), meta(512), 1e-6, 0.1, True, 1536)
+    angles = (meta(48, 32, dtype=torch.float32),) * 2
+    backend.attend_latent(meta(48, 128, 192), w_latent, angles, pool_of(LATENT, True), batch)
+
+
 def gate(tokens: int) -> None:
     from moesaic.kernels._triton.linear import linear
 
@@ -218,6 +237,8 @@ CASES: dict[str, Callable[[], object]] = {
     "grouped prefill fp8": lambda: attend(GROUPED, 32, 1, 256, fp8=True),
     "fused latent": lambda: fused_latent(16, False),
     "fused latent fp8": lambda: fused_latent(16, True),
+    "invariant bf16": lambda: invariant("bf16"),
+    "invariant fp8": lambda: invariant("fp8"),
     "sinks": lambda: attend(KVView(8, 64, 512, 64), 64, 8, 1, 128),
     "sinks prefill": lambda: attend(KVView(8, 64, 512, 64), 64, 1, 512, 128),
     "oai": lambda: experts("mxfp4", 16, (128, 2880, 2880, 4), True),
