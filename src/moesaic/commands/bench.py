@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.commands import _scripts
 from moesaic.errors import OptionError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -18,16 +19,23 @@ EPILOG = """\
 examples:
   moesaic bench serve --url http://127.0.0.1:8000 --model tiny --requests 200 --rate 10
   moesaic bench serve --url http://host:8000 --model mixtral --concurrency 64 --words 50:500 --tokens 100:300
+  moesaic bench throughput --model qwen3-30b-a3b --scheme fp8 --batch 1 64
 """
 
 
 def add_parser(subparsers: Any) -> None:
+    bench = subparsers.add_parser("bench", help="measure a server, or kernels and models", epilog=EPILOG)
+    what = bench.add_subparsers(title="measurements", metavar="WHAT", dest="what", required=True)
+    add_serve(what)
+    _scripts.add_parsers(what)
+
+
+def add_serve(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "bench", help="measure a server", epilog=EPILOG, usage="moesaic bench serve --url URL [options]",
+        "serve", help="a server under load", usage="moesaic bench serve --url URL [options]",
         description="Put load on any OpenAI-compatible server, and report throughput and latencies.",
     )  # fmt: skip
     add = parser.add_argument
-    add("what", choices=("serve",), metavar="serve", help="what to measure: a server")
     add("--url", metavar="URL", required=True, help="of the server, with or without /v1 (required)")
     add("--model", metavar="NAME", default="tiny", help="as the server calls it (default: tiny)")
     add("--requests", metavar="N", type=int, default=100, help="how many (default: 100)")
