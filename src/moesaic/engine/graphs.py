@@ -9,6 +9,7 @@ Legend: B rows of a graph, R rows of a step, W blocks of the longest context, D 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from moesaic.engine.draw import pick
 from moesaic.engine.feed import Feed
@@ -66,7 +68,7 @@ class Staging:
             blocks, used = request.blocks, start // block + 1
             rows.append((feed.token(request, start), start, blocks[start // block] * block + start % block, start + 1))
             held, count = self.held[i]
-            if held is not blocks or count > used:
+            if held is not blocks:  # a list of blocks only grows; what lies behind a context is not read
                 count = 0
             if count < used:
                 self.tables[i, count:used] = blocks[count:used]
@@ -85,20 +87,21 @@ class DecodeGraphs:
     """Made once the weights are loaded; `run` replaces the model's forward pass for steps that only decode."""
 
     def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int,
-                 only: Sequence[int] = ()) -> None:  # fmt: skip
-        """most: rows of the largest step.  length: longest context in tokens.  only: numbers of rows to capture."""
+                 only: Sequence[int] = (), progress: bool = False) -> None:  # fmt: skip
+        """most: rows of the largest step.  length: longest context in tokens.  only: numbers of rows to capture.
+        progress: show a bar; kernels that were never compiled on this machine take a while."""
         self.model, self.pool, self.feed, self.most = model, pool, feed, most
         blocks = -(-length // pool.block_size)
         width = 2 * NUMBERS + blocks + blocks % 2  # rows begin where an INT64 may
         self.rows_BX = torch.zeros(most, width, dtype=torch.int32, device=feed.device)
         self.staging, self.turn = [Staging(most, width) for _ in range(2)], 0
         self.captured: dict[int, Captured] = {}
-        self.capture_all(only or sizes(most))
+        self.capture_all(only or sizes(most), progress and sys.stderr.isatty())
 
-    def capture_all(self, each: Sequence[int]) -> None:
+    def capture_all(self, each: Sequence[int], show: bool) -> None:
         """The largest first: the smaller ones then fit into its memory."""
         memory = torch.cuda.graph_pool_handle()
-        for size in sorted(each, reverse=True):
+        for size in tqdm(sorted(each, reverse=True), "Capturing graphs", file=sys.stderr, disable=not show):
             self.captured[size] = self.capture(size, memory)
 
     @torch.inference_mode()

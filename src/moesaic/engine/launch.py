@@ -19,7 +19,7 @@ from moesaic.engine.tapes import DecodeTapes
 from moesaic.errors import CapacityError, OptionError
 from moesaic.formats.dialects.modules import linears
 from moesaic.hardware import Hardware, local, local_cpu
-from moesaic.layers.kv_pool import block_bytes
+from moesaic.layers.kv_pool import KVPool, block_bytes
 from moesaic.models.build import Built, build, choose_dtype, plan_here, stored_spec
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.hold import hold_online
@@ -76,9 +76,8 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
         length = min(length, (blocks - 1) * config.block_size)
     like = torch.empty(0, dtype=built.dtype, device=hardware.device)
     pool = built.model.pool(blocks, config.block_size)
-    made = DecodeGraphs if plan.base.capturable else DecodeTapes if tapeable(built) else None
     feed = Feed(config.max_num_seqs, like.device)
-    graphs = made(built.model, pool, feed, config.max_num_seqs, length) if made else None
+    graphs = decoding_of(config, built, pool, feed, length)
     runner = Runner(built.model, pool, feed, not config.deterministic, graphs)
     scheduler = Scheduler(limits(config, length), BlockManager(blocks, config.block_size, config.prefix_cache))
     ends = end_tokens(checkpoint, spec, tokenizer)
@@ -99,6 +98,15 @@ def hardware_of(device: str) -> Hardware:
     if found is None:
         raise OptionError("torch finds no CUDA device", where="--device", remedy="Use cpu, or check the driver.")
     return found
+
+
+def decoding_of(config: EngineConfig, built: Built, pool: KVPool, feed: Feed,
+                length: int) -> DecodeGraphs | DecodeTapes | None:  # fmt: skip
+    """What runs the steps that only decode, where the kernels can be recorded."""
+    of = (built.model, pool, feed, config.max_num_seqs, length)
+    if built.plan.base.capturable:
+        return DecodeGraphs(*of, progress=config.progress)
+    return DecodeTapes(*of) if tapeable(built) else None
 
 
 def tapeable(built: Built) -> bool:
