@@ -20,10 +20,10 @@ PROMPTS := src/moesaic/assets/prompts.txt
 
 # Every file of benchmarks/ stands in exactly one list (a test checks): what runs on any machine, what does so for hours,
 # what needs a GPU, and what is no benchmark but is shared by them.
-BENCH_CPU := load_memory.py cpu_generate.py sensitivity.py quantize_memory.py kv_b_proj.py rounding.py schemes.py serve_overhead.py serve_load.py serve_soak.py
-BENCH_GPU := experts.py gemm.py route.py attention.py throughput.py
+BENCH_CPU := load_memory.py cpu_generate.py sensitivity.py quantize_memory.py kv_b_proj.py rounding.py schemes.py kv_format.py serve_overhead.py serve_load.py serve_soak.py
+BENCH_GPU := experts.py gemm.py route.py attention.py throughput.py schemes_gpu.py
 BENCH_LONG := planner_proof.py
-BENCH_LIBRARY := machine.py gpu.py serving.py
+BENCH_LIBRARY := machine.py gpu.py models.py warm.py serving.py
 
 # Two test processes of one thread each: small tensors gain nothing from threads, and lose much on a busy machine.
 ONE_THREAD := OMP_NUM_THREADS=1

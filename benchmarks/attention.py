@@ -1,13 +1,17 @@
-"""How long does attention over the paged pool take on a GPU, decoding and for prompts?
+"""How long does attention over the paged pool take on a GPU, decoding and for prompts, in BF16 and FP8 caches?
 
-    python benchmarks/attention.py
+    python benchmarks/attention.py [--sweep]
 
-floor of decoding = bytes of the contexts read once / read bandwidth; of prompts = products / BF16 peak.
+Blocks of 16 positions lie anywhere in the pool. floor of decoding = bytes of the contexts read once / read bandwidth;
+of prompts = products / BF16 peak. Prompts of latent attention take the plain path: keys and values are given.
+--sweep: other tiles too, for whoever tunes them; nothing is written.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +25,104 @@ from moesaic.kernels import triton
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
 
 VIEWS = {
-    "GQA 32/4 x 128": (KVView(4, 128, 512, 128), 32, 1024),
-    "MLA absorbed 128 x 576": (KVView(1, 576, 0, 512), 128, 576),
+    "GQA 32/4 x 128": (KVView(4, 128, 512, 128), 32),
+    "MLA absorbed 128 x 576": (KVView(1, 576, 0, 512), 128),
+    "MLA absorbed 16 x 576": (KVView(1, 576, 0, 512), 16),
 }
 DECODES = ((1, 1024), (1, 16384), (16, 2048), (64, 1024), (64, 4096), (256, 1024))
-PROMPTS = ((1, 2048), (1, 8192), (4, 1024))
+PROMPTS = ((1, 2048), (1, 8192), (2, 4096), (4, 1024))
+BLOCK = 16
+DECODE_SWEEP = [{"num_stages": s, "num_warps": w} for s in (3, 5, 7) for w in (4, 8)]
+PREFILL_SWEEP = [{"BM": m, "BL": n, "num_stages": s} for m in (64, 128) for n in (64, 128) for s in (2, 5)]
 
 
-def measure(name: str, sequences: int, length: int, decode: bool) -> dict[str, Any]:
-    view, heads, width = VIEWS[name]
-    count = 1 if decode else length
-    pool = torch.randn(sequences * length, width, device="cuda").bfloat16()
-    slots_SL = torch.randperm(sequences * length // 16, device="cuda")[:, None] * 16 + torch.arange(16, device="cuda")
+def batch_of(sequences: int, length: int, count: int) -> AttentionBatch:
     spans = tuple(Span(s * count, count, length) for s in range(sequences))
-    batch = AttentionBatch.of(spans, sequences if decode else 0, slots_SL.view(sequences, length))
+    blocks = -(-length // BLOCK)
+    table = torch.randperm(sequences * blocks, device="cuda").view(sequences, blocks).int()
+    spans_S3 = torch.tensor([(s.start, s.count, s.length) for s in spans], device="cuda")
+    return AttentionBatch(spans, sequences if count == 1 else 0, table, BLOCK, spans_S3)
+
+
+def pools(view: KVView, slots: int, fp8: bool) -> list[torch.Tensor]:
+    """As many as together exceed the cache."""
+    if fp8:
+        one = torch.randint(0x20, 0x40, (slots, view.parts.fp8_bytes), device="cuda", dtype=torch.uint8)
+        one[:, view.parts.exponents_at :] = 120
+    else:
+        one = torch.randn(slots, view.parts.width, device="cuda").bfloat16()
+    return [one.clone() for _ in range(min(32, -(-gpu.CACHE // one.nbytes)))]
+
+
+def measure(name: str, sequences: int, length: int, decode: bool, fp8: bool = False) -> dict[str, Any]:
+    view, heads = VIEWS[name]
+    count = 1 if decode else length
+    batch = batch_of(sequences, length, count)
+    each = pools(view, sequences * -(-length // BLOCK) * BLOCK, fp8)
     q = torch.randn(sequences * count, heads, view.key_dim, device="cuda").bfloat16()
-    milliseconds = gpu.time_calls([lambda: triton.attend_paged(q, pool, batch, view, 0.1)] * (4 if decode else 1))
+    calls: list[Callable[[], object]] = [
+        lambda pool=pool: triton.attend_paged(q, pool, batch, view, 0.1) for pool in (each if decode else each[:1])
+    ]
     work = sequences * count * length * heads * (view.key_dim + view.value_dim) * (2 if decode else 1)
-    floor = max(pool.nbytes / gpu.READ, work / gpu.BF16) * 1e3
-    return {"what": name, "phase": "decode" if decode else "prompt", "sequences": sequences, "length": length,
+    floor = max(sequences * length * each[0].shape[1] * each[0].itemsize / gpu.READ, work / gpu.BF16) * 1e3
+    return row(name, "decode" if decode else "prompt", sequences, length, gpu.time_calls(calls), floor, fp8)
+
+
+def measure_plain(length: int) -> dict[str, Any]:
+    """A prompt of latent attention: 16 heads, keys of 192, values of 128."""
+    q, k = (torch.randn(length, 16, 192, device="cuda").bfloat16() for _ in range(2))
+    v = torch.randn(length, 16, 128, device="cuda").bfloat16()
+    floor = length**2 * 16 * (192 + 128) / gpu.BF16 * 1e3
+    milliseconds = gpu.time_calls([lambda: triton.attend_dense(q, k, v, 0.1)])
+    return row("MLA plain 16 x 192/128", "prompt", 1, length, milliseconds, floor, False)
+
+
+def row(name: str, phase: str, sequences: int, length: int, milliseconds: float, floor: float,
+        fp8: bool) -> dict[str, Any]:  # fmt: skip
+    return {"what": name, "phase": phase, "cache": "fp8" if fp8 else "bf16", "sequences": sequences, "length": length,
             "ms": milliseconds, "floor_ms": floor, "share": floor / milliseconds}  # fmt: skip
 
 
+def show(found: dict[str, Any], more: str = "") -> None:
+    print(f"| {found['what']} | {found['phase']} | {found['cache']} | {found['sequences']} | {found['length']} | "
+          f"{found['ms']:.4f} | {found['floor_ms']:.4f} | {found['share']:.2f} | {more}", flush=True)  # fmt: skip
+
+
+def sweep() -> None:
+    from moesaic.kernels._triton import attend_paged as code
+
+    usual = code.decode_tile, code.prefill_tile
+    for name in ("GQA 32/4 x 128", "MLA absorbed 16 x 576"):
+        for change in DECODE_SWEEP:
+            code.decode_tile = lambda kv, repeat, c=change: usual[0](kv, repeat) | c
+            for sequences, length in ((1, 1024), (16, 2048), (64, 1024)):
+                show(measure(name, sequences, length, True), str(change))
+    for change in PREFILL_SWEEP:
+        code.prefill_tile = lambda kv, repeat, longest, c=change: usual[1](kv, repeat, longest) | c
+        show(measure("GQA 32/4 x 128", 2, 4096, False), str(change))
+    code.decode_tile, code.prefill_tile = usual
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true")
+    if parser.parse_args().sweep:
+        sweep()
+        return
     rows = []
-    print("| attention | phase | sequences | length | ms | floor ms | floor / time |\n|---|---|---|---|---|---|---|")
+    print("| attention | phase | cache | sequences | length | ms | floor ms | floor / time |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in VIEWS:
-        for decode, cases in ((True, DECODES), (False, PROMPTS)):
-            if not decode and name.startswith("MLA"):
-                continue  # prompts take the plain path there
-            for sequences, length in cases:
-                row = measure(name, sequences, length, decode)
-                rows.append(row)
-                print(f"| {name} | {row['phase']} | {sequences} | {length} | {row['ms']:.4f} | {row['floor_ms']:.4f} | "
-                      f"{row['share']:.2f} |", flush=True)  # fmt: skip
+        for fp8 in (False, True):
+            for sequences, length in DECODES:
+                rows.append(measure(name, sequences, length, True, fp8))
+                show(rows[-1])
+        for sequences, length in PROMPTS if name.startswith("GQA") else ():
+            rows.append(measure(name, sequences, length, False))
+            show(rows[-1])
+    for length in (2048, 8192):
+        rows.append(measure_plain(length))
+        show(rows[-1])
     save(f"attention-{gpu.device_slug()}", {"what": "attention", **gpu.describe(), "rows": rows})
 
 

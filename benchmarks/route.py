@@ -1,14 +1,17 @@
-"""What does routing cost on a GPU: the gate in FP32 and in BF16, the choice of experts, and the sort by expert?
+"""What does routing cost on a GPU: the gate in FP32 and in BF16, the choice of experts, and the sort by expert? And the
+requantiser between a dispatcher's FP8 slots and an FP8 product of one scale.
 
     python benchmarks/route.py
 
-One CUDA graph of several calls with logits of their own; microseconds per call.
+One CUDA graph of several calls with logits of their own; microseconds per call. `gate` is product and choice together,
+as a decoding step runs them. The requantiser is held against the bytes of the slots in use, read and written once.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,6 +27,9 @@ ROUTERS = {
     "E128 softmax": (RouterSpec(128, 8, "softmax", "w"), 2048),
 }
 TOKENS = (1, 16, 64, 256, 1024, 4096)
+SLOTS = ((32, 128, 7168, 128), (32, 128, 7168, 40), (256, 128, 7168, 32), (16, 1024, 2048, 1024))
+"""Experts, capacity, columns, slots in use of each."""
+COPIES = 8
 
 
 def measure(spec: RouterSpec, hidden: int, tokens: int) -> dict[str, float]:
@@ -31,15 +37,16 @@ def measure(spec: RouterSpec, hidden: int, tokens: int) -> dict[str, float]:
     from moesaic.kernels._triton.experts import height_of
     from moesaic.kernels._triton.sort import sort
 
-    x = [torch.randn(tokens, hidden, device="cuda").bfloat16() for _ in range(8)]
-    logits = [torch.randn(tokens, spec.experts, device="cuda") for _ in range(8)]
+    x = [torch.randn(tokens, hidden, device="cuda").bfloat16() for _ in range(COPIES)]
+    logits = [torch.randn(tokens, spec.experts, device="cuda") for _ in range(COPIES)]
     bias = torch.randn(spec.experts, device="cuda") if spec.bias else None
-    narrow = [torch.randn(spec.experts, hidden, device="cuda").bfloat16() for _ in range(8)]
+    narrow = [torch.randn(spec.experts, hidden, device="cuda").bfloat16() for _ in range(COPIES)]
     wide, height = [w.float() for w in narrow], height_of(tokens * spec.top_k, spec.experts)
     ids = [triton.route(each, bias, spec)[0] for each in logits]
+    pairs = {"fp32": list(zip(x, wide, strict=True)), "bf16": list(zip(x, narrow, strict=True))}
     calls = {
-        "gate_fp32": [lambda x=x, w=w: triton.linear(x.float(), w) for x, w in zip(x, wide, strict=True)],
-        "gate_bf16": [lambda x=x, w=w: triton.linear(x, w) for x, w in zip(x, narrow, strict=True)],
+        "gate_fp32": [lambda x=x, w=w: triton.gate(x, w, None, bias, spec) for x, w in pairs["fp32"]],
+        "gate_bf16": [lambda x=x, w=w: triton.gate(x, w, None, bias, spec) for x, w in pairs["bf16"]],
         "route": [lambda each=each: triton.route(each, bias, spec) for each in logits],
         "sort": [lambda each=each: sort(each, spec.experts, height) for each in ids],
         "route_sort": [lambda each=each: sort(triton.route(each, bias, spec)[0], spec.experts, height)
@@ -48,8 +55,26 @@ def measure(spec: RouterSpec, hidden: int, tokens: int) -> dict[str, float]:
     return {name: gpu.time_calls(each) * 1e3 for name, each in calls.items()}
 
 
+def requantise(experts: int, capacity: int, columns: int, used: int) -> dict[str, Any]:
+    """A dispatcher's slots: scales lie group by group, and some experts have fewer rows than others."""
+    from moesaic.kernels._triton.requantize import requantize_slots
+
+    counts = torch.full((experts,), used, dtype=torch.int32, device="cuda")
+    counts[::2] = used - used // 4
+    rows = int(counts.sum())
+    nbytes = rows * (2 * columns + columns // 128 * 4)
+    copies = min(24, -(-gpu.CACHE // nbytes))
+    data = [torch.randn(experts, capacity, columns, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
+    scales = torch.rand(experts, columns // 128, capacity, device="cuda").transpose(1, 2) + 0.1
+    one, out = torch.tensor(0.3, device="cuda"), torch.empty_like(data[0])
+    calls = [lambda each=each: requantize_slots(each, scales, counts, one, out) for each in data]
+    us, floor = gpu.time_calls(calls) * 1e3, nbytes / gpu.READ * 1e6
+    return {"experts": experts, "capacity": capacity, "columns": columns, "rows": rows, "us": us, "floor_us": floor,
+            "time_over_floor": us / floor}  # fmt: skip
+
+
 def main() -> None:
-    rows = []
+    rows, slots = [], []
     print("| router | tokens | gate FP32 us | gate BF16 us | route us | sort us | route + sort us |")
     print("|---|---|---|---|---|---|---|")
     for name, (spec, hidden) in ROUTERS.items():
@@ -57,7 +82,12 @@ def main() -> None:
             found = measure(spec, hidden, tokens)
             rows.append({"router": name, "tokens": tokens, **found})
             print(f"| {name} | {tokens} | " + " | ".join(f"{us:.1f}" for us in found.values()) + " |", flush=True)
-    save(f"route-{gpu.device_slug()}", {"what": "route", **gpu.describe(), "rows": rows})
+    print("\n| experts | capacity | columns | rows | requantise us | floor us | time / floor |")
+    print("|---|---|---|---|---|---|---|")
+    for sizes in SLOTS:
+        slots.append(requantise(*sizes))
+        print("| " + " | ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in slots[-1].values()) + " |")
+    save(f"route-{gpu.device_slug()}", {"what": "route", **gpu.describe(), "rows": rows, "requantise": slots})
 
 
 if __name__ == "__main__":

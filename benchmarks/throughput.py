@@ -1,18 +1,23 @@
 """How fast does the engine decode and read prompts on a GPU, with random weights of a real architecture?
 
     python benchmarks/throughput.py [--model qwen3-30b-a3b] [--scheme fp8] [--batch 1 4 16 64 256] [--context 1024]
+                                    [--prompts 8x4096] [--kv bf16] [--no-profile]
 
-The whole engine: scheduler, graphs, sampler (greedy), and the host's work between steps. Per batch: the median wall
-time of a decoding step; its GPU time (the captured graph alone); floor = bytes of the touched weights and contexts /
-read bandwidth. Experts touched are counted as for uniformly random routing.
+The whole engine as it serves: scheduler, graphs, greedy sampling, the host's work, one step ahead of the device. Per
+batch: the wall time of a decoding step, over a window of steps; what of it the device computed, from a profile of
+further steps (the union of all kernels' intervals); the part of the time without a kernel, within the profile and
+against the unprofiled wall time; and the floor: bytes of the weights and contexts that the step touches / read
+bandwidth. The experts that a step touches are counted, not assumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,121 +25,210 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, warm
 from benchmarks.machine import save
-from moesaic.contracts.plan import Wishes
+from benchmarks.models import MODELS
+from moesaic.config import EngineConfig
 from moesaic.contracts.scheme import SCHEMES
-from moesaic.contracts.spec import ModelSpec, MoESpec
-from moesaic.engine.blocks import BlockManager
 from moesaic.engine.engine import Engine
 from moesaic.engine.graphs import DecodeGraphs
+from moesaic.engine.launch import launch
 from moesaic.engine.params import SamplingParams
-from moesaic.engine.runner import Runner
-from moesaic.engine.scheduler import Scheduler, SchedulerConfig
-from moesaic.hardware import local_gpu
-from moesaic.kernels.registry import Kernels
-from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.linear import Stored
-from moesaic.models.build import plan_here, spec_of
-from moesaic.models.decoder import Decoder
-from moesaic.models.dummy import fill_model
-from moesaic.models.hold import hold
+from moesaic.models.checkpoint import Checkpoint
 
-QWEN = {
-    "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "intermediate_size": 6144, "num_experts": 128,
-    "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6, "max_position_embeddings": 40960, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16", "attention_bias": False,
-}  # fmt: skip
-LITE = {
-    "model_type": "deepseek_v2", "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
-    "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400, "intermediate_size": 10944,
-    "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408,
-    "first_k_dense_replace": 1, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0, "scoring_func": "softmax", "rms_norm_eps": 1e-6, "rope_theta": 10000,
-    "max_position_embeddings": 163840, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "moe_layer_freq": 1, "attention_bias": False,
-}  # fmt: skip
-MODELS = {"qwen3-30b-a3b": QWEN, "v2-lite": LITE}
-STEPS = 24
+WINDOW = 32
+"""Steps that are timed together."""
+PROFILED = 8
+CHUNK = 8192
+"""Prompt tokens per step."""
+SHOWN = 14
 
 
-def make(config: dict[str, Any], scheme: str, most: int, length: int) -> tuple[Engine, ModelSpec]:
-    spec, hardware = spec_of(config), local_gpu()
-    assert hardware is not None, "needs a GPU"
-    if scheme != "bf16":
-        spec = hold(spec, SCHEMES[scheme])
-    plan = plan_here(spec, hardware, "bfloat16", Wishes(max_batch=most))
-    like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
-    model = fill_model(Decoder(spec, Kernels(plan), like, length))
-    blocks = most * -(-length // 16) + 1
-    pool = KVPool(model.kv_widths(), blocks, 16, like)
-    runner = Runner(model, pool, like.device, graphs=DecodeGraphs(model, pool, most, length))
-    limits = SchedulerConfig(max_num_seqs=most, max_num_batched_tokens=8192, max_model_len=length, chunk_size=None)
-    return Engine(Scheduler(limits, BlockManager(blocks, 16, False)), runner, None, frozenset()), spec
+def make(args: argparse.Namespace, length: int) -> Engine:
+    most = max(args.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[args.model]))
+        config = EngineConfig(
+            device="cuda", load_format="dummy", kv=args.kv, max_num_seqs=most, max_num_batched_tokens=CHUNK,
+            max_model_len=length, prefix_cache=False, graphs=False, progress=False,
+            quantization=None if args.scheme == "bf16" else args.scheme,
+        )  # fmt: skip
+        with Checkpoint.open(folder, weights=False) as checkpoint:
+            engine = launch(checkpoint, config, None).engine
+    runner = engine.runner
+    if args.batch:
+        runner.graphs = DecodeGraphs(runner.model, runner.pool, runner.feed, most, length, only=args.batch)
+    return engine
 
 
-def floor_bytes(engine: Engine, spec: ModelSpec, batch: int, context: int) -> float:
-    """Bytes that one decoding step must read."""
-    total = 0.0
-    for item in engine.runner.model.sources():
-        weight = item.weight if isinstance(item, Stored) else item[1]
-        name = item.name if isinstance(item, Stored) else item[0]
-        if spec.embed not in name or spec.tied:
-            total += weight.nbytes * touched(spec, name, batch)
-    return total + sum(pool.shape[1] * 2 for pool in engine.runner.pool.layers) * batch * context
-
-
-def touched(spec: ModelSpec, name: str, batch: int) -> float:
-    """The part of experts that a batch touches; 1 for everything else."""
-    router = next(layer.mlp.router for layer in spec.layers if isinstance(layer.mlp, MoESpec))
-    return 1 - (1 - router.top_k / router.experts) ** batch if ".experts." in name else 1.0
-
-
-def decode(engine: Engine, spec: ModelSpec, batch: int, context: int) -> dict[str, Any]:
-    params = SamplingParams(temperature=0, max_tokens=STEPS + 8, ignore_eos=True)
-    began = time.perf_counter()
+def start(engine: Engine, name: str, batch: int, context: int, tokens: int) -> None:
+    """Queues a batch of random prompts and runs them until all decode."""
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     for i in range(batch):
-        engine.add(f"{batch}-{i}", torch.randint(0, spec.vocab, (context,)).tolist(), params)
+        engine.add(f"{name}-{i}", torch.randint(0, engine.vocab, (context,)).tolist(), params)
     while any(state.request.num_output == 0 for state in engine.states.values()):
         engine.step()
-    torch.cuda.synchronize()
-    prompts = time.perf_counter() - began
-    walls, graphs = [], engine.runner.graphs
+
+
+def drain(engine: Engine) -> None:
     while engine.has_work:
-        began = time.perf_counter()
         engine.step()
-        walls.append(time.perf_counter() - began)
-    assert graphs is not None
-    graph = graphs.captured[min(size for size in graphs.captured if size >= batch)].graph
-    wall, busy = statistics.median(walls[2:-1]) * 1e3, gpu.time_replays(graph)
-    floor = floor_bytes(engine, spec, batch, context) / gpu.READ * 1e3
-    return {"batch": batch, "context": context, "step_ms": wall, "graph_ms": busy, "floor_ms": floor,
-            "tokens_per_s": batch / wall * 1e3, "prompt_tokens_per_s": batch * context / prompts}  # fmt: skip
+
+
+def timed(engine: Engine, steps: int) -> float:
+    """Milliseconds per step. One is ahead at either end."""
+    torch.cuda.synchronize()
+    engine.step()
+    began = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    return (time.perf_counter() - began) / steps * 1e3
+
+
+def profile(engine: Engine, steps: int) -> dict[str, Any]:
+    """What the device did in a window of steps: busy_ms and kernels per step, share of the window without a kernel, and
+    the kernels that took most, in microseconds per step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    engine.step()
+    torch.cuda.synchronize()
+    with record(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    spans, taken, count = [], defaultdict[str, float](float), 0
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start:
+            spans.append((event.time_range.start, event.time_range.end))
+            taken[event.name.split("<")[0][:60]] += event.time_range.end - event.time_range.start
+            count += 1
+    busy, window = union(spans), max(end for _, end in spans) - min(begin for begin, _ in spans)
+    steps += 1  # the one that was ahead when the window began is in it
+    top = sorted(taken.items(), key=lambda each: -each[1])[:SHOWN]
+    return {"busy_ms": busy / steps / 1e3, "idle_in_profile": 1 - busy / window, "kernels": round(count / steps),
+            "top_us": {name: round(us / steps, 1) for name, us in top}}  # fmt: skip
+
+
+def union(spans: list[tuple[float, float]]) -> float:
+    """Length of what intervals cover together: dependent launches overlap."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def touched(engine: Engine) -> list[float]:
+    """The part of each mixture's experts that a step chooses."""
+    meter = engine.runner.model.meter
+    engine.step()
+    torch.cuda.synchronize()
+    for counts in meter.counts:
+        counts.zero_()
+    engine.step()
+    torch.cuda.synchronize()
+    return [(counts > 0).float().mean().item() for counts in meter.counts]
+
+
+def floor_bytes(engine: Engine, batch: int, context: int, parts: list[float]) -> float:
+    """Bytes that one decoding step must read."""
+    model, total = engine.runner.model, 0.0
+    places = {block.index: i for i, block in enumerate(b for b in model.spec.layers if hasattr(b.mlp, "router"))}
+    for item in model.sources():
+        weight = item.weight if isinstance(item, Stored) else item[1]
+        name = item.name if isinstance(item, Stored) else item[0]
+        if model.spec.embed in name and not model.spec.tied:
+            continue
+        layer = name.split("layers.")[-1].split(".")[0]
+        total += weight.nbytes * (parts[places[int(layer)]] if ".experts." in name else 1.0)
+    return total + sum(table.shape[1] * table.itemsize for table in engine.runner.pool.layers) * batch * context
+
+
+def decode(engine: Engine, batch: int, context: int, with_profile: bool) -> dict[str, Any]:
+    start(engine, f"d{batch}", batch, context, 2 * WINDOW + PROFILED + 24)
+    timed(engine, 4)
+    first, second = timed(engine, WINDOW), timed(engine, WINDOW)
+    found = profile(engine, PROFILED) if with_profile else {}
+    parts = touched(engine)
+    drain(engine)
+    wall = min(first, second)
+    floor = floor_bytes(engine, batch, context, parts) / gpu.READ * 1e3
+    row = {"batch": batch, "context": context, "step_ms": wall, "other_window_ms": max(first, second),
+           "floor_ms": floor, "step_over_floor": wall / floor, "tokens_per_s": batch / wall * 1e3,
+           "experts_touched": sum(parts) / max(1, len(parts)), **found}  # fmt: skip
+    return row | ({"idle": max(0.0, 1 - found["busy_ms"] / wall)} if found else {})
+
+
+def prompts(engine: Engine, count: int, length: int, with_profile: bool) -> dict[str, Any]:
+    """All at once, until each has its first token; the second round is timed."""
+    for name in ("warm", "timed"):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        start(engine, name, count, length, 2)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        drain(engine)
+    work = 2 * active(engine) * count * length
+    row = {"prompts": count, "length": length, "seconds": seconds, "tokens_per_s": count * length / seconds,
+           "tflops": work / seconds / 1e12, "of_fp8_peak": work / seconds / gpu.FP8}  # fmt: skip
+    if with_profile:
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        for i in range(2 * CHUNK // length):
+            engine.add(f"p{i}", torch.randint(0, engine.vocab, (length,)).tolist(), params)
+        row |= {"profile": profile(engine, 1)}
+        drain(engine)
+    return row
+
+
+def active(engine: Engine) -> float:
+    """Parameters that a token is multiplied with; embedding and head left out, since prompts do not meet them."""
+    total, spec = 0.0, engine.runner.model.spec
+    router = next(block.mlp.router for block in spec.layers if hasattr(block.mlp, "router"))
+    for item in engine.runner.model.sources():
+        if isinstance(item, Stored):
+            rows, columns = item.weight.shape[-2:]
+            total += rows * columns * (router.top_k / router.experts if ".experts." in item.name else 1.0)
+    return total
+
+
+def show(row: dict[str, Any]) -> None:
+    busy = f"{row['busy_ms']:.3f} | {row['idle']:.1%} | {row['idle_in_profile']:.1%} | {row['kernels']}" if (
+        "busy_ms" in row) else "- | - | - | -"  # fmt: skip
+    print(f"| {row['batch']} | {row['step_ms']:.3f} | {row['floor_ms']:.3f} | {row['step_over_floor']:.2f} | "
+          f"{row['tokens_per_s']:.0f} | {row['experts_touched']:.0%} | {busy} |", flush=True)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-30b-a3b", choices=sorted(MODELS))
     parser.add_argument("--scheme", default="fp8", choices=sorted(SCHEMES))
+    parser.add_argument("--kv", default="bf16", choices=("bf16", "fp8"))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--prompts", default="8x4096", help="COUNTxLENGTH, or 0 for none")
+    parser.add_argument("--no-profile", dest="profile", action="store_false")
     args = parser.parse_args()
-    engine, spec = make(MODELS[args.model], args.scheme, max(args.batch), args.context + STEPS + 16)
-    decode(engine, spec, 1, 64)  # compiles what prompts need
-    rows = []
-    print("| batch | step ms | graph ms | floor ms | step / floor | not in graph | tokens/s | prompt tokens/s |")
-    print("|---|---|---|---|---|---|---|---|")
+    count, _, long = args.prompts.partition("x")
+    length = max(args.context + 2 * WINDOW + PROFILED + 40, int(long or 0) + 16)
+    chunk = (max(1, CHUNK // int(long)), int(long)) if long else (1, args.context)
+    seconds = warm.compile_all(args.model, args.scheme, args.kv, [*((b, 1) for b in args.batch), chunk])
+    print(f"kernels compiled in {seconds:.0f} s", flush=True)
+    began = time.perf_counter()
+    engine = make(args, length)
+    print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
+    facts = {"what": "throughput", "model": args.model, "scheme": args.scheme, "kv": args.kv, **gpu.describe()}
+    rows: list[dict[str, Any]] = []
+    print("| batch | step ms | floor ms | step / floor | tokens/s | experts | busy ms | idle | idle in profile | "
+          "kernels |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for batch in args.batch:
-        row = decode(engine, spec, batch, args.context)
-        rows.append(row)
-        print(f"| {batch} | {row['step_ms']:.3f} | {row['graph_ms']:.3f} | {row['floor_ms']:.3f} | "
-              f"{row['step_ms'] / row['floor_ms']:.2f} | {1 - row['graph_ms'] / row['step_ms']:.0%} | "
-              f"{row['tokens_per_s']:.0f} | {row['prompt_tokens_per_s']:.0f} |", flush=True)  # fmt: skip
-    facts = {"what": "throughput", "model": args.model, "scheme": args.scheme, **gpu.describe(), "rows": rows}
-    save(f"throughput-{args.model}-{args.scheme}-{gpu.device_slug()}", facts)
+        rows.append(decode(engine, batch, args.context, args.profile))
+        show(rows[-1])
+    reading = prompts(engine, int(count), int(long), args.profile) if long else None
+    print("prompts:", {k: v for k, v in (reading or {}).items() if k != "profile"}, flush=True)
+    name = f"throughput-{args.model}-{args.scheme}{'-kv8' if args.kv == 'fp8' else ''}-{gpu.device_slug()}"
+    save(name, {**facts, "rows": rows, "prompts": reading})
 
 
 if __name__ == "__main__":

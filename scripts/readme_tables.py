@@ -189,6 +189,24 @@ def serve_overhead(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kv_format(result: dict[str, Any]) -> str:
+    """The KV cache in FP8, and other ways to scale it."""
+    sizes = result["bytes_per_token_and_layer"]
+    lines = [
+        f"`{result['model']}` in float32, {result['items']} items; {sizes['fp8']} bytes per token and layer instead of "
+        f"{sizes['bf16']} in BF16. {origin(result)}",
+        "",
+        "| what is rounded, and how it is scaled | KL, nats per token | logits apart | same token | lost, gained |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"][1:]:
+        lines.append(
+            f"| {row['way']} | {divergence(row)} | {row['logits']:.2%} | {row['same']:.3%} | "
+            f"{row['lost']}, {row['gained']} |"
+        )
+    return "\n".join(lines)
+
+
 def divergence(row: dict[str, Any]) -> str:
     """With its standard error."""
     return f"{row['kl']:.1e} ± {row['kl_error']:.0e}"
@@ -208,6 +226,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "serve-load": serve_load,
     "serve-soak": serve_soak,
     "serve-overhead": serve_overhead,
+    "kv-format": kv_format,
 }
 
 

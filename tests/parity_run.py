@@ -144,7 +144,7 @@ def forced_logits(
         params = SamplingParams(temperature=0.0, max_tokens=len(text.forced), ignore_eos=True)
         scheduler.add(Request(name, text.prompt, params))
     while (step := scheduler.schedule()) is not None:
-        inputs = make_input(step, runner.pool, runner.device)
+        inputs = make_input(step, runner.pool, runner.feed)
         if gates is not None:
             gates.at = [(int(c.request.id), c.start + i) for c in step.chunks for i in range(c.count)]
         logits_TV = runner.model.logits(runner.model(inputs))

@@ -3,6 +3,7 @@
     python -m tests.quant_memory products FORMAT...     a dense weight, then experts, of each format
     python -m tests.quant_memory write FOLDER
     python -m tests.quant_memory model SCHEME FOLDER
+    python -m tests.quant_memory dummy SCHEME FOLDER    a folder with a config.json alone
 
 Prints a line of JSON for each: `bf16`, bytes of the weights in BF16; `held`, bytes that are meant to be in memory;
 `growth`, by how much the process was larger at its peak than just before.
@@ -27,6 +28,7 @@ from moesaic.engine.launch import launch
 from moesaic.formats.base import QuantTensor
 from moesaic.kernels import cpu_quant
 from moesaic.kernels.ops import ExpertWeights
+from moesaic.layers.linear import Stored
 from moesaic.models.checkpoint import Checkpoint
 
 PLAIN = Encoding("bf16")
@@ -104,12 +106,25 @@ def model(scheme: str, folder: Path) -> int:
     return made.nbytes()
 
 
+def dummy(scheme: str, folder: Path, largest: dict[str, int]) -> int:
+    """Random weights for a config.json; `layer`: bytes of one layer."""
+    with Checkpoint.open(folder, weights=False) as checkpoint:
+        config = EngineConfig(load_format="dummy", quantization=scheme, kv_memory=1 << 20, progress=False)
+        model = launch(checkpoint, config, None).built.model
+    each = (s.weight if isinstance(s, Stored) else s[1] for s in model.blocks[0].sources())
+    largest["layer"] = sum(weight.nbytes for weight in each)
+    return model.nbytes()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     kind, *names = sys.argv[1:]
     linear("mxfp4", 256, 256)  # loads what libraries load at first use
     if kind == "write":
         print(json.dumps({"bf16": write_model(Path(names[0]), 3, 1024, 1792)}))
+    elif kind == "dummy":
+        found: dict[str, int] = {}
+        print(json.dumps(growth_of(partial(dummy, names[0], Path(names[1]), found)) | found))
     elif kind == "model":
         print(json.dumps(growth_of(partial(model, names[0], Path(names[1])))))
     for form in names if kind == "products" else ():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import SILU, Activation, RouterSpec
-from moesaic.kernels import _native, cpu_native, reference
+from moesaic.kernels import _native, cpu_native, reference, reference_fused
 from moesaic.kernels.ops import AttentionBatch, KVView, Latent, Span
 from tests.compare import assert_rows_close
 from tests.native_support import needs_compiler
@@ -50,7 +50,8 @@ def test_mlp(tokens: int, dtype: torch.dtype) -> None:
         x, onto = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens, hidden).to(dtype)
         w13, w2 = (torch.randn(2 * width, hidden) / 5).to(dtype), (torch.randn(hidden, width) / 4).to(dtype)
         for plus in (None, onto):
-            mine, theirs = cpu_native.mlp(x, w13, w2, how, plus), reference.mlp(*map(wide, (x, w13, w2, how, plus)))
+            mine = cpu_native.mlp(x, w13, w2, how, plus)
+            theirs = reference_fused.mlp(*map(wide, (x, w13, w2, how, plus)))
             close(mine, theirs, f"{hidden} {width} {how.kind}")
 
 
@@ -66,7 +67,7 @@ def test_gate(tokens: int, dtype: torch.dtype) -> None:
         x, w = torch.randn(tokens, 72).to(dtype), torch.randn(spec.experts, 72) / 5
         biases = torch.randn(spec.experts), torch.randn(spec.experts) * 0.1
         ids_TA, weights_TA = cpu_native.gate(x, w, *biases, spec)
-        theirs = reference.gate(wide(x), wide(w), *map(wide, biases), spec)
+        theirs = reference_fused.gate(wide(x), wide(w), *map(wide, biases), spec)
         assert torch.equal(ids_TA, theirs[0])
         close(weights_TA, theirs[1], spec.scoring)
 
@@ -99,7 +100,7 @@ def test_latent(lengths: list[int], counts: list[int], sizes: tuple[int, ...], d
     wide_w = replace(w, w_k_HNR=wide(w.w_k_HNR), w_v_HVR=wide(w.w_v_HVR), norm_R=wide(w.norm_R))
     mine, theirs = pool_PW.clone(), wide(pool_PW)
     cpu_native.store_latent(x, w, angles, mine, own)
-    reference.store_latent(wide(x), wide_w, (wide(angles[0]), wide(angles[1])), theirs, own)
+    reference_fused.store_latent(wide(x), wide_w, (wide(angles[0]), wide(angles[1])), theirs, own)
     close(mine, theirs, "stored rows")
     q = torch.randn(len(x), heads, nope + rope).to(dtype)
     y_THV = cpu_native.attend_latent(q, w, angles, mine, batch)
@@ -111,7 +112,7 @@ def test_latent(lengths: list[int], counts: list[int], sizes: tuple[int, ...], d
     seen = reference.attend_paged(q_THW, wide(mine), batch, KVView(1, rank + rope, 0, rank), w.scale)
     close(y_THV.flatten(1), torch.einsum("thr,hvr->thv", wide(seen.to(dtype)), wide_w.w_v_HVR).flatten(1), "attention")
     if dtype == torch.float32:
-        twin = reference.attend_latent(wide(q), wide_w, angles, wide(mine), batch)
+        twin = reference_fused.attend_latent(wide(q), wide_w, angles, wide(mine), batch)
         close(y_THV.flatten(1), twin.flatten(1), "twin")
 
 

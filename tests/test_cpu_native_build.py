@@ -132,13 +132,14 @@ def test_a_tape_gives_the_same_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch)
 @needs_compiler
 def test_frames_are_bounded_and_room_grows(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tapes, "FRAMES", 2)
-    made = tapes.DecodeTapes(llm.launched.built.model, llm.engine.runner.pool, 8, 2048)
+    runner = llm.engine.runner
+    made = tapes.DecodeTapes(runner.model, runner.pool, runner.feed, 8, 2048)
     for rows in (1, 2, 3):
         made.frame(rows, 256)
     assert [key[0] for key in made.frames] == [2, 3]
     assert [tapes.room_for(length) for length in (1, 256, 257, 513, 1024, 1025)] == [256, 256, 512, 1024, 1024, 2048]
     monkeypatch.setattr(tapes, "MEMORY", 8 * 2048 * 3)
-    assert tapes.DecodeTapes(llm.launched.built.model, llm.engine.runner.pool, 8, 2048).most == 3
+    assert tapes.DecodeTapes(runner.model, runner.pool, runner.feed, 8, 2048).most == 3
 
 
 @needs_compiler

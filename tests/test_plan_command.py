@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from moesaic.commands.plan import Asked
+from moesaic.contracts.contract import CACHE_OPS
 from moesaic.contracts.plan import ModelPlan, Refusal
 from moesaic.hardware import GPUS
 from moesaic.models.build import spec_of
@@ -154,37 +155,38 @@ def test_what_does_not_fit_says_how_many_more_would_do(mixtral: Path) -> None:
 
 
 def test_what_would_fit_with_half_the_cache_says_so(mixtral: Path) -> None:
-    """131,072 bytes per token: at some context only the cache is too large. Said where attention reads FP8 here, or
-    would with a kernel that is known, and nowhere else."""
+    """131,072 bytes per token; in FP8 each of 32 layers has 2,048 codes and 16 exponents. At some context only the
+    cache is too large. Said where attention reads FP8 here, and nowhere else."""
     usable = int(141e9 * 0.92)
-    kv = 131072
+    kv, fp8 = 131072, 32 * (2048 + 16)
     weights = parsed(mixtral, "--gpu", "h200")["memory"]["weights"]
-    context = (usable - weights) // kv
+    context, more = (usable - weights) // kv, (usable - weights) // fp8
     assert "\nfits, with" in planned(mixtral, "--gpu", "h200", "--context", str(context))
-    twice = ("--gpu", "h200", "--context", str(2 * context))
+    twice = ("--gpu", "h200", "--context", str(more))
     out = planned(mixtral, *twice)
     assert "does not fit" in out
-    assert out.endswith("fits with FP8 KV (--kv fp8), which is known, but not built into Moesaic yet\n")
-    assert planned(mixtral, *twice, "--hypothetical").endswith("fits with FP8 KV (--kv fp8)\n")
-    assert "FP8 KV" not in planned(mixtral, "--gpu", "h200", "--context", str(2 * context + 2))
+    assert out.endswith("fits with FP8 KV (--kv fp8)\n")
+    assert "FP8 KV" not in planned(mixtral, "--gpu", "h200", "--context", str(more + 2))
     assert "FP8 KV" not in planned(mixtral, "--gpu", "a100", "--context", str(10**6)), "no kernel reads it there"
-    held = parsed(mixtral, *twice, "--hypothetical", "--kv", "fp8")
-    assert (held["memory"]["kv"], held["memory"]["kv_per_token"], held["memory"]["fits"]) == ("fp8", kv // 2, True)
-    shown = planned(mixtral, *twice, "--hypothetical", "--kv", "fp8")
-    assert "KV in fp8, 65,536 bytes per token" in " ".join(shown.split())
+    held = parsed(mixtral, *twice, "--kv", "fp8")
+    assert (held["memory"]["kv"], held["memory"]["kv_per_token"], held["memory"]["fits"]) == ("fp8", fp8, True)
+    shown = planned(mixtral, *twice, "--kv", "fp8")
+    assert "KV in fp8, 66,048 bytes per token" in " ".join(shown.split())
 
 
 def test_a_cache_in_fp8_needs_attention_that_reads_it(mixtral: Path) -> None:
-    """Refused by name where no kernel does, for this architecture: latent caches are not keys and values of heads."""
-    refused = parsed(mixtral, "--gpu", "h200", "--kv", "fp8", code=4)["refusal"]
-    assert (refused["kind"], refused["nearest"]) == ("not_built", "--kv bf16")
-    assert {"candidate": "triton", "reason": "reads a KV cache in bf16, not in fp8"} in refused["reasons"]
+    """A latent cache too, by our own kernels; refused by name where only kernels are known that read heads alone."""
     latent = spec_of(plan_fixtures.read("deepseek-v2-lite").config)
     made = plan(latent, GPUS["h200"], CATALOGUE, replace(HYPOTHETICAL, kv="fp8"))
+    assert isinstance(made, ModelPlan)
+    assert {layer.attention for layer in made.layers} == {"triton"}
+    assert made.kv_bytes_per_token == len(latent.layers) * (512 + 2 * 64 + 16)
+    plain = [replace(c, kv=frozenset({"bf16"})) if c.op in CACHE_OPS and c.built else c for c in CATALOGUE]
+    made = plan(latent, GPUS["h200"], plain, replace(HYPOTHETICAL, kv="fp8"))
     assert isinstance(made, Refusal)
-    assert made.kind == "impossible"
     assert made.nearest == "--kv bf16"
     assert any("not over MLA's latent cache" in each.reason for each in made.reasons)
+    assert any(each.reason == "reads a KV cache in bf16, not in fp8" for each in made.reasons)
 
 
 def test_a_processor_has_no_more_of_its_kind(mixtral: Path) -> None:

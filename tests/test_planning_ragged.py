@@ -18,6 +18,7 @@ from moesaic.contracts.plan import Phase, Wishes
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.contracts.spec import ModelSpec
 from moesaic.errors import MoesaicError
+from moesaic.formats.encodings import Rows
 from moesaic.hardware import local_cpu
 from moesaic.kernels.ops import Ops
 from moesaic.models.build import plan_here, spec_of
@@ -39,7 +40,7 @@ class Half:
 
     rank: int
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
+    def dispatch(self, x_TD: Tensor, routing: Routing, rows: Rows | None = None) -> Dispatched:
         first, count = self.rank * EXPERTS // 2, EXPERTS // 2
         mine = (routing.ids_TA >= first) & (routing.ids_TA < first + count)
         return Dispatched(x_TD, torch.where(mine, routing.ids_TA - first, -1), routing.weights_TA)
@@ -120,7 +121,7 @@ def padded(layer: MoELayer, padding_T: Tensor) -> MoELayer:
     twin, real = MoELayer.__new__(MoELayer), layer.route
     twin.__dict__.update(layer.__dict__)
 
-    def route(x_TD: Tensor, ops: Ops) -> Routing:
+    def route(x_TD: Tensor, ops: Ops, *_: object) -> Routing:
         routing = real(x_TD, ops)
         return Routing(routing.ids_TA.masked_fill(padding_T[:, None], -1), routing.weights_TA)
 

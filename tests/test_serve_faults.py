@@ -432,7 +432,7 @@ class Both:
 
 def test_a_request_that_breaks_a_step_fails_alone(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = oracle()
-    run = llm.engine.runner.run
+    run = llm.engine.runner.launch
     prompts = {name: llm.encode(text) for name, text in (("a", "Hello"), ("bad", "What"), ("c", "Count the letter o"))}
     alone = {}
     for name, prompt in prompts.items():
@@ -444,7 +444,7 @@ def test_a_request_that_breaks_a_step_fails_alone(both: Both, monkeypatch: pytes
             raise RuntimeError("boom")
         return run(step)
 
-    monkeypatch.setattr(llm.engine.runner, "run", breaking)
+    monkeypatch.setattr(llm.engine.runner, "launch", breaking)
     for name, prompt in prompts.items():
         both.add(name, prompt, max_tokens=6)
     found = both.steps()
@@ -459,7 +459,7 @@ def test_an_engine_that_fails_everybody_is_given_up(both: Both, monkeypatch: pyt
     def broken(step: Any) -> Any:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(llm.engine.runner, "run", broken)
+    monkeypatch.setattr(llm.engine.runner, "launch", broken)
     for i in range(3):
         both.add(f"r{i}", [5, 6, 7])
         if i < 2:

@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = 227 * 1024
 """Bytes of shared memory that one program can have, on both."""
-USUAL = ("row wise", "gate", "grouped decode", "latent decode", "experts fp8 64", "experts mxfp8 64")
+USUAL = ("row wise", "gate", "grouped decode", "latent decode", "experts fp8 64", "experts mxfp8 64", "fused fp8 64",
+         "fused latent fp8", "invariant fp8")  # fmt: skip
 EIGHT = {"fp8", "fp8_tensor", "fp8_tensor_static", "fp8_channel", "w4afp8", "w4afp8_static", "w4afp8_token"}
 """Schemes whose products are FP8's; all others are BF16's."""
 
@@ -40,6 +41,9 @@ def check(found: list[dict[str, Any]], arch: int) -> None:
         assert each["shared"] <= SHARED, each
         assert each["registers"] * each["warps"] * 32 <= 65536, each
         assert each["stack"] <= 256, each
+        waits, early = each["pdl"]
+        assert waits == early, f"a kernel that starts early must wait, and only one that waits may start early: {each}"
+        assert early or not each["case"].startswith("fused"), f"nothing hides the launch of {each}"
         if each["kernel"] in ("expert_kernel", "linear_kernel", "attention_kernel"):
             assert each["products"], each
         if each["kernel"] in ("expert_kernel", "linear_kernel") and arch == 90:

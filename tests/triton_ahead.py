@@ -28,7 +28,7 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme
 from moesaic.contracts.spec import SILU, Activation, RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Span
+from moesaic.kernels.ops import AttentionBatch, ExpertWeights, HeadNorms, KVView, Latent, Softmax, Span
 
 PRODUCTS = r"(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\S*?\.(e4m3|bf16|tf32|kind::\w+)\b"
 LIKE = torch.empty(0, dtype=torch.bfloat16, device="meta")
@@ -60,14 +60,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def collect(arch: int, call: Callable[[], object]) -> list[dict[str, Any]]:
-    """Everything that a call would launch, compiled."""
+def collect(arch: int, call: Callable[[], object], measure: bool = True) -> list[dict[str, Any]]:
+    """Everything that a call would launch, compiled. measure: what each takes of a processor, too."""
     found: list[dict[str, Any]] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=(1, 1, 1), warmup=True, **kwargs)
-        found.append(report(self.fn.__name__, kernel))
+        found.append(report(self.fn.__name__, kernel) if measure else {"kernel": self.fn.__name__})
         return kernel
 
     driver.set_active(NoDevice(arch))
@@ -90,6 +90,7 @@ def report(name: str, kernel: Any) -> dict[str, Any]:
     products = sorted(set(re.findall(PRODUCTS, ptx)))
     return {
         "kernel": name, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps,
+        "pdl": ("griddepcontrol.wait" in ptx, kernel.metadata.launch_pdl),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
         "products": [f"{op} {kind}" for op, kind in products if kind],
     }  # fmt: skip
@@ -128,16 +129,74 @@ def linear_quant(name: str, tokens: int) -> None:
     linear_quant(encoded(tokens, 2048, scheme.activation), weight(scheme, (4096, 512, 512), 2048))
 
 
-def attend(view: KVView, heads: int, sequences: int, count: int, window: int | None = None) -> None:
+def batch_of(sequences: int, count: int) -> AttentionBatch:
+    spans = tuple(Span(s * count, count, 1024) for s in range(sequences))
+    table, spans_S3 = meta(sequences, 64, dtype=torch.int32), meta(sequences, 3, dtype=torch.int64)
+    return AttentionBatch(spans, sequences if count == 1 else 0, table, 16, spans_S3)
+
+
+def pool_of(view: KVView, fp8: bool) -> Tensor:
+    return meta(65536, view.parts.fp8_bytes, dtype=torch.uint8) if fp8 else meta(65536, view.parts.width)
+
+
+def attend(view: KVView, heads: int, sequences: int, count: int, window: int | None = None, fp8: bool = False) -> None:
     from moesaic.kernels._triton.attend_paged import attend_paged
 
-    spans = tuple(Span(s * count, count, 1024) for s in range(sequences))
-    batch = AttentionBatch(spans, sequences if count == 1 else 0, meta(sequences, 1024, dtype=torch.int64),
-                           meta(sequences, dtype=torch.int64), meta(sequences, 1024, dtype=torch.float32),
-                           meta(sequences, 3, dtype=torch.int64))  # fmt: skip
-    width = max(view.kv_heads * view.key_dim, view.value_at + view.kv_heads * view.value_dim)
     sinks = meta(heads, dtype=torch.float32) if window else None
-    attend_paged(meta(sequences * count, heads, view.key_dim), meta(65536, width), batch, view, 0.1, window, sinks)
+    q = meta(sequences * count, heads, view.key_dim)
+    attend_paged(q, pool_of(view, fp8), batch_of(sequences, count), view, 0.1, window, sinks)
+
+
+def fused(tokens: int, name: str) -> None:
+    """What stands between the products of a decoding step, for an encoding."""
+    from moesaic.kernels._triton.add_norm_encode import add_norm_encode
+    from moesaic.kernels._triton.attend_encode import attend_encode
+    from moesaic.kernels._triton.gate import gate
+    from moesaic.kernels._triton.linear_terms import linear_terms
+    from moesaic.kernels._triton.store_heads import store_heads
+    from moesaic.kernels._triton.top_two import top_two
+
+    scheme = SCHEMES[name]
+    encoding, static, angle = scheme.activation, static_scale(scheme.activation), meta(tokens, 64, dtype=torch.float32)
+    terms, hidden = meta(4, tokens, 2048, dtype=torch.float32), meta(tokens, 2048)
+    _, rows, _ = add_norm_encode(terms, hidden, meta(2048), 1e-6, encoding, static)
+    x = linear_terms(rows, weight(scheme, (4096, 512, 512), 2048))
+    norms = HeadNorms(meta(128), meta(128), 1e-6, False, torch.bfloat16)
+    q = store_heads(x, norms, (angle, angle), pool_of(GROUPED, False), meta(tokens, dtype=torch.int64), GROUPED)
+    attend_encode(q, pool_of(GROUPED, False), batch_of(tokens, 1), GROUPED, Softmax(0.1), encoding, static)
+    live, counts = meta(tokens, dtype=torch.int64), meta(128, dtype=torch.int64)
+    spec = RouterSpec(128, 8, "softmax", "w")
+    gate(hidden, meta(128, 2048, dtype=torch.float32), None, None, spec, live, counts)
+    top_two(meta(tokens, 151936))
+
+
+def fused_latent(tokens: int, fp8: bool) -> None:
+    from moesaic.kernels._triton.attend_latent import attend_latent
+    from moesaic.kernels._triton.store_latent import store_latent
+
+    angles, pool = (meta(tokens, 32, dtype=torch.float32),) * 2, pool_of(LATENT, fp8)
+    w = Latent(meta(128, 128, 512), meta(128, 128, 512), meta(512), 1e-6, 0.1, True, 1536)
+    store_latent(meta(tokens, 2112), w, angles, pool, meta(tokens, dtype=torch.int64))
+    attend_latent(meta(tokens, 128, 192), w, angles, pool, batch_of(tokens, 1))
+
+
+def invariant(name: str) -> None:
+    """The kernels of deterministic mode, for prompts; none asks how many rows there are."""
+    from moesaic.kernels import triton_invariant as backend
+
+    scheme = SCHEMES[name]
+    if not scheme.quantized:
+        backend.linear(meta(48, 2048), meta(151936, 2048))
+    else:
+        x, w = encoded(48, 2048, scheme.activation), weight(scheme, (4096, 512, 512), 2048)
+        backend.linear_quant(x, w)
+        backend.linear_terms(x, w)
+    backend.gate(meta(48, 2048), meta(128, 2048, dtype=torch.float32), None, None, RouterSpec(128, 8, "softmax", "w"))
+    q, batch = meta(48, 32, 128), batch_of(3, 16)
+    backend.attend_encode(q, pool_of(GROUPED, False), batch, GROUPED, Softmax(0.1), scheme.activation)
+    w_latent = Latent(meta(128, 128, 512), meta(128, 128, 512), meta(512), 1e-6, 0.1, True, 1536)
+    angles = (meta(48, 32, dtype=torch.float32),) * 2
+    backend.attend_latent(meta(48, 128, 192), w_latent, angles, pool_of(LATENT, True), batch)
 
 
 def gate(tokens: int) -> None:
@@ -197,11 +256,22 @@ CASES: dict[str, Callable[[], object]] = {
     "latent prefill": lambda: attend(LATENT, 128, 1, 256),
     "grouped decode": lambda: attend(GROUPED, 32, 64, 1),
     "grouped prefill": lambda: attend(GROUPED, 32, 1, 256),
+    "latent decode fp8": lambda: attend(LATENT, 128, 8, 1, fp8=True),
+    "latent prefill fp8": lambda: attend(LATENT, 128, 1, 256, fp8=True),
+    "grouped decode fp8": lambda: attend(GROUPED, 32, 64, 1, fp8=True),
+    "grouped prefill fp8": lambda: attend(GROUPED, 32, 1, 256, fp8=True),
+    "fused latent": lambda: fused_latent(16, False),
+    "fused latent fp8": lambda: fused_latent(16, True),
+    "invariant bf16": lambda: invariant("bf16"),
+    "invariant fp8": lambda: invariant("fp8"),
     "sinks": lambda: attend(KVView(8, 64, 512, 64), 64, 8, 1, 128),
     "sinks prefill": lambda: attend(KVView(8, 64, 512, 64), 64, 1, 512, 128),
     "oai": lambda: experts("mxfp4", 16, (128, 2880, 2880, 4), True),
 }
 for _name in SCHEMES:
+    if SCHEMES[_name].activation.by_row and SCHEMES[_name].quantized:
+        for _tokens in (1, 64):
+            CASES[f"fused {_name} {_tokens}"] = lambda name=_name, tokens=_tokens: fused(tokens, name)
     for _tokens in (1, 64, 256, 1024, 4096):
         CASES[f"experts {_name} {_tokens}"] = lambda name=_name, tokens=_tokens: experts(name, tokens)
         if _name != "bf16":

@@ -13,6 +13,8 @@ from moesaic.errors import OptionError
 
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+KV_FORMATS = ("bf16", "fp8")
+LOAD_FORMATS = ("safetensors", "dummy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class EngineConfig:
     max_num_seqs: requests running at once.  max_num_batched_tokens: tokens per step, hence the prefill chunk.
     prefix_cache: reuse the KV of shared prompt beginnings.
     deterministic: a request's tokens do not depend on what runs beside it, on chunking, preemption or prefix hits.
+    kv: format of the KV cache: `bf16` is the dtype that is computed in, `fp8` half the bytes.
+    load_format: `safetensors`, or `dummy`: random weights for the architecture that config.json describes.
     quantization: a scheme in which weights are held, quantised while they are loaded; None or "none": as stored.
     seed: of requests that bring none.
     experts: backend of the expert product, or `auto`; `decode=A,prefill=B` for each phase its own.
@@ -45,6 +49,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     prefix_cache: bool = True
     deterministic: bool = False
+    kv: str = "bf16"
+    load_format: str = "safetensors"
     quantization: str | None = None
     seed: int = 0
     experts: str = "auto"
@@ -57,6 +63,8 @@ class EngineConfig:
         one_of("dtype", self.dtype, DTYPES)
         one_of("device", self.device, DEVICES)
         one_of("router_dtype", self.router_dtype, DTYPES)
+        one_of("kv", self.kv, KV_FORMATS)
+        one_of("load_format", self.load_format, LOAD_FORMATS)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             positive(name, getattr(self, name))
         for name in ("max_model_len", "kv_memory"):

@@ -23,9 +23,11 @@ from moesaic.engine.params import SamplingParams
 from moesaic.engine.request import FinishReason
 from moesaic.engine.sampler import TokenLogprobs
 from moesaic.errors import CheckpointError, RequestError
+from moesaic.models.build import spec_of
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.text.byte_tokenizer import byte_tokenizer
 from moesaic.text.chat import ChatTemplate
-from moesaic.text.tokenizer import Tokenizer
+from moesaic.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
 __all__ = ["LLM", "Completion", "Delta", "Result", "SamplingParams"]
 
@@ -80,9 +82,10 @@ class LLM:
     def __init__(self, model: str | None = None, **options: Any) -> None:
         """model: a directory or a hub id; None is the embedded model."""
         self.config = EngineConfig.of(options)
-        with Checkpoint.open(model or embedded_model(), self.config.revision) as checkpoint:
+        weights = self.config.load_format != "dummy"
+        with Checkpoint.open(model or embedded_model(), self.config.revision, weights=weights) as checkpoint:
             self.path = checkpoint.path
-            self.tokenizer = Tokenizer.from_directory(checkpoint.path)
+            self.tokenizer = tokenizer_of(checkpoint)
             self.template = ChatTemplate.from_directory(checkpoint.path, self.tokenizer.special_tokens)
             self.launched = launch(checkpoint, self.config, self.tokenizer)
             self.defaults = default_params(checkpoint.generation_config)
@@ -239,6 +242,13 @@ def is_index(value: object) -> bool:
     except (TypeError, ValueError, RuntimeError):
         return False
     return True
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's; one that was opened without weights may lack it, and gets bytes for tokens."""
+    if checkpoint.files or any((checkpoint.path / name).is_file() for name in TOKENIZER_FILES):
+        return Tokenizer.from_directory(checkpoint.path)
+    return byte_tokenizer(spec_of(checkpoint.config).vocab)
 
 
 def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:

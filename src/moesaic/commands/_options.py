@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from moesaic.assets import embedded_model
-from moesaic.config import DEVICES, DTYPES, EngineConfig, flag, parse_bytes
+from moesaic.config import DEVICES, DTYPES, KV_FORMATS, LOAD_FORMATS, EngineConfig, flag, parse_bytes
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.engine.params import SamplingParams
 from moesaic.errors import OptionError
@@ -77,6 +77,8 @@ ENGINE: Mapping[str, Hint] = {
     "max_num_batched_tokens": Hint("tokens per step, hence the largest prefill chunk", "TOKENS"),
     "prefix_cache": Hint("do not reuse the KV cache of shared prompt beginnings", default="reuse"),
     "deterministic": Hint("an answer never depends on what runs beside it", default="off"),
+    "kv": Hint("format of the KV cache; bf16: the dtype that is computed in", choices=KV_FORMATS),
+    "load_format": Hint("dummy: random weights; only a config.json is needed", choices=LOAD_FORMATS),
     "quantization": Hint(
         f"scheme to quantise to while loading: {', '.join(SCHEMES)}; none is as stored", "S", "none", parse=scheme
     ),

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.commands import _scripts
 from moesaic.config import DEVICES, cache_folder
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.errors import OptionError, UnsupportedError
@@ -29,6 +30,7 @@ examples:
   moesaic bench serve --url http://127.0.0.1:8000 --model tiny --requests 200 --rate 10
   moesaic bench serve --url http://host:8000 --chat --concurrency 64 --words 50:500 --tokens 100:300 --plot out.svg
   moesaic bench tune ./model
+  moesaic bench throughput --model qwen3-30b-a3b --scheme fp8 --batch 1 64
 """
 TUNE = """\
 Plans then take, for each number of tokens, the kernel that was the fastest. Tables ship for some GPUs and shapes; a
@@ -43,13 +45,14 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "bench", help="measure a server, or the kernels here", epilog=EPILOG,
-        usage="moesaic bench serve|tune [options]", description="Measure a server, or the kernels on this machine.",
+    bench = subparsers.add_parser(
+        "bench", help="measure a server, or kernels and models", epilog=EPILOG,
+        usage="moesaic bench WHAT [options]", description="Measure a server, or kernels and models on this machine.",
     )  # fmt: skip
-    what = parser.add_subparsers(title="what to measure", metavar="serve|tune", dest="what", required=True)
+    what = bench.add_subparsers(title="measurements", metavar="WHAT", dest="what", required=True)
     add_serve(what)
     add_tune(what)
+    _scripts.add_parsers(what)
 
 
 def add_serve(subparsers: Any) -> None:

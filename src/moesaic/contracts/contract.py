@@ -23,7 +23,7 @@ GateUp = Literal["halves", "swapped", "interleaved"]
 
 FLOATS16 = frozenset({"float32", "bfloat16"})
 EAGER = "cannot stand in a CUDA graph"
-CACHE_OPS = frozenset({"attend_paged", "attend_latent", "store_latent"})
+CACHE_OPS = frozenset({"attend_paged", "attend_encode", "attend_latent", "store_heads", "store_latent"})
 """Those that read or write the KV cache as it is stored."""
 
 
@@ -170,7 +170,7 @@ class Contract:
 
     def misses_operands(self, need: Need) -> str | None:
         """The same for what one layer brings; each op looks only at what it meets."""
-        multiplies, routed = self.op in ("linear_quant", "experts"), self.op == "experts"
+        multiplies, routed = self.op in ("linear_quant", "linear_terms", "experts"), self.op == "experts"
         if multiplies and need.format not in self.formats:
             return f"takes weights in {listed(self.formats)}, not in {need.format}"
         if (multiplies or self.op == "encode") and need.encoding not in self.encodings:

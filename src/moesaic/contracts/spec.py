@@ -75,6 +75,32 @@ class LinearSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class KVParts:
+    """The row that a token leaves in the KV cache of a layer: `coded` parts, then `plain` elements.
+
+    In an FP8 cache (formats/kv.py) each coded part has a scale of its own, and the plain ones stay in BF16.
+    """
+
+    coded: tuple[int, ...]
+    plain: int = 0
+
+    @property
+    def width(self) -> int:
+        """Elements."""
+        return sum(self.coded) + self.plain
+
+    @property
+    def exponents_at(self) -> int:
+        """Bytes of an FP8 row before its exponents."""
+        return sum(self.coded) + 2 * self.plain
+
+    @property
+    def fp8_bytes(self) -> int:
+        """Of an FP8 row: codes, plain elements, an exponent per part, up to a multiple of 16."""
+        return -(-(self.exponents_at + len(self.coded)) // 16) * 16
+
+
+@dataclass(frozen=True, slots=True)
 class GQASpec:
     """Grouped-query attention. `window`: how many last positions a query sees, itself included; None is all.
 
@@ -97,9 +123,9 @@ class GQASpec:
     sinks: str | None = None
 
     @property
-    def kv_width(self) -> int:
-        """Elements per token in the KV pool: keys, then values."""
-        return 2 * self.kv_heads * self.head_dim
+    def kv_parts(self) -> KVParts:
+        """What a token leaves in the KV pool: the keys of each head, then the values."""
+        return KVParts((self.head_dim,) * (2 * self.kv_heads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +154,9 @@ class MLASpec:
     window: int | None = None
 
     @property
-    def kv_width(self) -> int:
-        """Elements per token in the KV pool: normalised latent, then rotated shared key."""
-        return self.kv_rank + self.rope_dim
+    def kv_parts(self) -> KVParts:
+        """What a token leaves in the KV pool: the normalised latent, then the rotated shared key."""
+        return KVParts((self.kv_rank,), self.rope_dim)
 
 
 @dataclass(frozen=True, slots=True)

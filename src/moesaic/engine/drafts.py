@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from moesaic.kernels.ops import AttentionBatch, Span
-from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.step import StepInput
 from moesaic.models.decoder import Decoder
 
@@ -41,6 +40,6 @@ def whole_sequence(model: Decoder, tokens: Sequence[int]) -> StepInput:
     """One sequence from its beginning, with a KV pool of its own."""
     count = len(tokens)
     at_T = torch.arange(count)
-    pool = KVPool(model.kv_widths(drafts=True), 1, count, model.embed.weight_VD)
+    pool = model.pool(1, count, drafts=True)
     batch = AttentionBatch.of((Span(0, count, count),), 0, at_T[None])
     return StepInput(torch.tensor(tokens), at_T, at_T, batch, pool)

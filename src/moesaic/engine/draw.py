@@ -31,6 +31,7 @@ from moesaic.engine.noise import exponentials, row_key
 from moesaic.engine.params import SamplingParams
 from moesaic.engine.ranking import best, chunk_rows, mass_bits, masses, order_keys
 from moesaic.engine.rows import Row, upload, upload_words
+from moesaic.kernels.ops import Ops
 
 FAILED = -1  # in place of a token: no finite maximum, nothing can be chosen
 SHORT = -2  # in place of a token: the candidates were too few, draw again with Strategy.WIDE
@@ -57,6 +58,11 @@ def strategy(params: SamplingParams, vocab_size: int) -> Strategy:
     return Strategy.NARROW if params.top_p < 1 else Strategy.FREE
 
 
+def may_be_short(params: SamplingParams, vocab_size: int) -> bool:
+    """Whether the NARROW candidates of such a row may turn out to be too few."""
+    return strategy(params, vocab_size) is Strategy.NARROW and not 0 < params.top_k < vocab_size
+
+
 def greedy(logits_RV: Tensor, count_near_ties: bool) -> Tensor:
     """int64 [2, R]: the token (or FAILED), and 1 where the second-best logit is closer than NEAR_TIE.
 
@@ -69,6 +75,14 @@ def greedy(logits_RV: Tensor, count_near_ties: bool) -> Tensor:
         best_R, next_R = _best_two(logits_RV, token_R)
         gap_R = best_R - next_R
     return _packed(torch.where(peak_R.isfinite(), token_R, FAILED), gap_R)
+
+
+def pick(ops: Ops, scores_RV: Tensor) -> Tensor | None:
+    """`greedy` of scores in any dtype, near ties counted, where the kernels have an op for it."""
+    if not hasattr(ops, "top_two"):
+        return None
+    token_R, best_R, next_R = ops.top_two(scores_RV)
+    return _packed(torch.where(best_R.isfinite(), token_R, FAILED), best_R - next_R)
 
 
 def draw(logits_RV: Tensor, rows: Sequence[Row], how: Strategy, count_near_ties: bool) -> Tensor:

@@ -1,4 +1,9 @@
-"""The engine's loop: schedule -> run -> commit -> say what is new. Synchronous; one thread at a time."""
+"""The engine's loop: schedule -> run -> commit -> say what is new. One thread at a time.
+
+On a GPU the loop runs ahead of itself: while a step runs, the next one is scheduled, prepared and queued behind it, and
+only then are the first one's tokens read. The device never waits for the host, unless the next step cannot be made
+without these tokens (grammars, penalties) or without giving somebody's blocks away. What a request gets is the same.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +17,9 @@ from typing import TYPE_CHECKING
 from moesaic.engine.output import Delta, OutputState
 from moesaic.engine.params import SamplingParams
 from moesaic.engine.request import FinishReason, Request
-from moesaic.engine.runner import Runner, StepResult
+from moesaic.engine.runner import Flight, Runner, StepResult
 from moesaic.engine.sampler import TokenLogprobs, validate
-from moesaic.engine.scheduler import Chunk, Scheduler, Step
+from moesaic.engine.scheduler import Scheduler, Step
 from moesaic.errors import RequestError
 from moesaic.text.tokenizer import Tokenizer
 
@@ -40,19 +45,24 @@ class Stats:
 
 
 class Engine:
-    """Requests in, deltas out. `tokenizer` None means token ids only: no text, no stop strings."""
+    """Requests in, deltas out. `tokenizer` None means token ids only: no text, no stop strings.
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None,
-                 eos_token_ids: frozenset[int], seed: int = 0, deterministic: bool = False) -> None:  # fmt: skip
+    overlap: run ahead.  flying: the step that was launched and not read yet.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None, eos_token_ids: frozenset[int],
+                 seed: int = 0, deterministic: bool = False, overlap: bool = False) -> None:  # fmt: skip
         self.scheduler, self.runner, self.tokenizer, self.eos_token_ids = scheduler, runner, tokenizer, eos_token_ids
         self.vocab = runner.model.spec.vocab
         self.stats = Stats()
         self.states: dict[str, OutputState] = {}
         self.seed, self.seeds, self.deterministic = seed, random.Random(seed), deterministic
+        self.overlap = overlap
+        self.flying: Flight | None = None
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.flying is not None
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams, index: int = 0,
             guide: Callable[[frozenset[int]], Guide] | None = None) -> Request:  # fmt: skip
@@ -94,29 +104,64 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """One forward pass. Returns what is new, empty where there was nothing to do."""
+        flying = self.flying = self.flying or self.launch()
+        if flying is None:
+            return []
+        self.flying = self.launch_ahead(flying) if self.overlap else None
+        try:
+            result = flying.finish()
+        except BaseException:
+            if self.flying is not None:
+                self.scheduler.discard(self.flying.step)
+                self.flying = None
+            self.scheduler.discard(flying.step)
+            raise
+        return self.commit(flying.step, result)
+
+    def launch(self) -> Flight | None:
+        """Schedules and launches the next step, if there is one."""
         step = self.scheduler.schedule()
         if step is None:
-            return []
+            return None
         try:
-            result = self.runner.run(step)
+            return self.runner.launch(step)
         except BaseException:
             self.scheduler.discard(step)
             raise
-        return self.commit(step, result)
+
+    def launch_ahead(self, flying: Flight) -> Flight | None:
+        """The step behind the one that flies. One that fails to launch is made again once this one has landed: if it
+        then fails too, it fails where requests can be told apart."""
+        if flying.sampling is not None and not all(row.settled for row in flying.sampling.rows):
+            return None
+        self.scheduler.advance(flying.step)
+        try:
+            return self.launch()
+        except Exception:
+            log.exception("a step could not be launched ahead")
+            return None
 
     def commit(self, step: Step, result: StepResult) -> list[Delta]:
         """Records a step that ran and turns it into deltas."""
-        sampling = [chunk for chunk in step.chunks if chunk.sample]
-        deltas = [self.fail(sampling[i].request) for i in result.sampled.failed]
-        for request_id, (start, found) in result.prompt.items():
-            if request_id in self.states:
-                self.states[request_id].add_prompt_logprobs(start, found)
-        self.scheduler.commit(step, result.sampled.tokens)
-        for i, chunk in enumerate(sampling):
-            if chunk.request.id in self.states:
-                deltas.append(self.say(chunk.request, result.sampled.tokens[i], result.sampled.logprobs[i]))
-        self.count(step, sampling, result)
+        sampling, sampled = [chunk for chunk in step.chunks if chunk.sample], result.sampled
+        counts = [self.alive(chunk.request) and self.scheduler.counts(step, chunk.request) for chunk in sampling]
+        deltas = [self.fail(sampling[i].request) for i in sampled.failed if counts[i]]
+        for request, start, found in result.prompt:
+            if self.alive(request):
+                self.states[request.id].add_prompt_logprobs(start, found)
+        self.scheduler.commit(step, sampled.tokens)
+        for i in sampled.late:
+            self.scheduler.void(sampling[i].request)
+        for chunk, token, logprobs, one in zip(sampling, sampled.tokens, sampled.logprobs, counts, strict=True):
+            if one and self.alive(chunk.request):
+                deltas.append(self.say(chunk.request, token, logprobs))
+        self.count(step, counts, result)
         return deltas
+
+    def alive(self, request: Request) -> bool:
+        """Whether anybody still waits for its tokens. Ids may come again, so it is the request itself that is asked."""
+        state = self.states.get(request.id)
+        return state is not None and state.request is request
 
     def say(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> Delta:
         """`delta`, or the end of that one request where its text cannot be made: the step's others are not lost."""
@@ -151,16 +196,17 @@ class Engine:
         self.states.pop(request.id, None)
         return Delta(request.id, "", (), finish_reason=FinishReason.ERROR, error=why, status=status)
 
-    def count(self, step: Step, sampling: list[Chunk], result: StepResult) -> None:
+    def count(self, step: Step, counts: list[bool], result: StepResult) -> None:
+        """counts: which of the sampled chunks yielded a token for somebody."""
         stats = self.stats
         stats.steps += 1
-        stats.generated_tokens += len(sampling)
+        stats.generated_tokens += sum(counts)
         if not step.decode:
             stats.prompt_tokens += sum(min(c.count, max(0, c.request.num_prompt - c.start)) for c in step.chunks)
         stats.preemptions += len(step.preempted)
         stats.cached_tokens = self.scheduler.blocks.hits
         if self.runner.count_near_ties:
-            stats.near_ties += sum(result.sampled.near_tie)
+            stats.near_ties += sum(near for near, one in zip(result.sampled.near_tie, counts, strict=True) if one)
 
     def check(self) -> None:
         """Every invariant of scheduler and cache; AssertionError where one is broken."""

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moesaic.errors import UnsupportedError
 from moesaic.kernels.ops import AttentionBatch, Span
-from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.step import StepInput
 from moesaic.models.decoder import Decoder
 
@@ -74,7 +73,7 @@ def whole_sequences(model: Decoder, sequences: Sequence[Sequence[int]]) -> StepI
     slots_SL = 1 + firsts_S[:, None] + torch.arange(max(lengths), device=like.device)
     positions_T = torch.cat([torch.arange(count, device=like.device) for count in lengths])
     tokens_T = torch.tensor([token for sequence in sequences for token in sequence], device=like.device)
-    pool = KVPool(model.kv_widths(), 1, total + 1, like)
+    pool = model.pool(1, total + 1)
     slots_T = torch.arange(1, total + 1, device=like.device)
     return StepInput(tokens_T, positions_T, slots_T, AttentionBatch.of(spans, 0, slots_SL), pool)
 
@@ -97,7 +96,7 @@ class Distance:
 
 def distance(sound_AV: Tensor, other_AV: Tensor, answer: Sequence[int]) -> Distance:
     """Between the logits of two models. In FP64: small divergences are differences of near-equals."""
-    sound_AV, other_AV = sound_AV.double(), other_AV.double()
+    sound_AV, other_AV = sound_AV.double(), other_AV.to(sound_AV.device).double()
     p_AV, q_AV = torch.log_softmax(sound_AV, -1), torch.log_softmax(other_AV, -1)
     answer_A1 = torch.tensor(answer, device=p_AV.device)[:, None]
     level_AV, apart_AV = sound_AV - sound_AV.mean(1, keepdim=True), sound_AV - other_AV

@@ -1,27 +1,34 @@
 """Decoding steps as CUDA graphs: the whole forward pass, captured once per number of rows, launched as one.
 
 A graph works on fixed addresses: a step writes its few integers there and replays. Numbers of rows are rounded up to a
-captured one; rows that are padding have an empty context, and write to slot 0, which belongs to nobody.
+captured one; rows that are padding have an empty context, choose no expert, and write to slot 0, which belongs to
+nobody. The greedy choice is part of the graph: where every row is greedy nothing else runs.
 
-Legend: B rows of a graph, R rows of a step, W blocks per row in use, D hidden size, V vocabulary.
+Legend: B rows of a graph, R rows of a step, W blocks of the longest context, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from moesaic.engine.rows import upload
+from moesaic.engine.draw import pick
+from moesaic.engine.feed import Feed
 from moesaic.engine.scheduler import Step
 from moesaic.kernels.ops import AttentionBatch, Span
 from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.step import StepInput
 from moesaic.models.decoder import Decoder
 
-TOKEN, POSITION, SLOT, LENGTH = range(4)
+NUMBERS = 4
+"""INT64 per row: token, position, slot, length of the context; two entries of the buffer each. The table follows."""
 
 
 def sizes(most: int) -> list[int]:
@@ -32,67 +39,106 @@ def sizes(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph and where it leaves its result."""
+    """A graph and where it leaves its results: scores, and the greedy choice of each row (see `draw.pick`)."""
 
     graph: torch.cuda.CUDAGraph
-    logits_BV: Tensor
+    scores_BV: Tensor
+    packed_2B: Tensor | None
+
+
+class Staging:
+    """The integers of a step in pinned memory. Of each row's table only what is new since it was last here is written.
+
+    Two of them take turns: one is filled while the other's copy may still wait for the device.
+    """
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.pinned = torch.zeros(rows, width, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+        self.all = self.pinned.numpy()
+        self.numbers, self.tables = self.all[:, : 2 * NUMBERS].view(np.int64), self.all[:, 2 * NUMBERS :]
+        self.held: list[tuple[list[int], int]] = [([], 0)] * rows
+        self.copied = torch.cuda.Event() if torch.cuda.is_available() else None
+
+    def fill(self, step: Step, size: int, block: int, feed: Feed) -> Tensor:
+        """[size, width]; rows behind the step's are padding."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        rows = []
+        for i, (request, start, _, _) in enumerate(step.chunks):
+            blocks, used = request.blocks, start // block + 1
+            rows.append((feed.token(request, start), start, blocks[start // block] * block + start % block, start + 1))
+            held, count = self.held[i]
+            if held is not blocks:  # a list of blocks only grows; what lies behind a context is not read
+                count = 0
+            if count < used:
+                self.tables[i, count:used] = blocks[count:used]
+                self.held[i] = blocks, used
+        self.numbers[: len(rows)] = rows
+        self.numbers[len(rows) : size] = 0
+        return self.pinned[:size]
+
+    def send(self, rows: Tensor, onto: Tensor) -> None:
+        onto.copy_(rows, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
 
 
 class DecodeGraphs:
     """Made once the weights are loaded; `run` replaces the model's forward pass for steps that only decode."""
 
-    def __init__(self, model: Decoder, pool: KVPool, most: int, length: int) -> None:
-        """most: rows of the largest step.  length: longest context in tokens."""
-        self.model, self.pool = model, pool
-        device = pool.layers[0].device
-        self.rows_4B = torch.zeros(4, most, dtype=torch.int64, device=device)
-        self.table_BW = torch.zeros(most, -(-length // pool.block_size), dtype=torch.int64, device=device)
-        self.memory = torch.cuda.graph_pool_handle()
-        # The largest first: the smaller ones then fit into its memory.
-        self.captured = {size: self.capture(size) for size in reversed(sizes(most))}
+    def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int,
+                 only: Sequence[int] = (), progress: bool = False) -> None:  # fmt: skip
+        """most: rows of the largest step.  length: longest context in tokens.  only: numbers of rows to capture.
+        progress: show a bar; kernels that were never compiled on this machine take a while."""
+        self.model, self.pool, self.feed, self.most = model, pool, feed, most
+        blocks = -(-length // pool.block_size)
+        width = 2 * NUMBERS + blocks + blocks % 2  # rows begin where an INT64 may
+        self.rows_BX = torch.zeros(most, width, dtype=torch.int32, device=feed.device)
+        self.staging, self.turn = [Staging(most, width) for _ in range(2)], 0
+        self.captured: dict[int, Captured] = {}
+        self.capture_all(only or sizes(most), progress and sys.stderr.isatty())
+
+    def capture_all(self, each: Sequence[int], show: bool) -> None:
+        """The largest first: the smaller ones then fit into its memory."""
+        memory = torch.cuda.graph_pool_handle()
+        for size in tqdm(sorted(each, reverse=True), "Capturing graphs", file=sys.stderr, disable=not show):
+            self.captured[size] = self.capture(size, memory)
 
     @torch.inference_mode()
-    def capture(self, size: int) -> Captured:
+    def capture(self, size: int, memory: Any) -> Captured:
         """The first, eager run compiles kernels and fills caches; both are forbidden during capture."""
         for _ in range(2):
             self.forward(size)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            logits_BV = self.forward(size)
-        return Captured(graph, logits_BV)
+        with torch.cuda.graph(graph, pool=memory):
+            scores_BV, packed_2B = self.forward(size)
+        return Captured(graph, scores_BV, packed_2B)
 
-    def forward(self, size: int) -> Tensor:
-        """FP32 logits [B, V] of the rows whose integers lie in the fixed buffers."""
-        rows_4B = self.rows_4B[:, :size]
-        offsets = torch.arange(self.pool.block_size, device=rows_4B.device)
-        slots_SL = (self.table_BW[:size, :, None] * self.pool.block_size + offsets).flatten(1)
-        lengths_S = rows_4B[LENGTH]
-        numbers, ones = torch.arange(size, device=rows_4B.device), torch.ones_like(lengths_S)
-        spans_S3 = torch.stack([numbers, ones, lengths_S], 1)
-        spans = tuple(Span(i, 1, slots_SL.shape[1]) for i in range(size))
-        batch = AttentionBatch(spans, size, slots_SL, lengths_S, lengths_S[:, None].float(), spans_S3)
-        step = StepInput(rows_4B[TOKEN], rows_4B[POSITION], rows_4B[SLOT], batch, self.pool)
-        return self.model.logits(self.model(step))
+    def forward(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """(scores [B, V], the greedy choice) of the rows whose integers lie in the buffer."""
+        rows_BX = self.rows_BX[:size]
+        tokens_B, positions_B, slots_B, lengths_B = rows_BX.view(torch.int64)[:, :NUMBERS].t().contiguous().unbind(0)
+        numbers, ones = torch.arange(size, device=rows_BX.device), torch.ones_like(lengths_B)
+        spans_S3 = torch.stack([numbers, ones, lengths_B], 1)
+        table_BW = rows_BX[:, 2 * NUMBERS :]
+        spans = (Span(0, 1, table_BW.shape[1] * self.pool.block_size),) * size  # the longest that may come
+        batch = AttentionBatch(spans, size, table_BW, self.pool.block_size, spans_S3)
+        step = StepInput(self.feed.resolve(tokens_B), positions_B, slots_B, batch, self.pool, live_T=lengths_B)
+        with self.model.meter.counting():
+            scores_BV = self.model.scores(self.model(step))
+        return scores_BV, pick(self.model.ops, scores_BV)
 
     def fits(self, step: Step) -> bool:
-        return step.decode and len(step.chunks) <= len(self.table_BW) and not self.model.meter.on
+        return step.decode and len(step.chunks) <= max(self.captured)
 
-    def run(self, step: Step) -> Tensor:
-        """Logits [R, V] of a step that fits; valid until the next call."""
-        count, block = len(step.chunks), self.pool.block_size
+    def run(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """(scores [R, V], the greedy choice [2, R]) of a step that fits; valid until the next call."""
+        count = len(step.chunks)
         size = min(size for size in self.captured if size >= count)
-        rows_4B = np.zeros((4, size), dtype=np.int64)
-        widest = -(-max(chunk.start + 1 for chunk in step.chunks) // block)
-        table_BW = np.zeros((size, widest), dtype=np.int64)
-        for i, (request, start, _, _) in enumerate(step.chunks):
-            blocks = request.blocks
-            rows_4B[:, i] = request.tokens[start], start, blocks[start // block] * block + start % block, start + 1
-            used = start // block + 1
-            table_BW[i, :used] = blocks[:used]
-        device = self.rows_4B.device
-        self.rows_4B[:, :size] = upload(rows_4B, torch.int64, device)
-        self.table_BW[:size, :widest] = upload(table_BW, torch.int64, device)
+        staging, self.turn = self.staging[self.turn], 1 - self.turn
+        staging.send(staging.fill(step, size, self.pool.block_size, self.feed), self.rows_BX[:size])
         captured = self.captured[size]
         captured.graph.replay()
-        return captured.logits_BV[:count]
+        packed = captured.packed_2B
+        return captured.scores_BV[:count], None if packed is None else packed[:, :count]

@@ -11,6 +11,7 @@ from moesaic.contracts.plan import Wishes
 from moesaic.contracts.spec import ModelSpec
 from moesaic.engine.blocks import BlockManager
 from moesaic.engine.engine import Engine
+from moesaic.engine.feed import Feed
 from moesaic.engine.graphs import DecodeGraphs
 from moesaic.engine.runner import Runner
 from moesaic.engine.scheduler import Scheduler, SchedulerConfig
@@ -74,19 +75,20 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
     if config.max_model_len is None:
         length = min(length, (blocks - 1) * config.block_size)
     like = torch.empty(0, dtype=built.dtype, device=hardware.device)
-    pool = KVPool(built.model.kv_widths(), blocks, config.block_size, like)
-    made = DecodeGraphs if plan.base.capturable else DecodeTapes if tapeable(built) else None
-    graphs = made(built.model, pool, config.max_num_seqs, length) if made else None
-    runner = Runner(built.model, pool, like.device, not config.deterministic, graphs)
+    pool = built.model.pool(blocks, config.block_size)
+    feed = Feed(config.max_num_seqs, like.device)
+    graphs = decoding_of(config, built, pool, feed, length)
+    runner = Runner(built.model, pool, feed, not config.deterministic, graphs)
     scheduler = Scheduler(limits(config, length), BlockManager(blocks, config.block_size, config.prefix_cache))
     ends = end_tokens(checkpoint, spec, tokenizer)
-    engine = Engine(scheduler, runner, tokenizer, ends, config.seed, config.deterministic)
+    overlap = hardware.device != "cpu"  # where the processor that schedules is not the one that computes
+    engine = Engine(scheduler, runner, tokenizer, ends, config.seed, config.deterministic, overlap)
     return Launched(engine, built, hardware, blocks, length)
 
 
 def wishes_of(config: EngineConfig) -> Wishes:
     router = None if config.router_dtype == "auto" else config.router_dtype
-    return Wishes(experts=wish_of(config.experts, "--experts"), router_dtype=router, graphs=config.graphs,
+    return Wishes(experts=wish_of(config.experts, "--experts"), router_dtype=router, graphs=config.graphs, kv=config.kv,
                   deterministic=config.deterministic, max_batch=config.max_num_seqs)  # fmt: skip
 
 
@@ -96,6 +98,15 @@ def hardware_of(device: str) -> Hardware:
     if found is None:
         raise OptionError("torch finds no CUDA device", where="--device", remedy="Use cpu, or check the driver.")
     return found
+
+
+def decoding_of(config: EngineConfig, built: Built, pool: KVPool, feed: Feed,
+                length: int) -> DecodeGraphs | DecodeTapes | None:  # fmt: skip
+    """What runs the steps that only decode, where the kernels can be recorded."""
+    of = (built.model, pool, feed, config.max_num_seqs, length)
+    if built.plan.base.capturable:
+        return DecodeGraphs(*of, progress=config.progress)
+    return DecodeTapes(*of) if tapeable(built) else None
 
 
 def tapeable(built: Built) -> bool:
@@ -116,7 +127,7 @@ def count_blocks(config: EngineConfig, built: Built, hardware: Hardware, length:
 
     Never more than all running requests at full length need. Raises CapacityError where a demanded length does not fit.
     """
-    bytes_each = block_bytes(built.model.kv_widths(), config.block_size, built.dtype.itemsize)
+    bytes_each = block_bytes(built.model.kv_widths(), config.block_size, built.model.kv_like.itemsize)
     per_request = -(-length // config.block_size)
     if config.kv_memory is not None:
         budget = config.kv_memory

@@ -41,15 +41,23 @@ def prompt_logprobs(logits_TV: Tensor, targets_T: Tensor, top: int) -> list[Toke
 
 def token_logprobs(logits_TV: Tensor, targets_T: Tensor, tops: Sequence[int]) -> list[TokenLogprobs]:
     """As `prompt_logprobs`, with the number of alternatives per position. One host synchronisation."""
-    if not tops:
-        return []
-    width = min(max(tops), logits_TV.shape[1])
+    return entries(report(logits_TV, targets_T, tops).tolist(), tops)
+
+
+def report(logits_TV: Tensor, targets_T: Tensor, tops: Sequence[int]) -> Tensor:
+    """What `entries` needs to know, FP64 [T, X], on the device."""
+    width = min(max(tops, default=0), logits_TV.shape[1])
     step = chunk_rows(logits_TV.shape[1], logits_TV.device)
     parts = [
         _report(logits_TV[start : start + step], targets_T[start : start + step], width)
         for start in range(0, len(tops), step)
     ]
-    found: list[list[float]] = torch.cat(parts).tolist()
+    return torch.cat(parts) if parts else logits_TV.new_empty(0, 3, dtype=torch.float64)
+
+
+def entries(found: list[list[float]], tops: Sequence[int]) -> list[TokenLogprobs]:
+    """One entry per row of a report; tops: as the report was asked for."""
+    width = (len(found[0]) - 3) // 2 if found else 0
     return [
         TokenLogprobs(
             int(token),

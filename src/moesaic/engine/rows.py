@@ -55,9 +55,37 @@ class Row:
         return self.guide is not None or self.too_short_to_end or bool(self.params.logit_bias) or self.penalised
 
     @property
+    def plain(self) -> bool:
+        """The likeliest token, and nothing else asked."""
+        return self.params.greedy and self.params.logprobs is None and not self.processed
+
+    @property
+    def settled(self) -> bool:
+        """Whether the row of the next position can be made before this position's token is known to the host."""
+        return self.guide is None and not self.penalised
+
+    @property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end this request."""
         return frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else self.eos)
+
+
+class Fetch:
+    """A tensor on its way to the host. From a GPU it is copied behind what was queued before; `read` waits for that."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.host, self.done = tensor, None
+        if tensor.device.type == "cuda":
+            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.host.copy_(tensor, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def read(self) -> list[Any]:
+        if self.done is not None:
+            self.done.synchronize()
+        found: list[Any] = self.host.tolist()
+        return found
 
 
 def upload(

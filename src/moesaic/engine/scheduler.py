@@ -3,6 +3,11 @@
 Torch-free, synchronous and single-threaded: `step = schedule()`, run it, `commit(step, sampled)`. `add`, `abort` and
 `finish` may come between any two of these.
 
+**Ahead.** While a step runs, the next one can be made: `advance(step)` takes for granted that it will run, with PENDING
+in place of the tokens that it will choose. A request whose last token that is by its length is left out; one that ends
+with its token for another reason is in the next step too, which then computes a token for nobody. Nobody is preempted
+ahead: where blocks are short, `schedule` gives None until the step is committed.
+
 **Order.** Requests are served by arrival. At every moment each running request arrived before each waiting one (the
 head of the queue is never overtaken, and who loses its place is the latest of the running), so the earliest request
 alive is never preempted and receives tokens in every step: each request ends, in any cache that can hold it alone.
@@ -22,6 +27,9 @@ from typing import NamedTuple
 from moesaic.engine.blocks import BlockManager
 from moesaic.engine.request import FinishReason, Request, Status
 from moesaic.errors import OptionError, RequestError
+
+PENDING = -1
+"""In `Request.tokens`, only between `advance` and `commit`: a token that is being chosen."""
 
 
 class Chunk(NamedTuple):
@@ -88,6 +96,9 @@ class Scheduler:
         self._waiting: OrderedDict[str, Request] = OrderedDict()  # by arrival, all later than the running ones
         self._arrivals = 0
         self._in_flight: Step | None = None
+        self._ahead: Step | None = None  # in flight too, but taken for granted; made before `_in_flight`
+        self._void: set[Request] = set()  # whose chunk in `_in_flight` counts for nothing
+        self._ahead_void: set[Request] = set()  # the same of `_ahead`
         self._blocked: tuple[Request, int] | None = None  # the head that did not fit, and the room it had
 
     @property
@@ -100,7 +111,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is alive; `schedule` returns a step exactly then."""
+        """Whether a request is alive; with no step in flight, `schedule` returns a step exactly then."""
         return bool(self._live)
 
     def add(self, request: Request) -> None:
@@ -167,17 +178,20 @@ class Scheduler:
         request.finish_reason, request.stop_reason = reason, stop_reason
 
     def schedule(self) -> Step | None:
-        """The next step; None iff no request is alive.
+        """The next step; None if no request is alive, or none can go on before the step ahead is committed.
 
         Decodes come first, then the next chunks of running prefills, then new requests, while the budget lasts; but
         if the earliest request is still in prefill, its share is set aside before. Nobody is admitted in a step that
-        had to preempt. Raises RuntimeError if the previous step is neither committed nor discarded.
+        had to preempt. Raises RuntimeError if the previous step is neither committed, discarded nor taken for granted.
         """
         if self._in_flight is not None:
-            raise RuntimeError("commit or discard the previous step before scheduling the next")
+            raise RuntimeError("commit or discard the previous step before scheduling the next, or advance it")
         chunks: list[Chunk] = []
         budget = self.config.max_num_batched_tokens
-        prefills, preempted = self._schedule_decodes(chunks, budget - self._set_aside())
+        found = self._schedule_decodes(chunks, budget - self._set_aside())
+        if found is None:
+            return None
+        prefills, preempted = found
         decodes = len(chunks)
         budget -= decodes
         exhausted = False
@@ -204,28 +218,36 @@ class Scheduler:
             return 1
         return self._next_count(self._running[0], self.config.max_num_batched_tokens)
 
-    def _schedule_decodes(self, chunks: list[Chunk], budget: int) -> tuple[list[Request], list[Request]]:
+    def _schedule_decodes(self, chunks: list[Chunk], budget: int) -> tuple[list[Request], list[Request]] | None:
         """Append a chunk for each decoding request, earliest first, preempting from the latest for want of blocks.
 
         Returns (running requests in prefill, preempted ones). A victim is never one that has been served already:
-        those stand before `request` in the order of arrival, and victims come from the end.
+        those stand before `request` in the order of arrival, and victims come from the end. None: short of blocks
+        while a step is ahead; those given out so far stay where they are, and will be needed.
         """
         prefills: list[Request] = []
         preempted: list[Request] = []
         size, new = self.blocks.block_size, tuple.__new__  # half the time of Chunk(...), for each token generated
         for request in self._running:  # shrinks at its end while we walk
-            start = request.computed
-            if start < request.num_prompt or start != len(request.tokens) - 1:  # not request.decoding, without a call
+            start, total = request.computed, len(request.tokens)
+            if total >= request.max_total:
+                continue  # its last token is being computed
+            if start < request.num_prompt or start != total - 1:  # not request.decoding, without a call
                 prefills.append(request)
             elif len(chunks) < budget:
                 if not start % size and start == len(request.blocks) * size and not self._grow(request, preempted):
+                    if self._ahead is not None:
+                        return None
                     break
                 chunks.append(new(Chunk, (request, start, 1, True)))
         return prefills, preempted
 
     def _grow(self, request: Request, preempted: list[Request]) -> bool:
-        """One more block for a decoding request, from the latest arrivals if need be; False if that is itself."""
+        """One more block for a decoding request, from the latest arrivals if need be; False if that is itself, or if a
+        step is ahead: its requests must stay where they are."""
         while (block := self.blocks.allocate(1)) is None:
+            if self._ahead is not None:
+                return False
             victim = self._running.pop()
             self._preempt(victim)
             preempted.append(victim)
@@ -288,33 +310,69 @@ class Scheduler:
             request.cached_prompt_tokens = request.computed
         return True
 
+    def advance(self, step: Step) -> None:
+        """Take for granted that `step`, which is in flight, will run, so that the next can be scheduled before its
+        tokens are known. It must then be committed before the next one is. Raises RuntimeError for any other step.
+        """
+        if step is self._ahead:
+            return
+        if step is not self._in_flight or self._ahead is not None:
+            raise RuntimeError("this step is not the one in flight, or another is ahead already")
+        self._in_flight, self._ahead = None, step
+        self._void, self._ahead_void = set(), self._void
+        for request, start, count, sample in step.chunks:
+            if request.status is Status.RUNNING and request not in self._ahead_void:
+                request.computed = start + count
+                if sample:
+                    request.tokens.append(PENDING)
+
+    def void(self, request: Request) -> None:
+        """What the step in flight computes for this request counts for nothing: a token before it turned out to be
+        another one. It will be computed again. Without a step in flight nothing happens."""
+        if self._in_flight is not None:
+            self._void.add(request)
+
+    def counts(self, step: Step, request: Request) -> bool:
+        """Whether what a step in flight computes for a live request counts."""
+        return request not in (self._ahead_void if step is self._ahead else self._void)
+
     def commit(self, step: Step, sampled: Sequence[int]) -> list[Request]:
         """Record that `step` ran. Returns the requests that ended with it, in the order of its chunks.
 
         sampled: one token for each chunk with `sample`, in order; those of requests that ended meanwhile are ignored.
         Advances `computed`, publishes full blocks to the prefix cache, appends tokens, ends what has to end.
-        Raises RuntimeError for a step that is not in flight, ValueError for a wrong number of tokens; nothing changes.
+        Raises RuntimeError for a step that is not in flight or not its turn, ValueError for a wrong number of tokens;
+        nothing changes.
         """
-        if step is not self._in_flight:
-            raise RuntimeError("this step is not in flight")
+        if step is not (self._ahead or self._in_flight):
+            raise RuntimeError("this step is not in flight, or one before it is")
         expected = len(step.chunks) if step.decode else sum(chunk.sample for chunk in step.chunks)
         if expected != len(sampled):
             raise ValueError(f"{len(sampled)} tokens for {expected} sampling chunks")
-        self._in_flight = None
+        fresh = self._ahead is None
+        if fresh:
+            void, self._in_flight, self._void = self._void, None, set()
+        else:
+            void, self._ahead, self._ahead_void = self._ahead_void, None, set()
         if not step.decode:
             self._blocked = None  # a prefill may just have published what the head of the queue begins with
         finished: list[Request] = []
         size, running, taken = self.blocks.block_size, Status.RUNNING, 0
         for request, start, count, sample in step.chunks:
             taken += sample
-            if request.status is not running:
+            if request.status is not running or request in void:
                 continue
-            request.computed = end = start + count
+            end = start + count
+            if fresh:
+                request.computed = end
             if end % size < count:  # it completed a block
                 self.blocks.publish(request.tokens, request.blocks, end)
             if sample:
                 token, tokens = sampled[taken - 1], request.tokens
-                tokens.append(token)
+                if fresh:
+                    tokens.append(token)
+                else:
+                    tokens[end] = token
                 if (token in request.stops or len(tokens) >= request.max_total) and request.judge():
                     self._retire(request)
                     finished.append(request)
@@ -325,11 +383,23 @@ class Scheduler:
     def discard(self, step: Step) -> None:
         """Declare that `step` did not run (say, the runner failed): its requests stand where they stood before it.
 
-        Who is to blame should be ended with `finish(request, ERROR)`, or the same step comes again.
+        Who is to blame should be ended with `finish(request, ERROR)`, or the same step comes again. Of two steps in
+        flight the later one goes first. Raises RuntimeError for any other.
         """
-        if step is not self._in_flight:
-            raise RuntimeError("this step is not in flight")
-        self._in_flight = None
+        if step is not (self._in_flight or self._ahead):
+            raise RuntimeError("this step is not in flight, or a later one is")
+        if step is self._in_flight:
+            self._in_flight, self._void = None, set()
+            return
+        void, self._ahead, self._ahead_void = self._ahead_void, None, set()
+        for request, start, _, sample in step.chunks:
+            if request.status is Status.RUNNING and request not in void:
+                request.computed = start
+                if sample:
+                    request.tokens.pop()
+                    keep = self.blocks.blocks_for(len(request.tokens))
+                    self.blocks.free(request.blocks[keep:])  # the step after this one may have taken one more
+                    request.blocks = request.blocks[:keep]
 
     def _retire(self, request: Request) -> None:
         del self._live[request.id]

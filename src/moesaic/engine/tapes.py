@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.engine.feed import Feed
 from moesaic.engine.scheduler import Step
 from moesaic.kernels.ops import AttentionBatch, Span
 from moesaic.kernels.tape import Tape, record
@@ -43,13 +44,13 @@ class Frame:
         spans_R3 = torch.stack([torch.arange(rows), torch.ones(rows, dtype=torch.int64), torch.zeros(rows).long()], 1)
         self.tokens_3R, self.slots_RC, self.spans_R3 = tokens_3R.numpy(), slots_RC.numpy(), spans_R3.numpy()
         spans = tuple(Span(row, 1, room) for row in range(rows))
-        batch = AttentionBatch(spans, rows, slots_RC, spans_R3[:, 2], torch.zeros(0), spans_R3)
+        batch = AttentionBatch(spans, rows, slots_RC, 1, spans_R3)
         self.step = StepInput(tokens_R, positions_R, slots_R, batch, pool)
         self.x_RD = model.embed(self.step.tokens_T)
         self.at = model.layer_input(self.step)
         self.scores_RV = self.x_RD
 
-    def write(self, step: Step) -> None:
+    def write(self, step: Step, feed: Feed) -> None:
         """The integers of a step, and the embeddings and angles that they select."""
         starts, block = [chunk.start for chunk in step.chunks], self.block
         requests = [chunk.request for chunk in step.chunks]
@@ -57,7 +58,9 @@ class Frame:
         table = np.array([(each.blocks[:used] + [0] * used)[:used] for each in requests])
         slots_RC = (table[:, :, None] * block + np.arange(block)).reshape(len(starts), -1)
         self.slots_RC[:, : used * block] = slots_RC[:, : self.slots_RC.shape[1]]
-        self.tokens_3R[0] = [each.tokens[start] for each, start in zip(requests, starts, strict=True)]
+        self.tokens_3R[0] = [feed.token(each, start) for each, start in zip(requests, starts, strict=True)]
+        if self.tokens_3R[0].min() < 0:
+            self.step.tokens_T.copy_(feed.resolve(self.step.tokens_T))
         self.tokens_3R[1] = starts
         self.tokens_3R[2] = slots_RC[self.spans_R3[:, 0], starts]
         self.spans_R3[:, 2] = self.tokens_3R[1] + 1
@@ -79,18 +82,18 @@ class Frame:
 class DecodeTapes:
     """`run` replaces the model's forward pass for steps that only decode."""
 
-    def __init__(self, model: Decoder, pool: KVPool, most: int, length: int) -> None:
+    def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int) -> None:
         """most: rows of the largest step.  length: longest context in tokens."""
-        self.model, self.pool, self.most = model, pool, min(most, MEMORY // (8 * room_for(length)))
+        self.model, self.pool, self.feed, self.most = model, pool, feed, min(most, MEMORY // (8 * room_for(length)))
         self.frames: OrderedDict[tuple[int, int, int], Frame] = OrderedDict()
 
     def fits(self, step: Step) -> bool:
         return step.decode and len(step.chunks) <= self.most and not self.model.meter.on
 
-    def run(self, step: Step) -> Tensor:
-        """FP32 logits [R, V] of a step that fits."""
+    def run(self, step: Step) -> tuple[Tensor, None]:
+        """Scores [R, V] of a step that fits; valid until the next one."""
         frame = self.frame(len(step.chunks), room_for(max(chunk.start for chunk in step.chunks) + 1))
-        frame.write(step)
+        frame.write(step, self.feed)
         frame.runs += 1
         if frame.tape.count:
             frame.tape.play()
@@ -98,7 +101,7 @@ class DecodeTapes:
             frame.scores_RV = frame.forward()
         else:
             self.note(frame)
-        return frame.scores_RV.float()
+        return frame.scores_RV, None
 
     def frame(self, rows: int, room: int) -> Frame:
         key = rows, room, torch.get_num_threads()  # the arguments of kernels say how many threads they may take

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract, path_of
-from moesaic.contracts.scheme import Encoding
+from moesaic.contracts.scheme import KV_FORMATS, Encoding
 from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.formats import kv
 from moesaic.formats.encodings import Rows
 from moesaic.kernels.ops import AttentionBatch, Context, ExpertWeights, KVView
 from moesaic.kernels.reference import keep_best_groups, scores, visible
@@ -26,7 +27,8 @@ ROW_WISE = ("rms_norm", "add_rms_norm", "rotate")
 BATCHED = ("linear", "activate", "route", "experts", "attend_paged", "attend_dense")
 CONTRACTS = (
     *(Contract(op, "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=op in ROW_WISE,
-               rank=10, activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op))
+               rank=10, activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True,
+               kv=frozenset(KV_FORMATS), path=path_of(op))
       for op in ROW_WISE + BATCHED),
     Contract("encode", "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=10),
 )  # fmt: skip
@@ -165,7 +167,7 @@ def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KV
         out_THV[: batch.decodes] = decode(q_THK[: batch.decodes], pool_PW, batch, view, how)
     for s in range(batch.decodes, len(batch.spans)):
         span = batch.spans[s]
-        k_LGK, v_LGV = context(pool_PW.index_select(0, batch.slots_SL[s, : span.length]), view)
+        k_LGK, v_LGV = context(cached(pool_PW, batch.slots_SL[s, : span.length], view, q_THK.dtype), view)
         rows = slice(span.start, span.start + span.count)
         out_THV[rows] = attend_dense(q_THK[rows], k_LGK, v_LGV, scale, window, sinks_H)
     return out_THV
@@ -186,6 +188,12 @@ class Softmax:
         shape = (-1, *(1,) * (scores_XHYL.dim() - 2))
         sinks = self.sinks_H.float().view(shape).expand(*scores_XHYL.shape[:-1], 1)
         return torch.softmax(torch.cat([scores_XHYL, sinks], -1), -1)[..., :-1]
+
+
+def cached(pool_PW: Tensor, slots: Tensor, view: KVView, dtype: torch.dtype) -> Tensor:
+    """The rows of some slots; those of an FP8 cache decoded."""
+    rows = pool_PW.index_select(0, slots)
+    return kv.decode(rows, view.parts).to(dtype) if pool_PW.dtype == torch.uint8 else rows
 
 
 def context(rows_LW: Tensor, view: KVView) -> tuple[Tensor, Tensor]:
@@ -223,7 +231,7 @@ def like_lengths(lengths: list[int]) -> list[list[int]]:
 def decode_group(q_SHK: Tensor, pool_PW: Tensor, part: Context, view: KVView, how: Softmax) -> Tensor:
     sequences, heads, _ = q_SHK.shape
     slots_SL, lengths_S, hidden_SL = part
-    rows_SLW = pool_PW.index_select(0, slots_SL.reshape(-1)).view(*slots_SL.shape, -1)
+    rows_SLW = cached(pool_PW, slots_SL.reshape(-1), view, q_SHK.dtype).view(*slots_SL.shape, -1)
     k_SLGK, v_SLGV = context(rows_SLW, view)
     if how.window is not None:
         too_old_SL = torch.arange(slots_SL.shape[1]) < lengths_S[:, None] - how.window

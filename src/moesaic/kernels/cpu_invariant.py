@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract, path_of
+from moesaic.contracts.scheme import KV_FORMATS
 from moesaic.contracts.spec import Activation, RouterSpec
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.cpu import choose, context, sort_rows
+from moesaic.kernels.cpu import cached, choose, context, sort_rows
 from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView
 from moesaic.kernels.reference import scores
 
@@ -28,7 +29,8 @@ BLOCK = 256
 PIECE = 1 << 14  # elements; torch splits a loop between threads from 2^15 on, at any element
 CONTRACTS = tuple(
     Contract(op, "cpu_invariant", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=20,
-             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op))
+             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, kv=frozenset(KV_FORMATS),
+             path=path_of(op))
     for op in ("linear", "activate", "route", "experts", "attend_paged", "attend_dense")
 )  # fmt: skip
 
@@ -83,7 +85,7 @@ def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KV
                  window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
     out_THV = q_THK.new_empty(*q_THK.shape[:2], view.value_dim)
     for s, span in enumerate(batch.spans):
-        k_LGK, v_LGV = context(pool_PW.index_select(0, batch.slots_SL[s, : span.length]), view)
+        k_LGK, v_LGV = context(cached(pool_PW, batch.slots_SL[s, : span.length], view, q_THK.dtype), view)
         rows = slice(span.start, span.start + span.count)
         out_THV[rows] = attend_dense(q_THK[rows], k_LGK, v_LGV, scale, window, sinks_H)
     return out_THV

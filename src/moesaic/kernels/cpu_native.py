@@ -25,8 +25,10 @@ from moesaic.contracts.spec import Activation, RouterSpec
 from moesaic.errors import UnsupportedError
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._native import library
-from moesaic.kernels.ops import FUSED, AttentionBatch, ExpertWeights, KVView, Latent
+from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Latent
+from moesaic.kernels.reference_fused import settle_choices
 
+FUSED = ("mlp", "gate", "store_latent", "attend_latent")
 OPS = ("linear", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts", "attend_paged", *FUSED)
 CONTRACTS = tuple(
     Contract(op, "cpu_native", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=False, rank=5,
@@ -249,8 +251,8 @@ def mlp(x_TD: Tensor, w13_ID: Tensor, w2_DI: Tensor, activation: Activation, ont
     return y_TD
 
 
-def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
-         spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
+def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
+         live_T: Tensor | None = None, counts_E: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     x_TD = rows(x_TD)
     (tokens, inputs), dtype = x_TD.shape, x_TD.dtype
     ids_TA, weights_TA = INT32.new_empty(tokens, spec.top_k), FLOAT32.new_empty(tokens, spec.top_k)
@@ -259,7 +261,7 @@ def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor
         0 if bias_E is None else bias_E.data_ptr(), ids_TA.data_ptr(), weights_TA.data_ptr(),
         x_TD.stride()[0] * SIZE[dtype], tokens, inputs, threads(), *router(spec),
     ))  # fmt: skip
-    return ids_TA, weights_TA
+    return settle_choices(ids_TA, live_T, counts_E), weights_TA
 
 
 def store_latent(x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor, slots_T: Tensor) -> None:

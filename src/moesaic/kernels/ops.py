@@ -9,20 +9,22 @@ H query heads, G kv heads, K key size, V value size, L context length, S sequenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moesaic.contracts.scheme import Encoding
-from moesaic.contracts.spec import Activation, RouterSpec
+from moesaic.contracts.spec import Activation, KVParts, RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 
 OP_NAMES = ("linear", "encode", "linear_quant", "rms_norm", "add_rms_norm", "rotate", "activate", "route", "experts",
             "attend_paged", "attend_dense")  # fmt: skip
-FUSED = ("mlp", "gate", "store_latent", "attend_latent")
+FUSED = ("mlp", "gate", "store_latent", "attend_latent", "top_two", "linear_terms", "add_norm_encode", "store_heads",
+         "attend_encode")  # fmt: skip
 """Optional ops, each equal to several of the others. A layer calls one where the plan found a backend that has it, and
 composes it otherwise."""
 
@@ -40,33 +42,76 @@ Context = tuple[Tensor, Tensor, Tensor]
 """(slots [S, L], lengths [S], hidden [S, L]) of some sequences of an AttentionBatch."""
 
 
-@dataclass(frozen=True, slots=True)
+class Kept:
+    """A property that is computed once, unless while something is traced: a trace must not keep its tensors."""
+
+    def __init__(self, make: Callable[[Any], Tensor]) -> None:
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, owner: Any, kind: type) -> Tensor:
+        value = self.make(owner)
+        if not torch.compiler.is_compiling():
+            vars(owner)[self.name] = value
+        return value
+
+
+@dataclass(frozen=True)
 class AttentionBatch:
     """Where each sequence's context lies in the KV pool. Made once per step, read by every layer, never mutated.
 
     spans: one per sequence, in row order; the first `decodes` of them have count == 1.
-    slots_SL: INT64 pool slot of position l of sequence s, padded with 0 on the right.
-    lengths_S: INT64 context lengths (equal to the spans' lengths).
-    spans_S3: the spans as INT64 on the slots' device.
-    hidden_SL: FP32, 0 where position l is in the context of sequence s and -inf behind its end.
+    table_SB: pool block that holds the positions from b * block on, of sequence s; 0 behind the end of its context.
+    block: positions per entry; 1 makes the table one of slots. INT32, or INT64 where it is.
+    spans_S3: the spans as INT64 on the table's device.
+    Kernels that walk the table read it as it is; the other views are made when somebody first asks for them.
     """
 
     spans: tuple[Span, ...]
     decodes: int
-    slots_SL: Tensor
-    lengths_S: Tensor
-    hidden_SL: Tensor
+    table_SB: Tensor
+    block: int
     spans_S3: Tensor
 
     @staticmethod
     def of(spans: tuple[Span, ...], decodes: int, slots_SL: Tensor) -> AttentionBatch:
-        """Derives the lengths and the mask from the spans; slots behind a context's end may be anything."""
+        """From INT64 slots; those behind a context's end may be anything. Copies the spans to their device."""
         spans_S3 = torch.tensor([(span.start, span.count, span.length) for span in spans], device=slots_SL.device)
-        lengths_S = spans_S3[:, 2]
-        outside = torch.arange(slots_SL.shape[1], device=slots_SL.device) >= lengths_S[:, None]
-        hidden_SL = torch.zeros(slots_SL.shape, device=slots_SL.device).masked_fill_(outside, float("-inf"))
-        # Block 0 is never written, so its rows stay zero. A stale row of an earlier owner may hold NaN: 0 * NaN is NaN.
-        return AttentionBatch(spans, decodes, slots_SL.masked_fill(outside, 0), lengths_S, hidden_SL, spans_S3)
+        outside_SL = torch.arange(slots_SL.shape[1], device=slots_SL.device) >= spans_S3[:, 2:]
+        return AttentionBatch(spans, decodes, slots_SL.masked_fill(outside_SL, 0), 1, spans_S3)
+
+    @property
+    def lengths_S(self) -> Tensor:
+        """INT64 context lengths."""
+        return self.spans_S3[:, 2]
+
+    @Kept
+    def slots_SL(self) -> Tensor:
+        """INT64 pool slot of position l of sequence s, 0 behind the end of its context.
+
+        Block 0 is never written, so its rows stay zero. A stale row of an earlier owner may hold NaN: 0 * NaN is NaN.
+        """
+        if self.block == 1:
+            return self.table_SB
+        within = torch.arange(self.block, device=self.table_SB.device)
+        slots_SL = (self.table_SB.long()[:, :, None] * self.block + within).flatten(1)[:, : self.longest]
+        return slots_SL.masked_fill_(self.outside_SL, 0)
+
+    @property
+    def longest(self) -> int:
+        """Positions for which the table has room."""
+        return min(max(span.length for span in self.spans), self.table_SB.shape[1] * self.block)
+
+    @property
+    def outside_SL(self) -> Tensor:
+        """Boolean: position l is behind the context of sequence s."""
+        width = self.table_SB.shape[1] if self.block == 1 else self.longest
+        return torch.arange(width, device=self.spans_S3.device) >= self.lengths_S[:, None]
+
+    @Kept
+    def hidden_SL(self) -> Tensor:
+        """FP32, 0 where position l is in the context of sequence s and -inf behind its end."""
+        outside_SL = self.outside_SL
+        return torch.zeros(outside_SL.shape, device=outside_SL.device).masked_fill_(outside_SL, float("-inf"))
 
     def narrow(self, sequences: slice | Tensor, length: int) -> Context:
         """The first `length` positions of some sequences."""
@@ -74,7 +119,15 @@ class AttentionBatch:
 
     def decoding(self) -> AttentionBatch:
         """The sequences at the front that decode, alone."""
-        return replace(self, spans=self.spans[: self.decodes])
+        return self if self.decodes == len(self.spans) else self.part(slice(0, self.decodes), self.decodes)
+
+    def prompts(self) -> AttentionBatch:
+        """The other ones."""
+        return self.part(slice(self.decodes, len(self.spans)), 0) if self.decodes else self
+
+    def part(self, sequences: slice, decodes: int) -> AttentionBatch:
+        return AttentionBatch(self.spans[sequences], decodes, self.table_SB[sequences], self.block,
+                              self.spans_S3[sequences])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +135,46 @@ class KVView:
     """How attention reads one pool row: `kv_heads` keys of `key_dim` from 0, values of `value_dim` from `value_at`.
 
     In the absorbed form of MLA the value *is* the first part of the key: value_at == 0 with one kv head.
+    A pool of bytes holds the same in FP8 (formats/kv.py).
     """
 
     kv_heads: int
     key_dim: int
     value_at: int
     value_dim: int
+
+    @property
+    def latent(self) -> bool:
+        return self.value_at == 0
+
+    @property
+    def parts(self) -> KVParts:
+        """Of a row: keys, then values; or latent and rotary key."""
+        if self.latent:
+            return KVParts((self.value_dim,), self.key_dim - self.value_dim)
+        return KVParts((self.key_dim,) * self.kv_heads + (self.value_dim,) * self.kv_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """How scores become weights: as the arguments of `attend_paged`."""
+
+    scale: float
+    window: int | None = None
+    sinks_H: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """What becomes of the heads of grouped-query attention before they are used: an RMS norm of each query and each
+    key (None: there is none), then the rotation of as many first elements as there are angles. dtype: of the queries.
+    """
+
+    q_K: Tensor | None
+    k_K: Tensor | None
+    eps: float
+    interleaved: bool
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +286,47 @@ class Ops(Protocol):
         """onto + w2 activate(w13 x), where w13 [2I, D] holds gate rows, then up rows. Rounds less than its parts do."""
         ...
 
-    def gate(self, x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
-             spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def gate(self, x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
+             live_T: Tensor | None = None, counts_E: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`route` of the logits w x + logit_bias. In FP32 throughout where w and logit_bias are FP32 (bias always is);
-        where they are BF16, the logits are rounded to it."""
+        where they are BF16, the logits are rounded to it.
+
+        live_T: INT64, 0 for rows that are padding: their ids are -1.  counts_E: INT64, to which the choices are added.
+        """
+        ...
+
+    def top_two(self, scores_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(id of the first of the largest scores INT64, that score, the largest of the others), [R] each, FP32.
+
+        A NaN counts as the largest. The next score is -inf where there is no other.
+        """
+        ...
+
+    def linear_terms(self, x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
+        """`linear_quant` left for its reader to add up, in order: FP32 terms, or a single one in x.dtype. [P, T, N]."""
+        ...
+
+    def add_norm_encode(self, x: Tensor, residual_TD: Tensor | None, w_D: Tensor, eps: float, encoding: Encoding,
+                        scale: Tensor | None = None) -> tuple[Tensor, Rows, Tensor]:  # fmt: skip
+        """(norm, its rows encoded, sum) of x [T, D], or of terms [P, T, D], plus the residual, where there is one.
+
+        The sum is rounded to w's dtype before the norm, the norm before it is encoded. Not for an encoding whose scale
+        spans all rows.
+        """
+        ...
+
+    def store_heads(self, x_PTX: Tensor, w: HeadNorms, angles: tuple[Tensor, Tensor], pool_PW: Tensor, slots_T: Tensor,
+                    view: KVView) -> Tensor:  # fmt: skip
+        """Terms of [queries, keys, values], heads of one size -> queries [T, H, K], normed and rotated.
+
+        Writes the pool rows of the tokens: keys normed and rotated, and values.
+        """
+        ...
+
+    def attend_encode(self, q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, how: Softmax,
+                      encoding: Encoding, scale: Tensor | None = None) -> Rows:  # fmt: skip
+        """`attend_paged`, its rows [T, H x V] rounded to q's dtype and encoded. Not for an encoding whose scale spans
+        all rows."""
         ...
 
     def store_latent(self, x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,

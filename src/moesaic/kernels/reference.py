@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract, path_of
-from moesaic.contracts.scheme import ENCODINGS, FORMATS, Encoding
+from moesaic.contracts.scheme import ENCODINGS, FORMATS, KV_FORMATS, Encoding
 from moesaic.contracts.spec import Activation, RouterSpec, Scoring
-from moesaic.formats import encodings
+from moesaic.formats import encodings, kv
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.ops import OP_NAMES, AttentionBatch, ExpertWeights, KVView, Latent
+from moesaic.kernels.ops import OP_NAMES, AttentionBatch, ExpertWeights, KVView
 
 VARIANT = ("linear", "encode", "linear_quant", "experts", "attend_paged", "attend_dense")
 CONTRACTS = tuple(
     Contract(op, "reference", frozenset({"cpu", "cuda"}), frozenset({"float32", "bfloat16", "float64"}),
              batch_invariant=op not in VARIANT, rank=1000, formats=frozenset(FORMATS), encodings=frozenset(ENCODINGS),
-             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, path=path_of(op),
-             capturable=op not in ("experts", "attend_paged"))  # these look at values
+             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, kv=frozenset(KV_FORMATS),
+             path=path_of(op), capturable=op not in ("experts", "attend_paged"))  # these look at values
     for op in OP_NAMES
 )  # fmt: skip
 
@@ -138,7 +138,7 @@ def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KV
     out = q_THK.new_empty(*q_THK.shape[:2], view.value_dim)
     repeat = q_THK.shape[1] // view.kv_heads
     for s, span in enumerate(batch.spans):
-        rows_LW = pool_PW[batch.slots_SL[s, : span.length]]
+        rows_LW = pool_rows(pool_PW, batch.slots_SL[s, : span.length], view).to(q_THK.dtype)
         k = rows_LW[:, : view.kv_heads * view.key_dim].unflatten(1, (view.kv_heads, view.key_dim))
         v = rows_LW[:, view.value_at : view.value_at + view.kv_heads * view.value_dim]
         v = v.unflatten(1, (view.kv_heads, view.value_dim))
@@ -147,6 +147,12 @@ def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KV
             q_THK[rows], k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), scale, window, sinks_H
         )
     return out
+
+
+def pool_rows(pool_PW: Tensor, slots: Tensor, view: KVView) -> Tensor:
+    """The rows of some slots as numbers, whatever they are cached in."""
+    rows = pool_PW[slots]
+    return kv.decode(rows, view.parts) if pool_PW.dtype == torch.uint8 else rows
 
 
 def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float,
@@ -166,32 +172,3 @@ def visible(queries: int, length: int, window: int | None, device: torch.device)
     query_at = at[length - queries :, None]
     mask = at <= query_at
     return mask if window is None else mask & (at > query_at - window)
-
-
-# Twins of the fused ops: compositions, not declared as contracts, since a layer composes what no backend fuses.
-
-
-def mlp(x_TD: Tensor, w13_ID: Tensor, w2_DI: Tensor, activation: Activation, onto_TD: Tensor | None = None) -> Tensor:
-    y_TD = activate(wide(x_TD) @ wide(w13_ID).T, activation) @ wide(w2_DI).T
-    return (y_TD if onto_TD is None else y_TD + wide(onto_TD)).to(x_TD.dtype)
-
-
-def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None,
-         spec: RouterSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return route(linear(wide(x_TD), w_ED, logit_bias_E), bias_E, spec)
-
-
-def store_latent(x_TX: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor, slots_T: Tensor) -> None:
-    rank = len(w.norm_R)
-    latent_TR, key_TP = x_TX[:, w.column :].split((rank, pool_PW.shape[1] - rank), 1)
-    key_T1P = rotate(key_TP[:, None], *angles, w.interleaved)
-    pool_PW[slots_T] = torch.cat([rms_norm(latent_TR, w.norm_R, w.eps), key_T1P[:, 0]], 1)
-
-
-def attend_latent(q_THK: Tensor, w: Latent, angles: tuple[Tensor, Tensor], pool_PW: Tensor,
-                  batch: AttentionBatch) -> Tensor:  # fmt: skip
-    nope, rank = w.w_k_HNR.shape[1:]
-    absorbed = torch.einsum("thn,hnr->thr", wide(q_THK[..., :nope]), wide(w.w_k_HNR))
-    q_THW = torch.cat([absorbed, wide(rotate(q_THK[..., nope:], *angles, w.interleaved))], -1)
-    y_THR = attend_paged(q_THW, pool_PW, batch, KVView(1, pool_PW.shape[1], 0, rank), w.scale)
-    return torch.einsum("thr,hvr->thv", y_THR, wide(w.w_v_HVR)).to(q_THK.dtype)

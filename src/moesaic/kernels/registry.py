@@ -23,9 +23,16 @@ from moesaic.errors import UnsupportedError
 from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
 
-BACKENDS = ("cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "deep_gemm", "humming", "reference")
+BACKENDS = (
+    "cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "triton_invariant", "deep_gemm", "humming",
+    "reference",
+)  # fmt: skip
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
 ENTRY_POINTS = "moesaic.kernels"
+IN_PLACE_OF = {"linear_terms": "linear_quant", "attend_encode": "attend_paged", "attend_latent": "attend_paged"}
+NONE: Mapping[str, Parameters] = MappingProxyType({})
+VARIANT_OF = {"triton_invariant": "triton"}
+"""Backends that hold nothing but other variants of another one's ops."""
 
 
 @cache
@@ -113,8 +120,12 @@ class Kernels:
         if need not in self._bound:
             chosen = {choice.op: choice.chosen for choice in self.plan.ops[self.plan.base]}
             chosen |= {choice.op: choice.chosen for choice in self.plan.ops[need]}
-            self._bound[need] = bind(chosen)
+            self._bound[need] = self.bind(chosen)
         return self._bound[need]
+
+    def bind(self, chosen: Mapping[str, str], parameters: Mapping[str, Parameters] = NONE) -> Ops:
+        """op -> backend, as an object with the functions."""
+        return bind(own(chosen), parameters)
 
     def layer(self, layer: int) -> LayerPlan:
         """The plan of a layer by its index; StopIteration where there is none."""
@@ -130,11 +141,11 @@ class Kernels:
         gate, bound = self.chosen("gate", replace(base, logits=of.router_dtype)), []
         for cell in of.cells:
             names = {**chosen, **{role: cell.path.stage(role).kernel for role in ("route", "experts")}}
-            if gate == names["route"]:
+            if VARIANT_OF.get(gate, gate) == names["route"]:
                 names["gate"] = gate
             key = (*names.items(), cell.parameters)
             if key not in self._bound:
-                self._bound[key] = bind(names, {"experts": cell.parameters})
+                self._bound[key] = self.bind(names, {"experts": cell.parameters})
             packer = backends()[names["experts"]] if cell.packed.packing != "plain" else None
             bound.append(BoundCell(cell.phase, cell.tokens, cell.path, self._bound[key], packer))
         return tuple(bound)
@@ -144,10 +155,15 @@ class Kernels:
         return next((choice.chosen for choice in self.plan.ops[need] if choice.op == op), "")
 
 
-def bind(chosen: Mapping[str, str], parameters: Mapping[str, Parameters] = MappingProxyType({})) -> Ops:
+def bind(chosen: Mapping[str, str], parameters: Mapping[str, Parameters] = NONE) -> Ops:
     """op -> backend, as an object with the functions; those that were measured fastest with parameters get them."""
     found = {}
     for op, name in chosen.items():
         function, given = getattr(backends()[name], op), dict(parameters.get(op, ()))
         found[op] = partial(function, **given) if given else function
     return cast(Ops, SimpleNamespace(**found))
+
+
+def own(chosen: Mapping[str, str]) -> dict[str, str]:
+    """op -> backend, without the fused ops that take the place of an op for which another backend was chosen."""
+    return {op: name for op, name in chosen.items() if chosen.get(IN_PLACE_OF.get(op, op)) == name}

@@ -12,10 +12,14 @@ from importlib import import_module
 from typing import Any
 
 from moesaic.contracts.contract import FLOATS16, Contract, path_of
-from moesaic.contracts.scheme import ENCODINGS, FORMATS
+from moesaic.contracts.scheme import ENCODINGS, FORMATS, KV_FORMATS
 from moesaic.kernels.ops import OP_NAMES
 
-ROW_WISE = ("rms_norm", "add_rms_norm", "rotate", "activate", "route")
+FUSED = ("gate", "store_latent", "attend_latent", "top_two", "linear_terms", "add_norm_encode", "store_heads",
+         "attend_encode")  # fmt: skip
+OPS = OP_NAMES + FUSED
+ROW_WISE = ("rms_norm", "add_rms_norm", "rotate", "activate", "route", "top_two", "add_norm_encode", "store_heads",
+            "store_latent")  # fmt: skip
 """Computed by one program per row, in either float type; the others choose tiles by the number of rows."""
 BF16 = frozenset({"bfloat16"})
 
@@ -26,14 +30,14 @@ def contract_of(op: str) -> Contract:
         op, "triton", frozenset({"cuda"}), FLOATS16 if row_wise or op in ("linear", "encode") else BF16,
         batch_invariant=row_wise, rank=50, formats=frozenset(FORMATS), encodings=frozenset(ENCODINGS),
         activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, sinks=True, arch=(90, 103), package="triton",
-        versions=">=3.6,<3.8", path=path_of(op), logits=FLOATS16,
+        versions=">=3.6,<3.8", path=path_of(op), logits=FLOATS16, kv=frozenset(KV_FORMATS),
     )  # fmt: skip
 
 
 # Rows are encoded one by one, but for the dynamic scale of a whole tensor.
 _ENCODE = replace(contract_of("encode"), encodings=frozenset(ENCODINGS) - {"fp8_tensor"}, batch_invariant=True)
 CONTRACTS = (
-    *(contract_of(op) for op in OP_NAMES if op != "encode"),
+    *(contract_of(op) for op in OPS if op != "encode"),
     _ENCODE,
     replace(contract_of("encode"), encodings=frozenset({"fp8_tensor"})),
 )
@@ -57,7 +61,7 @@ def probe() -> str | None:
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    if name not in OP_NAMES:
+    if name not in OPS:
         raise AttributeError(name)
     found: Callable[..., Any] = getattr(import_module(f"moesaic.kernels._triton.{name}"), name)
     return found

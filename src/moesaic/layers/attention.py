@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import GQASpec
-from moesaic.kernels.ops import KVView
+from moesaic.formats.encodings import Rows
+from moesaic.kernels.ops import HeadNorms, KVView, Softmax
 from moesaic.kernels.registry import Kernels
-from moesaic.layers.linear import Linear, Norm, Sources
+from moesaic.layers.linear import Linear, Norm, Sources, Taken
 from moesaic.layers.step import LayerInput
 
 
@@ -29,19 +30,40 @@ class GQA:
         self.sinks_H = like.new_empty(spec.heads, dtype=torch.float32) if spec.sinks else None
         keys = spec.kv_heads * spec.head_dim
         self.view = KVView(spec.kv_heads, spec.head_dim, value_at=keys, value_dim=spec.head_dim)
+        q_K, k_K = (norm.weight_D if norm else None for norm in (self.q_norm, self.k_norm))
+        self.norms = HeadNorms(q_K, k_K, eps, spec.rope.interleaved, like.dtype)
+        self.fused, self.sums = hasattr(ops, "store_heads"), hasattr(ops, "add_norm_encode")
 
-    def __call__(self, x_TD: Tensor, at: LayerInput) -> Tensor:
+    @property
+    def takes(self) -> Taken | None:
+        return self.qkv.takes
+
+    def __call__(self, x_TD: Tensor, at: LayerInput, rows: Rows | None = None) -> Tensor:
+        """[T, D], or terms of that where norms add them up. rows: x encoded."""
+        step, how = at.step, Softmax(self.spec.scale, self.spec.window, self.sinks_H)
+        q_THK, takes = self.store(x_TD, at, rows), self.o.takes
+        pool_PW = step.pool.layers[self.layer]
+        if takes is not None and takes[0].by_row and hasattr(self.ops, "attend_encode"):
+            encoded = self.ops.attend_encode(q_THK, pool_PW, step.attention, self.view, how, *takes)
+            return self.o.terms(None, encoded)
+        y_THK = self.ops.attend_paged(q_THK, pool_PW, step.attention, self.view, how.scale, how.window, how.sinks_H)
+        return self.o.terms(y_THK.flatten(1)) if self.sums else self.o(y_THK.flatten(1))
+
+    def store(self, x_TD: Tensor, at: LayerInput, rows: Rows | None) -> Tensor:
+        """Writes keys and values; returns queries [T, H, K]."""
         spec, step = self.spec, at.step
-        heads = self.qkv(x_TD).view(len(x_TD), -1, spec.head_dim)
+        if self.fused:
+            terms, pool_PW = self.qkv.terms(x_TD, rows), step.pool.layers[self.layer]
+            return self.ops.store_heads(terms, self.norms, at.angles[spec.rope], pool_PW, step.slots_T, self.view)
+        heads = self.qkv(x_TD, rows).view(len(x_TD), -1, spec.head_dim)
         q_THK, k_TGK, v_TGK = heads.split((spec.heads, spec.kv_heads, spec.kv_heads), 1)
         if self.q_norm:
             q_THK = self.q_norm(q_THK)
         if self.k_norm:
             k_TGK = self.k_norm(k_TGK)
         q_THK, k_TGK = self.turn(q_THK, at), self.turn(k_TGK, at)
-        pool_PW = step.pool.write(self.layer, step.slots_T, torch.cat([k_TGK, v_TGK], 1).flatten(1))
-        how = (spec.scale, spec.window, self.sinks_H)
-        return self.o(self.ops.attend_paged(q_THK, pool_PW, step.attention, self.view, *how).flatten(1))
+        step.pool.write(self.layer, step.slots_T, torch.cat([k_TGK, v_TGK], 1).flatten(1), self.view.parts)
+        return q_THK
 
     def turn(self, x_THK: Tensor, at: LayerInput) -> Tensor:
         """Rotates the first rope.dim elements of each head; the rest pass through."""

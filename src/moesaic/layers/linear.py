@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.contract import asks_of
-from moesaic.contracts.scheme import UNQUANTIZED, Scheme
+from moesaic.contracts.scheme import UNQUANTIZED, Encoding, Scheme
 from moesaic.contracts.spec import LinearSpec, MoESpec
 from moesaic.formats.base import QuantTensor
+from moesaic.formats.encodings import Rows
 from moesaic.kernels.ops import Ops
 from moesaic.kernels.registry import Kernels
+
+PLAIN = Encoding("bf16")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,17 @@ Sources = Iterator[tuple[str, Tensor] | Stored]
 """(checkpoint tensor name, writable view of the storage that it fills), or a weight that may be quantised."""
 
 
+Taken = tuple[Encoding, Tensor | None]
+"""What rows are encoded in, with the scale where it is static."""
+
+
+def suits(rows: Rows, taken: Taken | None) -> bool:
+    """Whether rows have the very encoding and scale that a weight is multiplied with."""
+    if taken is None or rows.encoding != taken[0]:
+        return False
+    return taken[1] is None or any(part is taken[1] for part in rows.parts.values())
+
+
 class Piece:
     """Consecutive parts in one scheme: one weight, one product, as long as their static input scales agree."""
 
@@ -80,10 +94,19 @@ class Piece:
             each = [self.weight.segment(i) for i in range(len(self.parts))]
             self.products = list(zip(each, self.input_scale_P, strict=True))
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """The products side by side, without bias."""
+    @property
+    def takes(self) -> Taken | None:
+        """What its rows are encoded in, where that is one thing."""
+        if not self.scheme.quantized or len(self.products) > 1:
+            return None
+        return self.scheme.activation, self.products[0][1]
+
+    def __call__(self, x_TD: Tensor, rows: Rows | None = None) -> Tensor:
+        """The products side by side, without bias. rows: x encoded, used where it `suits`."""
         if not self.scheme.quantized:
             return self.ops.linear(x_TD, self.weight.plain)
+        if rows is not None and suits(rows, self.takes):
+            return self.ops.linear_quant(rows, self.products[0][0])
         how = self.scheme.activation
         each = [self.ops.linear_quant(self.ops.encode(x_TD, how, scale), w) for w, scale in self.products]
         return each[0] if len(each) == 1 else torch.cat(each, -1)
@@ -106,12 +129,28 @@ class Linear:
         rows = sum(part.outputs for part in parts)
         self.bias_N = like.new_zeros(rows) if any(part.bias for part in parts) else None
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, rows: Rows | None = None) -> Tensor:
+        """rows: x, encoded in whatever way; used where that is what the weight is multiplied with."""
         if self.single:
             return self.linear(x_TD, self.single.weight.plain, self.bias_N)
-        each = [piece(x_TD) for piece in self.pieces]
+        each = [piece(x_TD, rows) for piece in self.pieces]
         y_TN = each[0] if len(each) == 1 else torch.cat(each, -1)
         return y_TN if self.bias_N is None else y_TN + self.bias_N
+
+    @property
+    def takes(self) -> Taken | None:
+        """What rows may be encoded in before they come here; None: they come as they are."""
+        return self.pieces[0].takes if len(self.pieces) == 1 else None
+
+    def terms(self, x_TD: Tensor | None, rows: Rows | None = None) -> Tensor:
+        """The same as terms [P, T, N] for the reader to add up. x may be None where rows are given that suit."""
+        piece, takes = self.pieces[0], self.takes
+        if takes is not None and hasattr(piece.ops, "linear_terms"):
+            if rows is None or not suits(rows, takes):
+                assert x_TD is not None, "rows that suit, or rows as they are"
+                rows = piece.ops.encode(x_TD, *takes)
+            return piece.ops.linear_terms(rows, piece.products[0][0], self.bias_N)
+        return self(rows.data if x_TD is None and rows is not None else x_TD, rows)[None]  # type: ignore[arg-type]
 
     @property
     def bare(self) -> bool:
@@ -135,10 +174,11 @@ class Linear:
 
 
 class Norm:
-    """RMS norm over the last axis with its own epsilon."""
+    """RMS norm over the last axis with its own epsilon. fused: it adds terms up and encodes in the same pass."""
 
     def __init__(self, name: str, size: int, eps: float, ops: Ops, like: Tensor) -> None:
         self.name, self.eps, self.ops = name, eps, ops
+        self.fused = hasattr(ops, "add_norm_encode")
         self.weight_D = like.new_empty(size)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
@@ -149,6 +189,15 @@ class Norm:
         if residual_TD is None:
             return self(x_TD), x_TD
         return self.ops.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
+
+    def encoded(self, x: Tensor, residual_TD: Tensor | None, takes: Taken | None) -> tuple[Tensor, Rows | None, Tensor]:
+        """(norm of the sum, the same encoded if a fused op did it, the sum). x: rows, or, where this norm is fused,
+        terms [P, T, D]; takes: what the norm's reader takes."""
+        if not self.fused:
+            h_TD, residual_TD = self.after_add(x, residual_TD)
+            return h_TD, None, residual_TD
+        encoding, scale = takes if takes and takes[0].by_row else (PLAIN, None)
+        return self.ops.add_norm_encode(x, residual_TD, self.weight_D, self.eps, encoding, scale)
 
     def sources(self) -> Sources:
         yield f"{self.name}.weight", self.weight_D

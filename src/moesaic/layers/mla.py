@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import MLASpec
+from moesaic.formats import kv
+from moesaic.formats.encodings import Rows
 from moesaic.kernels.ops import AttentionBatch, KVView, Latent
 from moesaic.kernels.registry import Kernels
-from moesaic.layers.linear import Linear, Norm, Sources
+from moesaic.layers.linear import Linear, Norm, Sources, Taken
 from moesaic.layers.step import LayerInput
 
 SHORT = 128
@@ -40,41 +42,61 @@ class MLA:
         # The two paths contract it along different axes: a quantised one is decoded when loaded, never quantised again.
         self.kv_b = Linear((spec.kv_b,), kernels, like, plain=True)
         self.view = KVView(1, spec.kv_rank + spec.rope_dim, value_at=0, value_dim=spec.kv_rank)
-        self.fused = hasattr(ops, "store_latent") and hasattr(ops, "attend_latent") and not one_path
+        self.fused = hasattr(ops, "store_latent") and hasattr(ops, "attend_latent")
+        self.sums = hasattr(ops, "add_norm_encode")
         self.latent = Latent(*self.halves(), self.kv_norm.weight_D, eps, spec.scale, spec.rope.interleaved, self.q_rank)
 
-    def __call__(self, x_TD: Tensor, at: LayerInput) -> Tensor:
+    @property
+    def takes(self) -> Taken | None:
+        return self.down.takes
+
+    def __call__(self, x_TD: Tensor, at: LayerInput, rows: Rows | None = None) -> Tensor:
+        """[T, D], or terms of that where norms add them up. rows: x encoded."""
+        y_TX = self.attend(x_TD, at, rows).flatten(1)
+        return self.o.terms(y_TX) if self.sums else self.o(y_TX)
+
+    def attend(self, x_TD: Tensor, at: LayerInput, rows: Rows | None) -> Tensor:
+        """[T, H, V]."""
         step, batch = at.step, at.step.attention
-        if self.fused and (batch.decodes == len(batch.spans) or max(span.length for span in batch.spans) <= SHORT):
-            return self.o(self.in_place(x_TD, at).flatten(1))
-        q_nope_THN, q_rope_THP, row_TW = self.project(x_TD, at)
-        pool_PW = step.pool.write(self.layer, step.slots_T, row_TW)
+        if self.fused and (self.one_path or batch.decodes == len(batch.spans) or batch.longest <= SHORT):
+            return self.in_place(x_TD, at, rows)
+        q_nope_THN, q_rope_THP, row_TW = self.project(x_TD, at, rows)
+        pool_PW = step.pool.write(self.layer, step.slots_T, row_TW, self.view.parts)
         if self.one_path or batch.decodes == len(batch.spans):
-            return self.o(self.absorbed(q_nope_THN, q_rope_THP, pool_PW, batch).flatten(1))
+            return self.absorbed(q_nope_THN, q_rope_THP, pool_PW, batch)
         y_THV = x_TD.new_empty(len(x_TD), self.spec.heads, self.spec.v_dim)
         if count := batch.decodes:
             y_THV[:count] = self.absorbed(q_nope_THN[:count], q_rope_THP[:count], pool_PW, batch.decoding())
         for s in range(batch.decodes, len(batch.spans)):
             span = batch.spans[s]
-            rows = slice(span.start, span.start + span.count)
-            context_LW = pool_PW.index_select(0, batch.slots_SL[s, : span.length])
-            y_THV[rows] = self.plain(q_nope_THN[rows], q_rope_THP[rows], context_LW)
-        return self.o(y_THV.flatten(1))
+            own = slice(span.start, span.start + span.count)
+            context_LW = self.cached(pool_PW, batch.slots_SL[s, : span.length], x_TD.dtype)
+            y_THV[own] = self.plain(q_nope_THN[own], q_rope_THP[own], context_LW)
+        return y_THV
 
-    def in_place(self, x_TD: Tensor, at: LayerInput) -> Tensor:
+    def cached(self, pool_PW: Tensor, slots_L: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the cache as numbers [L, W]."""
+        rows = pool_PW.index_select(0, slots_L)
+        return kv.decode(rows, self.view.parts).to(dtype) if pool_PW.dtype == torch.uint8 else rows
+
+    def in_place(self, x_TD: Tensor, at: LayerInput, rows: Rows | None) -> Tensor:
         """[T, H, V] by the fused ops."""
-        step, angles, down = at.step, at.angles[self.spec.rope], self.down(x_TD)
-        q_THK = self.q_b(self.q_norm(down[:, : self.q_rank]) if self.q_norm else x_TD)
-        q_THK, pool_PW = q_THK.view(len(x_TD), self.spec.heads, -1), step.pool.layers[self.layer]
+        step, angles, down = at.step, at.angles[self.spec.rope], self.down(x_TD, rows)
+        q_THK, pool_PW = self.queries(x_TD, down, rows), step.pool.layers[self.layer]
         self.ops.store_latent(down, self.latent, angles, pool_PW, step.slots_T)
         return self.ops.attend_latent(q_THK, self.latent, angles, pool_PW, step.attention)
 
-    def project(self, x_TD: Tensor, at: LayerInput) -> tuple[Tensor, Tensor, Tensor]:
+    def queries(self, x_TD: Tensor, down_TX: Tensor, rows: Rows | None) -> Tensor:
+        """[T, H, N + P], from the hidden state or from its own latent."""
+        if self.q_norm:
+            x_TD, rows, _ = self.q_norm.encoded(down_TX[:, : self.q_rank], None, self.q_b.takes)
+        return self.q_b(x_TD, rows).view(len(x_TD), self.spec.heads, -1)
+
+    def project(self, x_TD: Tensor, at: LayerInput, rows: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
         """x -> (q without position [T,H,N], rotated q [T,H,P], pool row [T,W])."""
         spec, (cos, sin) = self.spec, at.angles[self.spec.rope]
-        down = self.down(x_TD)
-        q_in = self.q_norm(down[:, : self.q_rank]) if self.q_norm else x_TD
-        q_THK = self.q_b(q_in).view(len(x_TD), spec.heads, -1)
+        down = self.down(x_TD, rows)
+        q_THK = self.queries(x_TD, down, rows)
         latent_TR, key_TP = down[:, self.q_rank :].split((spec.kv_rank, spec.rope_dim), 1)
         interleaved = spec.rope.interleaved
         q_rope_THP = self.ops.rotate(q_THK[..., spec.nope_dim :], cos, sin, interleaved)

@@ -17,6 +17,7 @@ class StepInput:
     """T tokens of S sequences, in sequence order; decoding sequences come first.
 
     tokens_T, positions_T, slots_T: INT64. A token's KV row goes to its slot before anyone reads it in this pass.
+    live_T: 0 for rows that are padding; None where no row is.
     """
 
     tokens_T: Tensor
@@ -24,6 +25,7 @@ class StepInput:
     slots_T: Tensor
     attention: AttentionBatch
     pool: KVPool
+    live_T: Tensor | None = None
 
     @property
     def phase(self) -> Phase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from moesaic.hardware import Hardware
 from moesaic.kernels.registry import Kernels, local_catalogue
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.models.decoder import Decoder
+from moesaic.models.dummy import fill_model
 from moesaic.models.loading import LoadReport, load, match
 from moesaic.models.weights import settle, slots_of
 from moesaic.moe.dispatch import contracts as dispatch_contracts
@@ -133,6 +135,9 @@ def build(checkpoint: Checkpoint, spec: ModelSpec, plan: ModelPlan, length: int,
     def ignore(name: str) -> bool:
         return pattern.fullmatch(name) is not None
 
+    if not checkpoint.files:
+        return dummy(Decoder(spec, kernels, like, length, one_path=need.batch_invariant), plan)
+
     # First without memory: a config that does not fit its own checkpoint must not make us allocate what it dreams of.
     match(checkpoint, slots_of(Decoder(spec, kernels, like.to("meta"), 1).sources(), dialect), ignore)
     model = Decoder(spec, kernels, like, length, one_path=need.batch_invariant)
@@ -142,11 +147,18 @@ def build(checkpoint: Checkpoint, spec: ModelSpec, plan: ModelPlan, length: int,
     return Built(model, plan, report, dtype)
 
 
+def dummy(model: Decoder, plan: ModelPlan) -> Built:
+    """A model of a checkpoint that was opened without weights: random ones, made where they are held."""
+    began = time.perf_counter()
+    nbytes, count = fill_model(model).nbytes(), sum(1 for _ in model.sources())
+    return Built(model, plan, LoadReport(time.perf_counter() - began, nbytes, count), model.embed.weight_VD.dtype)
+
+
 def stored_spec(checkpoint: Checkpoint) -> tuple[ModelSpec, Dialect | None]:
     """The spec of a checkpoint, by its config and its headers, and how it stores what is quantised."""
     dialect = read_quantization(checkpoint.config)
     spec = with_schemes(without_absent_drafts(described(checkpoint.config), checkpoint), checkpoint.config)
-    if dialect is None:
+    if dialect is None or not checkpoint.files:
         return spec, None
     settled = dialect.settle(spec, {name: stored.info.dtype for name, stored in checkpoint.tensors().items()})
     return replace(settled.spec, notes=(*spec.notes, *settled.notes)), settled.dialect

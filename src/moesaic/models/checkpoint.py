@@ -32,6 +32,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken")
 # Second copies of the weights, in the vendor's own layout, that some repositories carry.
 _HUB_COPIES = ("*/*.safetensors", "consolidated*.safetensors")
+_HUB_WEIGHTS = ("*.safetensors",)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _AGAIN = "Download the checkpoint again"
 
@@ -60,15 +61,16 @@ class Checkpoint:
         self.nbytes = sum(stored.info.nbytes for stored in self._tensors.values())
 
     @classmethod
-    def open(cls, model: str | Path, revision: str | None = None) -> Checkpoint:
+    def open(cls, model: str | Path, revision: str | None = None, *, weights: bool = True) -> Checkpoint:
         """Open a directory, or a hub id `org/name` (at `revision`), which is downloaded if it is not in the cache.
 
+        weights: without them only the configuration is looked at, and `tensors` is empty.
         Raises CheckpointError for whatever is missing, inconsistent or hostile, OptionError for a `revision` of a
         directory. Close it, or use it in a `with` block; the files stay open until then.
         """
-        directory = _locate(model, revision)
+        directory = _locate(model, revision, weights)
         try:
-            names, weight_map = _weight_files(directory)
+            names, weight_map = _weight_files(directory) if weights else ([], None)
             config, generation_config = _read_configs(directory)
         except OSError as error:
             _fail(directory, f"cannot be read ({_first_line(error)})", "Check the directory's permissions")
@@ -126,7 +128,7 @@ def _fail(where: Path | str, what: str, remedy: str) -> NoReturn:
     raise CheckpointError(what, where=str(where), remedy=remedy) from None
 
 
-def _locate(model: str | Path, revision: str | None) -> Path:
+def _locate(model: str | Path, revision: str | None, weights: bool) -> Path:
     """The directory of the model; downloads a hub id. Says what a path is when it is no directory."""
     path = Path(model).expanduser()
     try:
@@ -144,7 +146,7 @@ def _locate(model: str | Path, revision: str | None) -> Path:
     if exists:
         _refuse_file(path)
     if isinstance(model, str) and _HUB_ID.fullmatch(model) and not _by_suffix(path):
-        return _download(model, revision)
+        return _download(model, revision, weights)
     if known := _by_suffix(path):
         _fail(path, f"no such file; and {known[0]}", known[1])
     _fail(
@@ -176,8 +178,8 @@ def _by_suffix(path: Path) -> tuple[str, str] | None:
     return None
 
 
-def _download(model: str, revision: str | None) -> Path:
-    """The snapshot directory of a hub id, from the cache or the network."""
+def _download(model: str, revision: str | None, weights: bool) -> Path:
+    """The snapshot directory of a hub id, from the cache or the network; weights may be left out."""
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
@@ -189,7 +191,8 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                model, revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_COPIES)
+                model, revision=revision, allow_patterns=list(_HUB_FILES),
+                ignore_patterns=list(_HUB_COPIES if weights else _HUB_WEIGHTS),
             )
         )
     except errors.GatedRepoError:

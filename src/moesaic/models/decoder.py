@@ -11,6 +11,7 @@ from torch import Tensor
 from moesaic.contracts.spec import DraftSpec, LayerSpec, MLASpec, ModelSpec, MoESpec
 from moesaic.kernels.registry import Kernels
 from moesaic.layers.attention import GQA
+from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.linear import Embedding, Linear, Norm, Sources, Stored
 from moesaic.layers.mla import MLA
 from moesaic.layers.rope import RopeTable
@@ -29,7 +30,7 @@ class Parts:
         blocks = [*spec.layers, *(draft.block for draft in spec.drafts)]
         mixtures = [block for block in blocks if isinstance(block.mlp, MoESpec)]
         self.place = {block.index: i for i, block in enumerate(mixtures)}
-        self.meter = LoadMeter([b.mlp.router.experts for b in mixtures if isinstance(b.mlp, MoESpec)])
+        self.meter = LoadMeter([b.mlp.router.experts for b in mixtures if isinstance(b.mlp, MoESpec)], like.device)
 
     def norm(self, name: str) -> Norm:
         return Norm(name, self.hidden, self.eps, self.kernels.ops, self.like)
@@ -53,11 +54,13 @@ class Block:
         )
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None, at: LayerInput) -> tuple[Tensor, Tensor]:
-        """(output not yet added, residual)."""
-        h_TD, residual_TD = self.input_norm.after_add(x_TD, residual_TD)
-        h_TD, residual_TD = self.post_norm.after_add(self.attention(h_TD, at), residual_TD)
-        y_TD = self.mlp(h_TD, at.step.phase) if isinstance(self.mlp, MoELayer) else self.mlp(h_TD)
-        return y_TD, residual_TD
+        """(output not yet added, residual). x may be terms of rows, where norms add them up."""
+        h_TD, rows, residual_TD = self.input_norm.encoded(x_TD, residual_TD, self.attention.takes)
+        y_TD = self.attention(h_TD, at, rows)
+        h_TD, rows, residual_TD = self.post_norm.encoded(y_TD, residual_TD, self.mlp.takes)
+        if isinstance(self.mlp, MoELayer):
+            return self.mlp(h_TD, at.step.phase, at.step.live_T, rows), residual_TD
+        return self.mlp(h_TD, rows=rows), residual_TD
 
     def sources(self) -> Sources:
         for part in (self.input_norm, self.attention, self.post_norm, self.mlp):
@@ -74,7 +77,7 @@ class Draft:
 
     def __call__(self, embedded_TD: Tensor, hidden_TD: Tensor, at: LayerInput) -> Tensor:
         joined = torch.cat([self.embed_norm(embedded_TD), self.hidden_norm(hidden_TD)], -1)
-        return self.final_norm.after_add(*self.block(self.join(joined), None, at))[0]
+        return self.final_norm.encoded(*self.block(self.join(joined), None, at), None)[0]
 
     def sources(self) -> Sources:
         for part in (self.embed_norm, self.hidden_norm, self.join, self.block, self.final_norm):
@@ -108,7 +111,7 @@ class Decoder:
         residual_TD = None
         for block in self.blocks:
             x_TD, residual_TD = block(x_TD, residual_TD, at)
-        return self.final_norm.after_add(x_TD, residual_TD)[0]
+        return self.final_norm.encoded(x_TD, residual_TD, None)[0]
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """FP32 logits [R, V] of normalised hidden states."""
@@ -127,9 +130,19 @@ class Decoder:
         return LayerInput(step, {rope: table.at(step.positions_T) for rope, table in self.tables.items()})
 
     def kv_widths(self, drafts: bool = False) -> list[int]:
-        """Pool elements per token for each layer, draft layers last."""
+        """Pool elements per token for each layer, draft layers last; bytes in FP8."""
         blocks = [*self.spec.layers, *(draft.block for draft in self.spec.drafts if drafts)]
-        return [block.attention.kv_width for block in blocks]
+        parts = [block.attention.kv_parts for block in blocks]
+        return [each.fp8_bytes if self.kernels.plan.kv == "fp8" else each.width for each in parts]
+
+    @property
+    def kv_like(self) -> Tensor:
+        """An empty tensor with the dtype and device of the pool."""
+        return self.embed.weight_VD.new_empty(0, dtype=torch.uint8 if self.kernels.plan.kv == "fp8" else None)
+
+    def pool(self, blocks: int, block_size: int, drafts: bool = False) -> KVPool:
+        """A KV pool of this model."""
+        return KVPool(self.kv_widths(drafts), blocks, block_size, self.kv_like)
 
     def nbytes(self) -> int:
         """Of all weights."""

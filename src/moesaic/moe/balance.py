@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,23 +28,43 @@ class Load:
 
 
 class LoadMeter:
-    """Counts choices per expert; off until started, since it costs an operation per layer and step."""
+    """Counts choices per expert; off until started, since it may cost an operation per layer and step.
 
-    def __init__(self, experts: Sequence[int]) -> None:
+    always: count although it is off: a step that is recorded to be played again cannot know.
+    """
+
+    def __init__(self, experts: Sequence[int], device: torch.device | None = None) -> None:
         """experts: the number of experts of each mixture layer, in layer order."""
-        self.counts = [torch.zeros(count, dtype=torch.int64) for count in experts]
-        self.on = False
+        self.counts = [torch.zeros(count, dtype=torch.int64, device=device) for count in experts]
+        self.on = self.always = False
 
     def start(self) -> None:
         self.on = True
         for counts_E in self.counts:
             counts_E.zero_()
 
-    def count(self, layer: int, ids_TA: Tensor) -> None:
-        """layer: index among mixture layers. Padding ids (-1) are left out."""
-        if self.on:
-            counts_E = self.counts[layer]
-            counts_E += torch.bincount(ids_TA[ids_TA >= 0], minlength=len(counts_E)).to(counts_E.device)
+    def counters(self, layer: int) -> Tensor | None:
+        """INT64 [E], to be added to, or None where nobody counts. layer: index among mixture layers."""
+        return self.counts[layer] if self.on or self.always else None
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """`always`, for a while."""
+        self.always = True
+        try:
+            yield
+        finally:
+            self.always = False
 
     def loads(self) -> tuple[Load, ...]:
-        return tuple(Load(i, tuple(counts_E.tolist())) for i, counts_E in enumerate(self.counts))
+        if not self.counts:
+            return ()
+        every = torch.cat(self.counts).cpu()  # one copy from the device
+        found = every.split([len(counts_E) for counts_E in self.counts])
+        return tuple(Load(i, tuple(counts_E.tolist())) for i, counts_E in enumerate(found))
+
+
+def add_choices(counts_E: Tensor, ids_TA: Tensor) -> None:
+    """Adds the choices to the counters. Padding ids (-1) are left out."""
+    chosen = ids_TA.flatten()
+    counts_E.index_add_(0, chosen.clamp(min=0).long(), (chosen >= 0).to(counts_E.dtype))

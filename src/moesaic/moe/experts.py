@@ -12,7 +12,7 @@ from moesaic.contracts.scheme import Scheme
 from moesaic.contracts.spec import MoESpec
 from moesaic.formats.base import QuantTensor
 from moesaic.kernels.ops import ExpertWeights, Ops
-from moesaic.layers.linear import Sources, Stored, Together
+from moesaic.layers.linear import Sources, Stored, Taken, Together, suits
 from moesaic.moe.values import Dispatched
 
 
@@ -56,10 +56,17 @@ class Experts:
             self.packer.unpack(self.weights)
             self.weights = self.plain
 
+    @property
+    def takes(self) -> Taken | None:
+        """What rows may be encoded in before they come here."""
+        return (self.scheme.activation, self.input_scale) if self.scheme.quantized else None
+
     def __call__(self, sent: Dispatched, ops: Ops) -> Tensor:
         if self.packer and self.weights.packing == "plain":
             self.settle()
-        rows = ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
+        rows = sent.rows
+        if rows is None or not suits(rows, self.takes):
+            rows = ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
         return ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
 
     def sources(self) -> Sources:

@@ -11,8 +11,9 @@ from moesaic.contracts.contract import Packed, asks_of
 from moesaic.contracts.plan import HELD, RUNS, MixturePath, Phase
 from moesaic.contracts.spec import MLPSpec, MoESpec
 from moesaic.errors import UnsupportedError
+from moesaic.formats.encodings import Rows
 from moesaic.kernels.registry import BoundCell, Kernels
-from moesaic.layers.linear import Linear, Sources
+from moesaic.layers.linear import Linear, Sources, Taken
 from moesaic.moe.balance import LoadMeter
 from moesaic.moe.dispatch import Dispatcher
 from moesaic.moe.experts import Experts
@@ -28,11 +29,15 @@ class MLP:
         self.down = Linear((spec.down,), kernels, like)
         self.fused = hasattr(self.ops, "mlp") and self.gate_up.bare and self.down.bare
 
-    def __call__(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
-        """The feed-forward of x, added to `onto` where that is given."""
+    @property
+    def takes(self) -> Taken | None:
+        return self.gate_up.takes
+
+    def __call__(self, x_TD: Tensor, onto_TD: Tensor | None = None, rows: Rows | None = None) -> Tensor:
+        """The feed-forward of x, added to `onto` where that is given. rows: x encoded."""
         if self.fused:
             return self.ops.mlp(x_TD, self.gate_up.weight_ND, self.down.weight_ND, self.activation, onto_TD)
-        y_TD = self.down(self.ops.activate(self.gate_up(x_TD), self.activation))
+        y_TD = self.down(self.ops.activate(self.gate_up(x_TD, rows), self.activation))
         return y_TD if onto_TD is None else onto_TD + y_TD
 
     def sources(self) -> Sources:
@@ -58,15 +63,21 @@ class MoELayer:
         self.experts = Experts(spec, of.experts, like, self.cells[0].packer)
         self.shared = MLP(spec.shared, kernels, like) if spec.shared else None
 
-    def __call__(self, x_TD: Tensor, phase: Phase) -> Tensor:
+    @property
+    def takes(self) -> Taken | None:
+        return self.experts.takes
+
+    def __call__(
+        self, x_TD: Tensor, phase: Phase, live_T: Tensor | None = None, rows: Rows | None = None
+    ) -> Tensor:
+        """live_T: 0 for rows that are padding.  rows: x encoded."""
         cell = self.cell(phase, len(x_TD))
         dispatcher = self.dispatchers[cell.path.stage("dispatch").kernel]
-        routing = self.route(x_TD, cell.ops)
-        self.meter.count(self.place, routing.ids_TA)
-        sent = dispatcher.dispatch(x_TD, routing)
+        routing = self.route(x_TD, cell.ops, live_T, self.meter.counters(self.place))
+        sent = dispatcher.dispatch(x_TD, routing, rows)
         y = self.experts(sent, cell.ops)
         y_TD = dispatcher.combine(y, sent)
-        return y_TD if self.shared is None else self.shared(x_TD, y_TD)
+        return y_TD if self.shared is None else self.shared(x_TD, y_TD, rows)
 
     def cell(self, phase: Phase, tokens: int) -> BoundCell:
         """Of the phase's cells the first that is large enough; the last is planned for any number."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from moesaic.contracts.spec import RouterSpec
 from moesaic.kernels.ops import Ops
 from moesaic.layers.linear import Sources
+from moesaic.moe.balance import add_choices
 from moesaic.moe.values import Routing
 
 
@@ -25,10 +26,19 @@ class Router:
         self.bias_E = like.new_empty(spec.experts, dtype=torch.float32) if spec.bias else None
         self.logit_bias_E = like.new_empty(spec.experts, dtype=dtype) if spec.logit_bias else None
 
-    def __call__(self, x_TD: Tensor, ops: Ops) -> Routing:
+    def __call__(
+        self, x_TD: Tensor, ops: Ops, live_T: Tensor | None = None, counts_E: Tensor | None = None
+    ) -> Routing:
+        """live_T: 0 for rows that are padding and get no expert.  counts_E: to which the choices are added."""
         if hasattr(ops, "gate"):
-            return Routing(*ops.gate(x_TD, self.weight_ED, self.logit_bias_E, self.bias_E, self.spec))
-        return Routing(*ops.route(self.logits(x_TD, ops), self.bias_E, self.spec))
+            biases = (self.logit_bias_E, self.bias_E)
+            return Routing(*ops.gate(x_TD, self.weight_ED, *biases, self.spec, live_T, counts_E))
+        ids_TA, weights_TA = ops.route(self.logits(x_TD, ops), self.bias_E, self.spec)
+        if live_T is not None:
+            ids_TA = ids_TA.masked_fill(live_T[:, None] == 0, -1)
+        if counts_E is not None:
+            add_choices(counts_E, ids_TA)
+        return Routing(ids_TA, weights_TA)
 
     def logits(self, x_TD: Tensor, ops: Ops) -> Tensor:
         """[T, E] in the gate's dtype."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moesaic.formats.encodings import Rows
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -20,8 +22,12 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """What the experts of this rank receive, in layout `tokens`: rows and local expert ids (-1 where not here)."""
+    """What the experts of this rank receive, in layout `tokens`: rows and local expert ids (-1 where not here).
+
+    rows: x, encoded before it was sent; None where nobody did.
+    """
 
     x_TD: Tensor
     ids_TA: Tensor
     weights_TA: Tensor
+    rows: Rows | None = None

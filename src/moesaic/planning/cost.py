@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moesaic.contracts.plan import ModelPlan, Wishes
 from moesaic.contracts.scheme import UNQUANTIZED, Scheme
-from moesaic.contracts.spec import GQASpec, LayerSpec, MLASpec, ModelSpec, MoESpec
+from moesaic.contracts.spec import GQASpec, KVParts, LayerSpec, MLASpec, ModelSpec, MoESpec
 from moesaic.formats.sizes import weight_bytes
 from moesaic.hardware import Hardware
 from moesaic.planning.needs import experts_scheme, stacks_of
@@ -20,8 +20,6 @@ from moesaic.planning.needs import experts_scheme, stacks_of
 RESERVE = 0.08
 """Part of a device's memory that activations, graphs and the allocator need."""
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
-KV_BYTES = {"fp8": 1.0}
-"""Per element of a KV row, scales included; a cache in `bf16` has elements of the dtype that is computed in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +96,10 @@ def weights(spec: ModelSpec, wishes: Wishes, dtype: str) -> int:
 
 def kv_bytes(block: LayerSpec, wishes: Wishes, dtype: str) -> int:
     """Per token on one rank. MLA's row serves all heads, so that each rank has it; kv heads are dealt out."""
-    at = block.attention
-    width = at.kv_width if isinstance(at, MLASpec) else max(at.kv_width // wishes.tp, 2 * at.head_dim)
-    return round(KV_BYTES.get(wishes.kv, ITEMSIZE[dtype]) * width)
+    at, parts = block.attention, block.attention.kv_parts
+    if isinstance(at, GQASpec):
+        parts = KVParts(parts.coded[: 2 * max(at.kv_heads // wishes.tp, 1)])
+    return parts.fp8_bytes if wishes.kv == "fp8" else ITEMSIZE[dtype] * parts.width
 
 
 @dataclass(frozen=True, slots=True)

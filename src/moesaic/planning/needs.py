@@ -76,9 +76,9 @@ def layer_needs(block: LayerSpec, base: Need, router: str) -> Iterator[tuple[Nee
     for _, parts in stacks_of(block):
         for scheme in schemes_of(parts):
             if scheme.quantized:
-                yield under(base, scheme), frozenset({"encode", "linear_quant"})
+                yield under(base, scheme), frozenset({"encode", "linear_quant", "linear_terms"})
     if isinstance(block.attention, GQASpec) and getattr(block.attention, "sinks", None):
-        yield replace(base, sinks=True), frozenset({"attend_paged", "attend_dense"})
+        yield replace(base, sinks=True), frozenset({"attend_paged", "attend_dense", "attend_encode"})
     mlp = block.mlp.shared if isinstance(block.mlp, MoESpec) else block.mlp
     if mlp is not None:
         yield replace(base, activation=mlp.activation.kind), frozenset({"activate", "mlp"})

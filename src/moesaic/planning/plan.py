@@ -39,7 +39,8 @@ from moesaic.planning.needs import (
 )
 from moesaic.planning.tuning import UNTUNED, Tuning
 
-FUSED_OPS = frozenset({"gate", "store_latent", "attend_latent", "mlp"})
+FUSED_OPS = frozenset({"add_norm_encode", "attend_encode", "attend_latent", "gate", "linear_terms", "mlp",
+                       "store_heads", "store_latent", "top_two"})  # fmt: skip
 """Taken where a backend has them: layers compose the others."""
 COMMON_OPS = ("linear", "encode", "rms_norm", "add_rms_norm", "rotate", "activate", "attend_paged", "attend_dense")
 PREFILL = 8192
@@ -231,7 +232,7 @@ def planned(planner: Planner) -> ModelPlan:
         what = "projections cut across ranks are known, but not built into Moesaic yet"
         raise Refused(Refusal(what, f"--tp {wishes.tp}", "not_built"))
     ops: dict[Need, dict[str, Choice]] = {}
-    planner.ops_for(base, frozenset(COMMON_OPS) | FUSED_OPS - {"mlp"}, ops)
+    planner.ops_for(base, frozenset(COMMON_OPS) | FUSED_OPS - {"mlp", "linear_terms"}, ops)
     groups: dict[object, list[LayerSpec]] = {}
     for block in blocks_of(spec):
         groups.setdefault(kind_of(block), []).append(block)

@@ -18,6 +18,7 @@ from moesaic.text.special import SpecialTokens, read_special_tokens
 from moesaic.text.tiktoken_file import NAME as TIKTOKEN
 from moesaic.text.tiktoken_file import tokenizer_json
 
+TOKENIZER_FILES = ("tokenizer.json", TIKTOKEN)
 OTHER_KINDS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model")
 SLICE_CHARS = 200_000  # what a long prompt is probed by; about 0.3 s of one core
 
@@ -65,7 +66,7 @@ class Tokenizer:
         directory = Path(path)
         config = read_object(directory / "tokenizer_config.json")
         special = read_special_tokens(directory, config)
-        file = next((directory / n for n in ("tokenizer.json", TIKTOKEN) if (directory / n).is_file()), None)
+        file = next((directory / n for n in TOKENIZER_FILES if (directory / n).is_file()), None)
         if file is None:
             raise _missing(directory)
         if file.name == TIKTOKEN:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moesaic.kernels._triton.attend_paged import Heads, Softmax, Spans, prefill
+from moesaic.kernels._triton.attend_paged import Heads, Tables, prefill
+from moesaic.kernels.ops import Softmax
 
 
 def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float,
@@ -14,5 +15,5 @@ def attend_dense(q_THK: Tensor, k_LHK: Tensor, v_LHV: Tensor, scale: float,
     heads = Heads(k, v, (k.stride(0), k.stride(1)), (v.stride(0), v.stride(1)), k.shape[1], k.shape[2], v.shape[2])
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype, device=q.device)
     if len(q):
-        prefill(q, heads, Spans(1, len(q), None, len(k)), None, Softmax(scale, window, sinks_H), out)
+        prefill(q, heads, Tables(None, 1, None, 1, len(q), len(k)), Softmax(scale, window, sinks_H), out)
     return out

@@ -11,14 +11,15 @@ from typing import Protocol
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract
+from moesaic.formats.encodings import Rows
 from moesaic.moe.values import Dispatched, Routing
 
 
 class Dispatcher(Protocol):
     """`combine` consumes exactly what `dispatch` returned."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        """Rows for this rank's experts, with local expert ids."""
+    def dispatch(self, x_TD: Tensor, routing: Routing, rows: Rows | None = None) -> Dispatched:
+        """Rows for this rank's experts, with local expert ids. rows: x encoded, which nobody has to use."""
         ...
 
     def combine(self, y_TD: Tensor, sent: Dispatched) -> Tensor:

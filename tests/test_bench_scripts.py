@@ -1,0 +1,39 @@
+"""`moesaic bench` before the scripts of benchmarks/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import moesaic
+from moesaic.commands._scripts import SCRIPTS
+from tests.cli_support import call
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_help_names_them_all() -> None:
+    done = call("bench", "--help")
+    assert done.code == 0
+    assert all(name in done.out for name in ("serve", *SCRIPTS))
+    assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in SCRIPTS)
+
+
+def test_arguments_are_the_scripts_own(capfd: pytest.CaptureFixture[str]) -> None:
+    assert call("bench", "throughput", "--help").code == 0
+    assert "--prompts" in capfd.readouterr().out
+    assert call("bench", "experts", "--tokens", "many").code == 2
+    assert "invalid int value: 'many'" in capfd.readouterr().err
+
+
+def test_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moesaic, "__file__", str(tmp_path / "lib" / "site" / "moesaic" / "__init__.py"))
+    done = call("bench", "route")
+    assert done.code == 4, done
+    assert "Clone the repository" in done.err
+
+
+def test_something_must_be_named() -> None:
+    assert call("bench").code == 2
+    assert call("bench", "nothing").code == 2

@@ -1,0 +1,134 @@
+"""Decoding steps by graph, all but the graph: a stand-in runs the forward pass again when it is replayed.
+
+What a graph adds to the forward pass is on the host: the integers that a step writes, tables kept from step to step,
+padding rows, and buffers that are overwritten. In deterministic mode padding changes no bit, so that answers must be
+the very same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.engine.engine import Engine
+from moesaic.engine.graphs import Captured, DecodeGraphs, sizes
+from moesaic.engine.params import SamplingParams
+from moesaic.engine.rows import Fetch
+from moesaic.kernels import reference_fused
+from moesaic.kernels.ops import AttentionBatch, Ops, Span
+from tests.test_overlap import answers, engine_of, folder, summary
+
+__all__ = ["folder"]
+
+
+class Replayed(DecodeGraphs):
+    """Results lie where they lay at the first time, as those of a graph do."""
+
+    counts: Counter[int]
+
+    def capture_all(self, each: Any, show: bool) -> None:
+        self.counts = Counter()
+        super().capture_all(each, show)
+
+    def capture(self, size: int, memory: Any) -> Captured:
+        scores_BV, packed_2B = self.forward(size)
+
+        class Again:
+            def replay(_) -> None:
+                self.counts[size] += 1
+                with torch.inference_mode():
+                    scores, packed = self.forward(size)
+                scores_BV.copy_(scores)
+                if packed_2B is not None and packed is not None:
+                    packed_2B.copy_(packed)
+
+        return Captured(Again(), scores_BV, packed_2B)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernels read the spans themselves, where those of a GPU read the tensor; and from a GPU results are
+    copied before the next step runs."""
+
+    def batch_of(_: object, decodes: int, table_SB: Tensor, block: int, spans_S3: Tensor) -> AttentionBatch:
+        spans = tuple(Span(*each) for each in spans_S3.tolist())
+        return AttentionBatch(spans, decodes, table_SB, block, spans_S3)
+
+    monkeypatch.setattr("moesaic.engine.graphs.AttentionBatch", batch_of)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    fetch = Fetch.__init__
+    monkeypatch.setattr(Fetch, "__init__", lambda self, tensor: fetch(self, tensor.clone()))
+
+
+def with_graphs(engine: Engine, most: int = 64, length: int = 256) -> DecodeGraphs:
+    """Where every row is greedy and wants nothing else, the graph's own choice is taken."""
+    runner = engine.runner
+    runner.model.ops = cast(Ops, SimpleNamespace(**vars(runner.model.ops), top_two=reference_fused.top_two))
+    runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length)
+    return runner.graphs
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_answers_are_the_same(folder: Path, overlap: bool) -> None:
+    expected = summary(answers(engine_of(folder, overlap=False), random.Random(1)))
+    engine = engine_of(folder, overlap=overlap)
+    graphs = with_graphs(engine)
+    assert summary(answers(engine, random.Random(1))) == expected
+    assert summary(answers(engine, random.Random(2))) == expected, "tables that were filled before"
+    assert sum(graphs.counts.values()) > 50  # type: ignore[attr-defined]
+    assert len(graphs.counts) > 3, "several sizes"  # type: ignore[attr-defined]
+
+
+def test_answers_are_the_same_when_pressed(folder: Path) -> None:
+    """A cache so small that requests are preempted: their blocks are others afterwards."""
+    plain = summary(answers(engine_of(folder, overlap=False), random.Random(3)))
+    pool = engine_of(folder, overlap=False, max_num_seqs=1).runner.pool
+    row = pool.nbytes // len(pool.layers[0])
+    engine = engine_of(folder, overlap=True, max_model_len=84, kv_memory=row * 4 * 26, max_num_seqs=8)
+    with_graphs(engine, 8, 84)
+    found = {name: deltas for name, deltas in answers(engine, random.Random(4), aborts=True).items() if deltas}
+    whole = {name: each for name, each in summary(found).items() if found[name][-1].finish_reason is not None}
+    assert len(whole) > 15
+    assert whole == {name: plain[name] for name in whole}
+    assert engine.stats.preemptions > 0
+
+
+def test_padding_rows_are_not_counted(folder: Path) -> None:
+    """The loads of experts that `--eplb` and reports go by."""
+    found = []
+    for graphs in (False, True):
+        engine = engine_of(folder, overlap=False)
+        if graphs:
+            with_graphs(engine)
+        engine.runner.model.meter.start()
+        answers(engine, random.Random(5), 12)
+        found.append([load.counts for load in engine.runner.model.meter.loads()])
+    assert found[0] == found[1]
+    assert sum(found[0][0]) > 100
+
+
+def test_a_step_too_large_runs_without(folder: Path) -> None:
+    engine = engine_of(folder, overlap=False)
+    graphs = with_graphs(engine, 4)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for i in range(6):
+        engine.add(f"{i}", [5 + i], params)
+    engine.step()
+    engine.step()
+    assert not graphs.counts  # type: ignore[attr-defined]
+    engine.abort("0")
+    engine.abort("1")
+    engine.step()
+    assert graphs.counts == {4: 1}  # type: ignore[attr-defined]
+
+
+def test_sizes() -> None:
+    assert sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert sizes(8) == [1, 2, 4, 8]
