@@ -135,15 +135,27 @@ template <int R, int C> DEVICE void put_elements(u8 *const (&rows)[R], const boo
 #pragma unroll
     for (int r = 0; r < R; r++) {
         if (MAP_BLOCK == 1 && !wanted[r]) continue;
-        u8 *to = MAP_BLOCK == 1 ? rows[r] + first * ROW_BYTES : space[r];
+        u8 *to = (MAP_BLOCK == 1 ? rows[r] + first * ROW_BYTES : space[r]) + lane * C * ROW_BYTES;
+        u32 pair[C / 2];
 #pragma unroll
         for (int i = 0; i < C; i += 2) {
 #if ROWS8
-            *(u16 *)(to + lane * C + i) = e4m3_pair(v[r][i], v[r][i + 1]);
+            pair[i / 2] = e4m3_pair(v[r][i], v[r][i + 1]);
 #else
-            *(u32 *)(to + 2 * (lane * C + i)) = HALVES ? half_pair(v[r][i], v[r][i + 1]) : bf16_pair(v[r][i], v[r][i + 1]);
+            pair[i / 2] = HALVES ? half_pair(v[r][i], v[r][i + 1]) : bf16_pair(v[r][i], v[r][i + 1]);
 #endif
         }
+#if ROWS8
+        if (C == 4)
+            *(u32 *)to = pair[0] | pair[C / 2 - 1] << 16;
+        else
+            *(u16 *)to = pair[0];
+#else
+        if (C == 4)
+            *(uint2 *)to = make_uint2(pair[0], pair[C / 2 - 1]);
+        else
+            *(u32 *)to = pair[0];
+#endif
     }
     if (MAP_BLOCK == 1) return;
     __syncwarp();

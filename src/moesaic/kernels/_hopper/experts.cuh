@@ -70,7 +70,10 @@ DEVICE void emit_h(const Arguments &a, const Item &item, int begin, int slot, co
         int local = me.warp + 8 * r;
         to.wanted[r] = begin + local < item.count, to.row[r] = item.first + begin + local, to.space[r] = (u8 *)room.chunk[local];
 #pragma unroll
-        for (int i = 0; i < C; i++) v[r][i] = column + at + i < a.columns ? room.chunk[local][at + i] : 0.0f;
+        for (int i = 0; i < C; i += 2) *(float2 *)(v[r] + i) = *(const float2 *)(room.chunk[local] + at + i);
+        if (column + at >= a.columns)
+#pragma unroll
+            for (int i = 0; i < C; i++) v[r][i] = 0.0f;
     }
     put_h(a, to, column, v, slot, me.lane);
     if (item.column != a.first.tiles - 1) return;
@@ -183,12 +186,12 @@ DEVICE void consume(const Arguments &a) {
 
 DEVICE void prepare_barriers() {
     for (int i = 0; i < STAGES; i++) {
-        barrier_init(shared_address(room.full + i), (NARROW ? 33 : 34) + (STAGE_SCALES ? 32 : 0));
+        barrier_init(shared_address(room.full + i), (NARROW ? 33 : 66) + (STAGE_SCALES ? 32 : 0));
         barrier_init(shared_address(room.empty + i), 8);
     }
     for (int i = 0; i < SLOTS; i++) {
         barrier_init(shared_address(room.item_full + i), 1);
-        barrier_init(shared_address(room.item_empty + i), 10);
+        barrier_init(shared_address(room.item_empty + i), NARROW ? 10 : 11);
         barrier_init(shared_address(room.stored + i), 8);
         barrier_init(shared_address(room.table_full + i), 64);
     }
@@ -206,17 +209,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) experts(con
     let_next_grid_start();
     if (threadIdx.x < FETCHERS) {
 #if !NARROW
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(56));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BLOCKS_PER_SM == 1 ? 56 : 32));
 #endif
         if (threadIdx.x < 32)
             fetch_weights(a, maps, threadIdx.x);
         else if (threadIdx.x < 64)
-            fetch_rows(a, maps, threadIdx.x - 32);
+            fetch_rows(a, maps, 0, threadIdx.x - 32);
         else if (threadIdx.x < 96)
             publish(a, threadIdx.x - 64);
+        else
+            fetch_rows(a, maps, 1, threadIdx.x - 96);
     } else {
 #if !NARROW
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(224));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS_PER_SM == 1 ? 224 : 104));
 #endif
         consume(a);
     }

@@ -140,6 +140,8 @@ DEVICE void fetch_group_scales(const Item &item, const Rows &rows, const Tables 
             copy_small<4>(shared_address(room.x_scales[slot] + lane + 32 * i), rows.scales + (i64)tables.source[i] * rows.scale_row + (i64)stage * rows.scale_group, 4);
 }
 
+#if NARROW
+
 // Copies of 16 bytes to where the products look for them, of rows wherever they lie.
 DEVICE void fetch_scattered(const Item &item, const Rows &rows, int stages, int slot, Tables &tables, Ring &at, int lane) {
     constexpr int PARTS = X_ROW / 16, LANES = PARTS < 32 ? PARTS : 32, BESIDE = 32 / LANES;
@@ -148,20 +150,60 @@ DEVICE void fetch_scattered(const Item &item, const Rows &rows, int stages, int 
         wait_empty(room.empty, at);
         u32 to = shared_address(room.x[at.slot]), full = shared_address(room.full + at.slot);
         const u8 *from = rows.data + s * X_ROW + part * 16;
-#pragma unroll
-        for (int i = 0; i < Tables::MINE; i++)
 #pragma unroll 4
-            for (int r = beside; r < 32; r += BESIDE) {
-                if (32 * i + r - beside >= item.count) break;
-                int source = __shfl_sync(0xFFFFFFFFu, tables.source[i], r);
+        for (int r = beside; r < MOST; r += BESIDE) {
+            if (r - beside >= item.count) break;
+            int source = __shfl_sync(0xFFFFFFFFu, tables.source[0], r);
 #pragma unroll
-                for (int more = 0; more < PARTS; more += LANES)
-                    if (32 * i + r < item.count) copy16(to + x_address(32 * i + r, part + more), from + source * rows.stride + more * 16);
-            }
+            for (int more = 0; more < PARTS; more += LANES)
+                if (r < item.count) copy16(to + x_address(r, part + more), from + source * rows.stride + more * 16);
+        }
         fetch_group_scales(item, rows, tables, s, at.slot, lane);
         barrier_arrive_copies(full);
-        if (!NARROW && lane == 0) barrier_arrive(full);  // where a tile of h is announced
         if (s == 0) tables.store(slot, lane);
+        at.next(STAGES);
+    }
+}
+
+#else
+
+// The same for one of two warps that share the rows: eight lanes copy 128 bytes of a row, so that all that changes from row
+// to row is known when this is compiled, but where the rows lie.
+struct Scattered {
+    static constexpr int MINE = MOST / 8;
+    u32 offset[MINE];
+    DEVICE_MEMBER void load(const Arguments &a, const Item &item, int first) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int sorted = item.first + min(first + 8 * i, item.count - 1);
+            offset[i] = (u32)(a.order[sorted] / a.top_k) * (u32)a.x.stride;
+        }
+    }
+    // from, to: of this lane's 16 bytes of the stage, of the first row.
+    DEVICE_MEMBER void copy(const u8 *from, u32 to, int rows) const {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            if (8 * i >= rows) return;
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++) copy16(to + piece * (MOST * 128) + i * 1024, from + offset[i] + piece * 128);
+        }
+    }
+};
+
+DEVICE void fetch_scattered(const Arguments &a, const Item &item, int warp, int slot, Tables &tables, Ring &at, int lane) {
+    int first = 4 * warp + lane / 8, part = lane % 8;  // rows `first`, `first` + 8 ...
+    Scattered mine;
+    mine.load(a, item, first);
+    const u8 *from = a.x.data + part * 16;
+    u32 to = first * 128 + (part ^ first) * 16;
+    for (int s = 0; s < a.first.stages; s++) {
+        wait_empty(room.empty, at);
+        u32 full = shared_address(room.full + at.slot);
+        mine.copy(from + s * X_ROW, shared_address(room.x[at.slot]) + to, item.count);
+        if (warp == 0) fetch_group_scales(item, a.x, tables, s, at.slot, lane);
+        barrier_arrive_copies(full);
+        if (warp == 0 && lane == 0) barrier_arrive(full);  // where a tile of h is announced
+        if (warp == 0 && s == 0) tables.store(slot, lane);
         at.next(STAGES);
     }
 }
@@ -184,28 +226,40 @@ DEVICE void fetch_tiles(const Maps &maps, const Item &item, const Rows &rows, in
     }
 }
 
-DEVICE void fetch_rows(const Arguments &a, const Maps &maps, int lane) {
+#endif
+
+// warp: of two that share this work (NARROW: there is one).
+DEVICE void fetch_rows(const Arguments &a, const Maps &maps, int warp, int lane) {
     Ring slot = {0, 0}, at = {0, 0};
     for (;;) {
         wait_full(room.item_full, slot);
         Item item = room.items[slot.slot];
         if (!item.phase) return;
+        bool up = item.phase == 1;
         if (item.phase == 2) {
-            barrier_arrive(shared_address(room.table_full + slot.slot));
+            if (warp == 0) barrier_arrive(shared_address(room.table_full + slot.slot));
         } else {
-            bool up = item.phase == 1;
-            if (!up && (a.phases & 1)) {
+            if (!up && (a.phases & 1) && warp == 0) {
                 while (load_acquire(READY(a, item.tile)) < a.parts) __nanosleep(20);
                 if (!NARROW) fence_to_async();
                 __syncwarp();
             }
             Tables tables;
-            tables.load(a, item, up ? a.x : a.h, lane);
-            int stages = up ? a.first.stages : a.second.stages;
-            if (NARROW || up)
-                fetch_scattered(item, up ? a.x : a.h, stages, slot.slot, tables, at, lane);
+            if (warp == 0) tables.load(a, item, up ? a.x : a.h, lane);
+#if NARROW
+            fetch_scattered(item, up ? a.x : a.h, up ? a.first.stages : a.second.stages, slot.slot, tables, at, lane);
+#else
+            if (up)
+                fetch_scattered(a, item, warp, slot.slot, tables, at, lane);
+            else if (warp == 0)
+                fetch_tiles(maps, item, a.h, a.second.stages, slot.slot, tables, at, lane);
             else
-                fetch_tiles(maps, item, a.h, stages, slot.slot, tables, at, lane);
+                for (int s = 0; s < a.second.stages; s++) {
+                    wait_empty(room.empty, at);
+                    barrier_arrive(shared_address(room.full + at.slot));
+                    at.next(STAGES);
+                }
+#endif
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(room.item_empty + slot.slot));
