@@ -1,0 +1,118 @@
+// Codes of weights -> operands of the tensor core, in registers; and the order of K that this makes.
+//
+// Of a product over K, a thread holds certain elements of two weight rows and, or others do, the same elements of x. Which
+// ones is free, as long as both sides agree: so a thread takes what lies together in memory, and x is stored in the order
+// that this gives (`element_at`), within blocks of MAP_BLOCK elements.
+//
+// FP4 and E4M3 codes become BF16 by moving their bits, which gives a number too small by a power of two (exact: the
+// multipliers know subnormals); half of that power goes into the block's scale, half into the sum. NVFP4 and FP8 with
+// rows of their own fit IEEE halves as well, with fewer instructions: a 4-bit code and its sign are one byte there, and E4M3 is
+// converted by the hardware.
+#pragma once
+#include "base.cuh"
+
+// Formats, as variants.py numbers them.
+#define BF16 0
+#define FP8 1  // E4M3, scales of rows or of 128 x 128 blocks
+#define MXFP8 2
+#define MXFP4 3
+#define NVFP4 4
+#define INT4 5
+
+#define NARROW (MOST <= 32)  // few rows of x: products by warps; else by groups of four
+#define FOUR_BIT (FORMAT >= MXFP4)
+#define ELEMENTS (FORMAT == BF16 ? 64 : FOUR_BIT ? 256 : 128) /* of K per stage: 128 bytes of each weight row */
+#define DECODED !(FORMAT == BF16 || (FORMAT == FP8 && ROWS8))
+#define ROW_BYTES (ROWS8 ? 1 : 2)
+#define X_ROW (ELEMENTS * ROW_BYTES) /* bytes of a row of x per stage */
+#define PIECES (X_ROW / 128)
+#define HALVES (NARROW && ((FORMAT == NVFP4 && ENCODING >= 6) || (FORMAT == FP8 && ENCODING >= 1 && ENCODING <= 4))) /* operands are IEEE halves */
+#define LIFT (HALVES ? (FORMAT == NVFP4 ? 0x1p7f : 1.0f) : FORMAT == MXFP4 || FORMAT == NVFP4 ? 0x1p63f : FORMAT == BF16 || FORMAT == INT4 || ROWS8 ? 1.0f : 0x1p60f)
+
+#define MAP_BLOCK (!DECODED || (NARROW && FORMAT == FP8 && HALVES) ? 1 : NARROW ? (FOUR_BIT ? 8 : 4) : FORMAT == INT4 ? 32 : FOUR_BIT ? 128 : 64)
+
+// The element of K at position p of a stored row of x, p below MAP_BLOCK.
+DEVICE int element_at(int p) {
+    if (MAP_BLOCK == 1) return p;
+    if (NARROW) return FOUR_BIT ? p / 2 + p % 2 * 4 : p / 2 + p % 2 * 2;  // as the decoders below pair them
+    if (FORMAT == INT4 && ROWS8) return (p % 16 / 4) * 8 + (p / 16) * 4 + p % 4;
+    int step = p / 16, lane = p % 8 / 2, i = p % 16 / 8 * 2 + p % 2;
+    if (FORMAT == INT4) return lane * 8 + step * 2 + i / 2 + i % 2 * 4;
+    if (FOUR_BIT) return lane * 32 + step / 2 * 8 + step % 2 * 2 + i / 2 + i % 2 * 4;
+    return lane * 16 + step * 4 + i / 2 + i % 2 * 2;
+}
+
+// Eight E2M1 codes -> pairs (n0, n4), (n1, n5), (n2, n6), (n3, n7), 2^-126 times their values.
+DEVICE void decode_e2m1(u32 w, u32 (&o)[4]) {
+    o[0] = ((w << 12) & 0x80008000u) | ((w << 6) & 0x01C001C0u);
+    o[1] = ((w << 8) & 0x80008000u) | ((w << 2) & 0x01C001C0u);
+    o[2] = ((w << 4) & 0x80008000u) | ((w >> 2) & 0x01C001C0u);
+    o[3] = (w & 0x80008000u) | ((w >> 6) & 0x01C001C0u);
+}
+
+// The same in halves, 2^-14 times their values.
+DEVICE void decode_e2m1_halves(u32 w, u32 (&o)[4]) {
+    u32 even = ((w << 4) & 0x80808080u) | ((w << 1) & 0x0E0E0E0Eu), odd = (w & 0x80808080u) | ((w >> 3) & 0x0E0E0E0Eu);
+    o[0] = __byte_perm(even, 0, 0x2404), o[2] = even & 0xFF00FF00u;
+    o[1] = __byte_perm(odd, 0, 0x2404), o[3] = odd & 0xFF00FF00u;
+}
+
+// Four E4M3 codes -> pairs (b0, b2), (b1, b3), 2^-120 times their values.
+DEVICE void decode_e4m3(u32 w, u32 &low, u32 &high) {
+    u32 up = w << 8;
+    low = (up & 0x80008000u) | ((up >> 4) & 0x07F007F0u);
+    high = (w & 0x80008000u) | ((w >> 4) & 0x07F007F0u);
+}
+
+// Eight codes n -> n - 8 as pairs (n0, n4), (n1, n5), ...: 128 + n is a pattern of bits.
+DEVICE void decode_int4(u32 w, u32 (&o)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) o[i] = sub_pair(((w >> (4 * i)) & 0x000F000Fu) | 0x43004300u, 0x43084308u);
+}
+
+// Eight codes n -> n - 8 in E4M3, n0..n3 and n4..n7, by two tables of magnitudes, chosen by each nibble's top bit.
+DEVICE void decode_int4_e4m3(u32 w, u32 &low, u32 &high) {
+    u32 c = w & 0x77777777u, h = w & 0x88888888u;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 above = __byte_perm(0x44403800u, 0x4E4C4A48u, c >> (16 * half));
+        u32 below = __byte_perm(0x4A4C4E50u, 0x38404448u, c >> (16 * half));
+        u32 mask;  // 0x7F where n < 8; 0 where the selector's top bit asks for the sign of 0x7F
+        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(0x7Fu), "r"(h >> (16 * half)));
+        u32 sign = (mask + 0x01010101u) & 0x80808080u;
+        (half ? high : low) = (below & mask) | (above & ~mask) | sign;
+    }
+}
+
+// The scale of a block as a pair of operands, times LIFT.
+DEVICE u32 block_scale(u32 code) {
+    if (FORMAT == MXFP8) return (code + 60) * 0x00800080u;
+    if (FORMAT == MXFP4) return (code + 63) * 0x00800080u;
+    u32 raw = code * 0x00100010u;                              // E4M3 bits where BF16 has them: 2^-120 times the scale
+    return mul_pair(mul_pair(raw, 0x7B807B80u), 0x5F005F00u);  // 2^120, 2^63
+}
+
+#define STEPS (FOUR_BIT && !ROWS8 ? 2 : 1) /* products per word of codes */
+
+// A word of codes of each of two rows -> operands of STEPS products, four registers each.
+DEVICE void decode_words(u32 upper, u32 lower, u32 upper_scale, u32 lower_scale, u32 (&a)[4 * STEPS]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        u32 word = r ? lower : upper, scale = r ? lower_scale : upper_scale, o[4];
+#if FORMAT == INT4 && ROWS8
+        decode_int4_e4m3(word, o[0], o[1]);
+#elif FORMAT == INT4
+        decode_int4(word, o);
+#elif HALVES && FORMAT == NVFP4
+        decode_e2m1_halves(word, o);
+#elif FOUR_BIT
+        decode_e2m1(word, o);
+#elif FORMAT == FP8 && HALVES
+        o[0] = e4m3_halves(word & 0xFFFF), o[1] = e4m3_halves(word >> 16);
+#else
+        decode_e4m3(word, o[0], o[1]);
+#endif
+#pragma unroll
+        for (int i = 0; i < 2 * STEPS; i++) a[i / 2 * 4 + i % 2 * 2 + r] = FORMAT == INT4 || (FORMAT == FP8 && HALVES) ? o[i] : HALVES ? mul_halves(o[i], scale) : mul_pair(o[i], scale);
+    }
+}

@@ -1,0 +1,113 @@
+"""The CUDA driver through ctypes: modules, launches, and descriptors of tiles that the copy engine fetches.
+
+Only what the kernels of this folder need. Launches go to torch's current stream and may be captured into a graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from moesaic.errors import UnsupportedError
+
+_SERIALIZATION, _SHARED_LIMIT = 6, 8  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, CU_FUNC_ATTRIBUTE_MAX_...
+_UINT8, _SWIZZLE_128B, _PROMOTE_256B = 0, 3, 3
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: 128 opaque bytes, which the driver wants aligned to 64."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+    _align_ = 64
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Raises UnsupportedError where there is no driver."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise UnsupportedError(f"the CUDA driver cannot be loaded: {error}", where="libcuda.so.1") from error
+
+
+def call(name: str, *arguments: Any) -> None:
+    """A driver function. Raises UnsupportedError with the driver's own word for what went wrong."""
+    status = getattr(library(), name)(*arguments)
+    if status:
+        text = ctypes.c_char_p()
+        library().cuGetErrorString(status, ctypes.byref(text))
+        said = text.value.decode() if text.value else f"error {status}"
+        raise UnsupportedError(f"{name}: {said}", where="the CUDA driver")
+
+
+class Module:
+    """Loaded machine code. Functions and globals are looked up by name."""
+
+    def __init__(self, image: bytes) -> None:
+        torch.cuda.current_stream()  # makes torch's context, in which the module lives
+        self.handle, self.image = ctypes.c_void_p(), image
+        call("cuModuleLoadData", ctypes.byref(self.handle), image)
+        self.functions: dict[str, ctypes.c_void_p] = {}
+
+    def function(self, name: str, shared: int = 0) -> ctypes.c_void_p:
+        """shared: bytes of dynamic shared memory that it will be launched with."""
+        if name not in self.functions:
+            found = ctypes.c_void_p()
+            call("cuModuleGetFunction", ctypes.byref(found), self.handle, name.encode())
+            if shared:
+                call("cuFuncSetAttribute", found, _SHARED_LIMIT, shared)
+            self.functions[name] = found
+        return self.functions[name]
+
+    def integer(self, name: str) -> int:
+        """A global variable of four bytes."""
+        address, size, value = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_int()
+        call("cuModuleGetGlobal_v2", ctypes.byref(address), ctypes.byref(size), self.handle, name.encode())
+        call("cuMemcpyDtoH_v2", ctypes.byref(value), address, ctypes.c_size_t(4))
+        return value.value
+
+
+def launch(function: ctypes.c_void_p, grid: int, block: int, arguments: Sequence[Any], shared: int = 0) -> None:
+    """A one-dimensional launch that may begin before the kernel in front of it has ended (the kernels wait themselves)."""
+    early = _Attribute(id=_SERIALIZATION)
+    early.value[0] = 1
+    stream = torch.cuda.current_stream().cuda_stream
+    config = _Config((grid, 1, 1), (block, 1, 1), shared, stream, ctypes.pointer(early), 1)
+    pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+    call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
+
+
+def tensor_map(address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
+    """Bytes in up to five axes, the first one dense. strides: bytes, of all axes but the first. box: of a tile.
+
+    Rows of 128 bytes arrive in shared memory with their 16-byte chunks exchanged (see `tile_descriptor` in base.cuh).
+    """
+    made, rank = aligned_map(), len(sizes)
+    call(
+        "cuTensorMapEncodeTiled", ctypes.byref(made), _UINT8, rank, ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*(1,) * rank), 0, _SWIZZLE_128B, _PROMOTE_256B, 0,
+    )  # fmt: skip
+    return made
+
+
+def aligned_map() -> TensorMap:
+    """ctypes honours `_align_` from Python 3.13 on only."""
+    buffer = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)
+    made = TensorMap.from_buffer(buffer, -ctypes.addressof(buffer) % 64)
+    return made

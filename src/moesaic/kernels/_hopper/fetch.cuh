@@ -1,0 +1,395 @@
+// What goes on beside the consumers: one warp takes items in order and fetches weights, another fetches rows of x, a third
+// says what has been made.
+//
+// Items are handed out by a counter: first-product tiles of all tiles of rows, then (where one scale spans all rows) encodings,
+// then second-product tiles. What an item needs was taken before it, so that waiting for it ends. While its rows
+// of h are not ready, the weights of a second product are on their way already.
+#pragma once
+#include "room.cuh"
+
+DEVICE Item item_of(const Arguments &a, int i, int tiles) {
+    int per1 = a.phases & 1 ? a.first.tiles : 0, per2 = a.phases & 2 ? a.second.tiles : 0;
+    int end1 = tiles * per1, end2 = end1 + ((a.phases & 1) && ENCODING == TENSOR_DYNAMIC ? tiles : 0), end3 = end2 + tiles * per2;
+    Item item = {};
+    if (i >= end3) return item;
+    item.phase = i < end1 ? 1 : i < end2 ? 2 : 3;
+    int at = item.phase == 1 ? i : item.phase == 2 ? i - end1 : i - end2, per = item.phase == 1 ? per1 : item.phase == 2 ? 1 : per2;
+    item.tile = at / per, item.column = at % per;
+    int4 rows = __ldg(a.tiles + item.tile);
+    item.e = rows.x, item.first = rows.y, item.count = rows.z, item.rounded = rows.w;
+    return item;
+}
+
+// Row r of the weight rows that a tile has in shared memory: of the first product eight gate rows lie before the eight up rows
+// of the same elements.
+DEVICE int weight_row(const Item &item, const Weight &weight, int r) {
+    if (item.phase != 1) return min(item.column * Y_COLUMNS + r, weight.rows - 1);
+    return min(item.column * H_COLUMNS + r / 16 * 8 + r % 8, weight.rows - 1) + r / 8 % 2 * weight.rows;
+}
+
+// Scales along K of a tile's weight rows, or of its blocks of weight rows: where a lane's lie, and copies for a stage.
+struct ScaleFetcher {
+    static constexpr int MINE = BLOCK_SCALES ? 1 : 4 * STACK;
+    const u8 *base;
+    u32 row[MINE];
+    int bytes;  // of a row
+    DEVICE_MEMBER void begin(const Item &item, const Weight &weight, int lane) {
+        base = weight.scales + item.e * weight.scales_expert;
+        bytes = weight.scale_bytes;
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int n = BLOCK_SCALES ? 0 : weight_row(item, weight, lane + 32 * i);
+            if (BLOCK_SCALES) {  // blocks begin anew at the up rows
+                int block = item.phase == 1 ? item.column * H_COLUMNS / 128 : min(item.column * Y_COLUMNS / 128 + lane / 2, (weight.rows + 127) / 128 - 1);
+                n = block + (item.phase == 1 && lane % 2 ? (weight.rows + 127) / 128 : 0);
+            }
+            row[i] = (u32)(n * weight.scales_row);
+        }
+    }
+    DEVICE_MEMBER void fetch(int stage, int slot, int lane) const {
+        constexpr int SIZE = BLOCK_SCALES ? 4 : SCALE_BYTES ? SCALE_BYTES : 4;
+        if (!STAGE_SCALES || (BLOCK_SCALES && lane >= 2 * STACK)) return;
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            u8 *to = room.w_scales[slot] + (lane + 32 * i) * SIZE;
+            const u8 *from = base + row[i] + stage * SIZE;
+            int real = min(SIZE, bytes - stage * SIZE);
+#if ALIGNED_SCALES
+            copy_small<SIZE>(shared_address(to), real > 0 ? from : base, max(real, 0));
+#else
+#pragma unroll
+            for (int k = 0; k < SIZE; k += 2) *(u16 *)(to + k) = k < real ? *(const u16 *)(from + k) : 0;
+#endif
+        }
+    }
+};
+
+DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
+    Ring slot = {0, 0}, at = {0, 0};
+    ScaleFetcher scales;
+    int tiles = a.counters[0], next = 0;
+    if (lane == 0) next = atomicAdd(a.counters + 1, 1);
+    for (;;) {
+        Item item = item_of(a, __shfl_sync(0xFFFFFFFFu, next, 0), tiles);
+        if (lane == 0) {
+            wait_empty(room.item_empty, slot);
+            room.items[slot.slot] = item;
+            barrier_arrive(shared_address(room.item_full + slot.slot));
+            if (item.phase) next = atomicAdd(a.counters + 1, 1);
+        }
+        slot.next(SLOTS);
+        if (!item.phase) return;
+        if (item.phase == 2) continue;
+        bool up = item.phase == 1;
+        const Weight &weight = up ? a.first : a.second;
+        scales.begin(item, weight, lane);
+        for (int s = 0; s < weight.stages; s++) {
+            u32 bar = shared_address(room.full + at.slot), to = shared_address(room.w[at.slot]);
+            wait_empty(room.empty, at);
+            if (lane == 0) {
+                barrier_announce(bar, W_BYTES);
+                if (up)
+                    copy_tile5(to, &maps.first, bar, s * 128, item.column * H_COLUMNS / 8, item.e);
+                else
+                    copy_tile3(to, &maps.second, bar, s * 128, item.column * Y_COLUMNS, item.e);
+            }
+            if (STAGE_SCALES) {
+                scales.fetch(s, at.slot, lane);
+                if (ALIGNED_SCALES)
+                    barrier_arrive_copies(bar);
+                else
+                    barrier_arrive(bar);
+            }
+            at.next(STAGES);
+        }
+        __syncwarp();
+    }
+}
+
+// What the epilogue needs to know of a tile's rows: where results go, and their scales. Asked for first, stored later.
+struct Tables {
+    static constexpr int MINE = (MOST + 31) / 32;
+    int place[MINE], source[MINE];
+    float scale[MINE];
+    DEVICE_MEMBER void load(const Arguments &a, const Item &item, const Rows &rows, int lane) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int sorted = item.first + min(lane + 32 * i, item.count - 1);
+            place[i] = a.order[sorted];
+            source[i] = item.phase == 1 ? place[i] / a.top_k : sorted;
+            if (ROW_SCALES) scale[i] = __ldcg(rows.scales + (i64)source[i] * rows.scale_row);
+        }
+    }
+    DEVICE_MEMBER void store(int slot, int lane) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            if (lane + 32 * i >= MOST) continue;
+            room.place[slot][lane + 32 * i] = place[i];
+            if (ROW_SCALES) room.row_scale[slot][lane + 32 * i] = scale[i];
+        }
+        barrier_arrive(shared_address(room.table_full + slot));
+    }
+};
+
+// Scales of groups, of rows that `sources` says, beside a stage of x. Each lane has its own rows.
+DEVICE void fetch_group_scales(const Item &item, const Rows &rows, const Tables &tables, int stage, int slot, int lane) {
+    if (!GROUP_SCALES) return;
+#pragma unroll
+    for (int i = 0; i < Tables::MINE; i++)
+        if (lane + 32 * i < item.count)
+            copy_small<4>(shared_address(room.x_scales[slot] + lane + 32 * i), rows.scales + (i64)tables.source[i] * rows.scale_row + (i64)stage * rows.scale_group, 4);
+}
+
+#if NARROW
+
+// Copies of 16 bytes to where the products look for them, of rows wherever they lie.
+DEVICE void fetch_scattered(const Item &item, const Rows &rows, int stages, int slot, Tables &tables, Ring &at, int lane) {
+    constexpr int PARTS = X_ROW / 16, LANES = PARTS < 32 ? PARTS : 32, BESIDE = 32 / LANES;
+    int part = lane % LANES, beside = lane / LANES;
+    for (int s = 0; s < stages; s++) {
+        wait_empty(room.empty, at);
+        u32 to = shared_address(room.x[at.slot]), full = shared_address(room.full + at.slot);
+        const u8 *from = rows.data + s * X_ROW + part * 16;
+#pragma unroll 4
+        for (int r = beside; r < MOST; r += BESIDE) {
+            if (r - beside >= item.count) break;
+            int source = __shfl_sync(0xFFFFFFFFu, tables.source[0], r);
+#pragma unroll
+            for (int more = 0; more < PARTS; more += LANES)
+                if (r < item.count) copy16(to + x_address(r, part + more), from + source * rows.stride + more * 16);
+        }
+        fetch_group_scales(item, rows, tables, s, at.slot, lane);
+        barrier_arrive_copies(full);
+        if (s == 0) tables.store(slot, lane);
+        at.next(STAGES);
+    }
+}
+
+#else
+
+// The same for one of two warps that share the rows: eight lanes copy 128 bytes of a row, so that all that changes from row
+// to row is known when this is compiled, but where the rows lie.
+struct Scattered {
+    static constexpr int MINE = MOST / 8;
+    u32 offset[MINE];
+    DEVICE_MEMBER void load(const Arguments &a, const Item &item, int first) {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int sorted = item.first + min(first + 8 * i, item.count - 1);
+            offset[i] = (u32)(a.order[sorted] / a.top_k) * (u32)a.x.stride;
+        }
+    }
+    // from, to: of this lane's 16 bytes of the stage, of the first row.
+    DEVICE_MEMBER void copy(const u8 *from, u32 to, int rows) const {
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            if (8 * i >= rows) return;
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++) copy16(to + piece * (MOST * 128) + i * 1024, from + offset[i] + piece * 128);
+        }
+    }
+};
+
+DEVICE void fetch_scattered(const Arguments &a, const Item &item, int warp, int slot, Tables &tables, Ring &at, int lane) {
+    int first = 4 * warp + lane / 8, part = lane % 8;  // rows `first`, `first` + 8 ...
+    Scattered mine;
+    mine.load(a, item, first);
+    const u8 *from = a.x.data + part * 16;
+    u32 to = first * 128 + (part ^ first) * 16;
+    for (int s = 0; s < a.first.stages; s++) {
+        wait_empty(room.empty, at);
+        u32 full = shared_address(room.full + at.slot);
+        mine.copy(from + s * X_ROW, shared_address(room.x[at.slot]) + to, item.count);
+        if (warp == 0) fetch_group_scales(item, a.x, tables, s, at.slot, lane);
+        barrier_arrive_copies(full);
+        if (warp == 0 && lane == 0) barrier_arrive(full);  // where a tile of h is announced
+        if (warp == 0 && s == 0) tables.store(slot, lane);
+        at.next(STAGES);
+    }
+}
+
+// Tiles of sorted rows, by the copy engine.
+DEVICE void fetch_tiles(const Maps &maps, const Item &item, const Rows &rows, int stages, int slot, Tables &tables, Ring &at, int lane) {
+    for (int s = 0; s < stages; s++) {
+        wait_empty(room.empty, at);
+        u32 bar = shared_address(room.full + at.slot), to = shared_address(room.x[at.slot]);
+        fetch_group_scales(item, rows, tables, s, at.slot, lane);
+        if (lane == 0) {
+            barrier_announce(bar, item.rounded * X_ROW);
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++)
+                for (int r = 0; r < item.rounded; r += STEP) copy_tile2(to + piece * MOST * 128 + r * 128, &maps.h, bar, s * X_ROW + piece * 128, item.first + r);
+        }
+        barrier_arrive_copies(bar);
+        if (s == 0) tables.store(slot, lane);
+        at.next(STAGES);
+    }
+}
+
+#endif
+
+// warp: of two that share this work (NARROW: there is one).
+DEVICE void fetch_rows(const Arguments &a, const Maps &maps, int warp, int lane) {
+    Ring slot = {0, 0}, at = {0, 0};
+    for (;;) {
+        wait_full(room.item_full, slot);
+        Item item = room.items[slot.slot];
+        if (!item.phase) return;
+        bool up = item.phase == 1;
+        if (item.phase == 2) {
+            if (warp == 0) barrier_arrive(shared_address(room.table_full + slot.slot));
+        } else {
+            if (!up && (a.phases & 1) && warp == 0) {
+                while (load_acquire(READY(a, item.tile)) < a.parts) __nanosleep(20);
+                if (!NARROW) fence_to_async();
+                __syncwarp();
+            }
+            Tables tables;
+            if (warp == 0) tables.load(a, item, up ? a.x : a.h, lane);
+#if NARROW
+            fetch_scattered(item, up ? a.x : a.h, up ? a.first.stages : a.second.stages, slot.slot, tables, at, lane);
+#else
+            if (up)
+                fetch_scattered(a, item, warp, slot.slot, tables, at, lane);
+            else if (warp == 0)
+                fetch_tiles(maps, item, a.h, a.second.stages, slot.slot, tables, at, lane);
+            else
+                for (int s = 0; s < a.second.stages; s++) {
+                    wait_empty(room.empty, at);
+                    barrier_arrive(shared_address(room.full + at.slot));
+                    at.next(STAGES);
+                }
+#endif
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(room.item_empty + slot.slot));
+        slot.next(SLOTS);
+    }
+}
+
+// --- what has been made ---
+
+// Scales of rows of a tile from `first` on, of group `group`.
+template <int R> DEVICE void put_scales(const Arguments &a, const Item &item, int first, const float (&scale)[R], int group, int lane) {
+#pragma unroll
+    for (int r = 0; r < R; r++)
+        if (lane == r && first + r < item.count) a.h.scales[(i64)(item.first + first + r) * a.h.scale_row + (i64)group * a.h.scale_group] = scale[r];
+}
+
+// Rows of a tile, columns begin .. end (multiples of 128), ENCODED at a time from every `warps`-th of those on. Scales of rows
+// (not of groups) need all columns.
+DEVICE void encode_part(const Arguments &a, const Item &item, int begin, int end, float given, u8 *space, int warp, int warps, int lane) {
+    constexpr int R = ENCODED;
+    u8 *spaces[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) spaces[r] = space + 256 * r;
+    for (int first = warp * R; first < item.count; first += warps * R) {
+        const float4 *from[R];
+        u8 *to[R];
+        float scale[R];
+        bool wanted[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            int row = item.first + min(first + r, item.count - 1);
+            from[r] = (const float4 *)(a.wide + (i64)row * a.width) + lane, to[r] = a.h.data + row * a.h.stride;
+            wanted[r] = first + r < item.count, scale[r] = given;
+        }
+        if (ENCODING == TOKEN || ENCODING == NV4_DYNAMIC) {
+            float top[R] = {};
+            for (int i = 0; i < a.width / 4; i += 32) {
+#pragma unroll
+                for (int r = 0; r < R; r++) {
+                    float4 v = __ldcg(from[r] + i);
+                    top[r] = larger(larger(top[r], larger(fabsf(v.x), fabsf(v.y))), larger(fabsf(v.z), fabsf(v.w)));
+                }
+            }
+            largest_of<32>(top);
+#pragma unroll
+            for (int r = 0; r < R; r++) scale[r] = scale_of_row(top[r]);
+        }
+        for (int i = begin / 128; i < end / 128; i++) {
+            float v[R][4];
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                float4 q = __ldcg(from[r] + 32 * i);
+                v[r][0] = q.x, v[r][1] = q.y, v[r][2] = q.z, v[r][3] = q.w;
+            }
+            encode_elements(v, scale);
+            put_elements(to, wanted, 128 * i, v, spaces, lane);
+            if (GROUP_SCALES) put_scales(a, item, first, scale, i, lane);
+        }
+        if (!GROUP_SCALES) put_scales(a, item, first, scale, 0, lane);
+    }
+}
+
+DEVICE float scale_of_all(const Arguments &a) {
+    int target = a.counters[0] * a.first.tiles;
+    while (load_acquire(a.counters + 2) < target) __nanosleep(20);
+    return scale_of_row(__int_as_float(__ldcg(a.counters + 3)));
+}
+
+// Of a tile of the first product, which the consumers have stored: whoever made the last one that a scale spans encodes.
+DEVICE void publish_tile(const Arguments &a, const Item &item, int lane) {
+    int last = 0, group = GROUP_SCALES ? item.column * H_COLUMNS / 128 : 0;
+    if (lane == 0) {
+        __threadfence();
+        if (DIRECT)
+            atomicAdd(READY(a, item.tile), 1);
+        else if (ENCODING == TENSOR_DYNAMIC)
+            atomicAdd(a.counters + 2, 1);
+        else
+            last = atomicAdd(MADE(a, item.tile, group), 1) + 1 == (GROUP_SCALES ? min(128 / H_COLUMNS, a.first.tiles - group * (128 / H_COLUMNS)) : a.first.tiles);
+    }
+    if (DIRECT || ENCODING == TENSOR_DYNAMIC || !__shfl_sync(0xFFFFFFFFu, last, 0)) return;
+    __threadfence();
+    int begin = GROUP_SCALES ? 128 * group : 0;
+    encode_part(a, item, begin, GROUP_SCALES ? begin + 128 : a.width, 1.0f, room.publisher, 0, 1, lane);
+    __syncwarp();
+    if (lane == 0) {
+        __threadfence();
+        if (!NARROW) fence_to_async();
+        atomicAdd(READY(a, item.tile), 1);
+    }
+}
+
+// What multiplies whole rows of a tile's weight, and what is added.
+DEVICE void fill_terms(const Arguments &a, const Item &item, int slot, int lane) {
+    if (item.phase == 2) return;
+    const Weight &weight = item.phase == 1 ? a.first : a.second;
+    int parts = item.phase == 1 ? 2 : 1;
+    if (ENCODING == TENSOR || ENCODING == NV4) room.h_scale[slot] = *a.h.scales;
+    if (!ROW_TERMS && !weight.bias) return;
+#pragma unroll 4
+    for (int r = lane; r < 128 * STACK; r += 32) {
+        int n = weight_row(item, weight, r), segment = item.phase == 1 && r / 8 % 2;
+        float f = LIFT;
+        if (FORMAT == FP8 && !BLOCKS) f *= *(const float *)(weight.scales + item.e * weight.scales_expert + (BY_SEGMENT ? segment : n) * weight.scales_row);
+        if (FORMAT == NVFP4) f *= weight.top[item.e * parts + segment];
+        if (ROW_TERMS) room.factor[slot][r] = f;
+        if (weight.bias) room.bias[slot][r] = __uint_as_float((u32)weight.bias[(i64)item.e * weight.rows * parts + n] << 16);
+    }
+}
+
+DEVICE void publish(const Arguments &a, int lane) {
+    Ring slot = {0, 0};
+    for (;;) {
+        wait_full(room.item_full, slot);
+        Item item = room.items[slot.slot];
+        if (!item.phase) return;
+        fill_terms(a, item, slot.slot, lane);
+        barrier_arrive(shared_address(room.table_full + slot.slot));
+        wait_full(room.stored, slot);
+        if (item.phase == 1) publish_tile(a, item, lane);
+        if (item.phase == 2) {
+            if (NARROW) encode_part(a, item, 0, a.width, scale_of_all(a), room.publisher, 0, 1, lane);
+            __syncwarp();
+            if (lane == 0) {
+                __threadfence();
+                atomicAdd(READY(a, item.tile), 1);
+            }
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(room.item_empty + slot.slot));
+        slot.next(SLOTS);
+    }
+}

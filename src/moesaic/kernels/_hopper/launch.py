@@ -1,0 +1,274 @@
+"""From tensors to launches: rows are sorted and encoded, both products run in one kernel, a token's results are summed.
+
+Letters: T tokens, A experts per token, R = T A routed rows, E experts, D hidden size, I expert width, B tiles of rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from moesaic.formats.base import QuantTensor
+from moesaic.formats.encodings import Rows
+from moesaic.kernels._hopper import compile as code
+from moesaic.kernels._hopper.driver import Module, TensorMap, launch, tensor_map
+from moesaic.kernels._hopper.variants import Variant
+from moesaic.kernels.ops import ExpertWeights
+
+PREPARERS = 512
+I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
+
+
+class WeightC(ctypes.Structure):
+    """Weight in values.cuh."""
+
+    _fields_ = (("scales", PTR), ("scales_expert", I64), ("scales_row", I64), ("top", PTR), ("bias", PTR), ("stages", I32),
+                ("scale_bytes", I32), ("rows", I32), ("tiles", I32))  # fmt: skip
+
+
+class RowsC(ctypes.Structure):
+    """Rows in values.cuh."""
+
+    _fields_ = (("data", PTR), ("scales", PTR), ("stride", I64), ("scale_row", I32), ("scale_group", I32))
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = (("first", WeightC), ("second", WeightC), ("x", RowsC), ("h", RowsC), ("wide", PTR), ("y", PTR),
+                ("order", PTR), ("tiles", PTR), ("counters", PTR), ("tile_limit", I32), ("top_k", I32), ("columns", I32),
+                ("width", I32), ("hidden", I32), ("phases", I32), ("parts", I32), ("groups", I32), ("limit", F32),
+                ("alpha", F32))  # fmt: skip
+
+
+class Maps(ctypes.Structure):
+    _fields_ = tuple((name, TensorMap) for name in ("first", "second", "h"))
+
+
+class Preparation(ctypes.Structure):
+    _fields_ = (("source", PTR), ("ids", PTR), ("given", PTR), ("rows", RowsC), ("order", PTR), ("tiles", PTR),
+                ("counters", PTR), ("source_stride", I64), ("tokens", I32), ("columns", I32), ("width", I32),
+                ("routed", I32), ("experts", I32), ("counter_count", I32), ("given_row", I32), ("given_group", I32))  # fmt: skip
+
+
+class Loaded:
+    """The compiled kernels of a variant."""
+
+    def __init__(self, variant: Variant) -> None:
+        module = Module(code.machine_code(variant.defines, variant.sizes))
+        self.shared, self.threads = module.integer("room_bytes"), module.integer("threads")
+        self.experts = module.function("experts", self.shared)
+        self.prepare, self.prepare_encoded = module.function("prepare"), module.function("prepare_encoded")
+        self.combine, self.module = module.function("combine"), module
+
+
+@cache
+def loaded(variant: Variant) -> Loaded:
+    return Loaded(variant)
+
+
+@cache
+def processors() -> int:
+    count: int = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    return count
+
+
+def fitted(variant: Variant, w: ExpertWeights) -> Variant:
+    """The variant for these very weights: whether their scales can be copied as they lie."""
+    rows = (part for each in (w.w13, w.w2) if (part := each.parts.get("scale")) is not None and part.dim() == 3)
+    step = variant.scale_bytes
+    aligned = not step or all((part.stride(1) * part.element_size()) % step == 0 and part.data_ptr() % step == 0 for part in rows)
+    return replace(variant, aligned=aligned)
+
+
+def up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Encoded rows as the kernels read them: width elements each (K, with zeros behind it), scales or None.
+
+    Scales of groups of sorted rows lie group by group: [G, R].
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    scale_row: int = 0
+    scale_group: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.data.stride(0) * self.data.element_size()
+
+    def packed(self) -> RowsC:
+        scales = None if self.scales is None else self.scales.data_ptr()
+        return RowsC(self.data.data_ptr(), scales, self.row_bytes, self.scale_row, self.scale_group)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Sorted rows. order INT32 [R]: sorted row -> t A + a.  tiles INT32 [B, 4]: expert, first, rows, rows rounded up.
+
+    parts, groups: see Arguments in values.cuh.
+    """
+
+    order_R: Tensor
+    tiles_B4: Tensor
+    counters: Tensor
+    top_k: int
+    parts: int
+    groups: int
+
+
+def room_for_rows(variant: Variant, count: int, columns: int, like: Tensor, static: Tensor | None, sorted_: bool) -> Stored:
+    """Uninitialised storage. static: the scale of a static encoding."""
+    width = up(columns, max(128, variant.elements))
+    kind = torch.float8_e4m3fn if variant.eight_bit else torch.float16 if variant.halves else torch.bfloat16
+    data = like.new_empty(count, width, dtype=kind)
+    if static is not None or variant.encoding in (0, 5):
+        return Stored(data, static)
+    if variant.encoding != 4:
+        return Stored(data, like.new_empty(count, dtype=torch.float32), 1, 0)
+    groups = width // 128
+    if sorted_:
+        return Stored(data, like.new_empty(groups, count, dtype=torch.float32), 1, count)
+    return Stored(data, like.new_empty(count, groups, dtype=torch.float32), groups, 1)
+
+
+def prepare(variant: Variant, x: Rows | Tensor, ids_TA: Tensor, w: ExpertWeights, static: Tensor | None = None) -> tuple[Stored, Routed]:
+    """Sorts ids, and encodes plain BF16 rows (static: a static encoding's scale) or puts encoded ones in order of K."""
+    given = isinstance(x, Rows)
+    source = x.parts.get("exact", x.data) if isinstance(x, Rows) else x
+    source = source if is_aligned(source) else source.contiguous()
+    tokens, columns = source.shape
+    scales = scales_of(variant, x) if isinstance(x, Rows) else None
+    routed = room_for_routing(variant, ids_TA, w)
+    stored = room_for_rows(variant, tokens, columns, source, static, False)
+    as_is = (given or variant.encoding == 0) and variant.in_order and (columns, source.dtype) == (stored.width, stored.data.dtype)
+    if given and (as_is or (scales is not None and not scales.dim())):
+        stored = shared_scales(stored, scales)
+    stored = replace(stored, data=source) if as_is else stored
+    warps = 0 if as_is else tokens * (1 if variant.encoding in (3, 7) and not given else stored.width // 128)
+    strides = (scales.stride(0), scales.stride(1)) if scales is not None and scales.dim() == 2 else (0, 0)
+    arguments = Preparation(
+        source.data_ptr(), ids_TA.data_ptr(), None if scales is None else scales.data_ptr(), stored.packed(),
+        routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), routed.counters.data_ptr(),
+        source.stride(0) * source.element_size(), tokens, columns, stored.width, ids_TA.numel(), w.w13.shape[0],
+        routed.counters.numel(), strides[0], strides[1] if variant.encoding == 4 else 0,
+    )  # fmt: skip
+    kernels = loaded(variant)
+    blocks = 1 + -(-warps // (PREPARERS // 32))
+    launch(kernels.prepare_encoded if given else kernels.prepare, blocks, PREPARERS, [arguments])
+    return stored, routed
+
+
+def is_aligned(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def scales_of(variant: Variant, x: Rows) -> Tensor | None:
+    """Of rows that came encoded, as far as a kernel has to apply them."""
+    return None if variant.encoding in (0, 5) else x.parts.get("global_scale" if variant.encoding in (6, 7) else "scale")
+
+
+def shared_scales(stored: Stored, scales: Tensor | None) -> Stored:
+    """Scales that need no copy: of rows that stay where they are, or one of all."""
+    if scales is None:
+        return stored
+    if not scales.dim():
+        return replace(stored, scales=scales, scale_row=0, scale_group=0)
+    return replace(stored, scales=scales, scale_row=scales.stride(0), scale_group=scales.stride(1))
+
+
+def room_for_routing(variant: Variant, ids_TA: Tensor, w: ExpertWeights) -> Routed:
+    rows, (experts, _, _), width, stack = ids_TA.numel(), w.w13.shape, w.w2.columns, variant.tile.stack
+    limit = max(1, min(experts, rows) + rows // variant.tile.height)
+    groups = up(width, max(128, variant.elements)) // 128 if variant.encoding == 4 else 1
+    parts = (groups if variant.encoding == 4 else 1) if variant.needs_wide else -(-width // (64 * stack))
+    counters = ids_TA.new_empty(4 + limit * (1 + groups))
+    return Routed(ids_TA.new_empty(rows), ids_TA.new_empty(limit, 4), counters, ids_TA.shape[1], parts, groups)
+
+
+@lru_cache(maxsize=4096)
+def weight_maps(first: int, second: int, shape: tuple[int, int, int], row_bytes: tuple[int, int], stack: int) -> tuple[TensorMap, TensorMap]:
+    """Of both weights. first, second: addresses.  shape: E, I, D.  row_bytes: of K.
+
+    The first one's axes: bytes of a row, 8 rows, gate or up, groups of 8 rows, experts: 8 gate rows lie before the 8 up
+    rows of the same elements in shared memory.
+    """
+    (experts, width, hidden), (k1, k2) = shape, row_bytes
+    return (
+        tensor_map(first, (k1, 8, 2, width // 8, experts), (k1, width * k1, 8 * k1, 2 * width * k1), (128, 8, 2, 8 * stack, 1)),
+        tensor_map(second, (k2, hidden, experts), (k2, hidden * k2), (128, 128 * stack, 1)),
+    )  # fmt: skip
+
+
+def row_map(variant: Variant, x: Stored) -> TensorMap:
+    """Of sorted rows."""
+    return tensor_map(x.data.data_ptr(), (x.row_bytes, len(x.data)), (x.row_bytes,), (128, variant.step))
+
+
+def all_maps(variant: Variant, w: ExpertWeights, h: Stored) -> Maps:
+    (experts, _, hidden), width = w.w13.shape, w.w2.columns
+    parts = w.w13.parts["data"], w.w2.parts["data"]
+    k1, k2 = (part.stride(1) * part.element_size() for part in parts)
+    first, second = weight_maps(parts[0].data_ptr(), parts[1].data_ptr(), (experts, width, hidden), (k1, k2), variant.tile.stack)
+    if variant.tile.narrow:
+        return Maps(first, second, first)
+    return Maps(first, second, row_map(variant, h))
+
+
+def weight_values(variant: Variant, w: QuantTensor, bias: Tensor | None, tiles: int) -> WeightC:
+    scale, top = w.parts.get("scale"), w.parts.get("global_scale")
+    expert = row = count = 0
+    if scale is not None:
+        size = scale.element_size()
+        expert, row = scale.stride(0) * size, (scale.stride(1) if scale.dim() > 1 else 1) * size
+        count = scale.shape[-1] * size if scale.dim() == 3 else size
+    return WeightC(
+        None if scale is None else scale.data_ptr(), expert, row, None if top is None else top.data_ptr(),
+        None if bias is None else bias.data_ptr(), -(-w.columns // variant.elements), count, w.segments[0], tiles,
+    )  # fmt: skip
+
+
+def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phases: int = 3, h: Stored | None = None,
+             wide: bool = False) -> tuple[Stored, Tensor, Tensor | None]:  # fmt: skip
+    """(activated rows in sorted order, results BF16 [R, D] in the rows' places before sorting; of -1 ids undefined,
+    the activated rows before they were encoded).
+
+    phases: 1 only the first product, 2 only the second (of h), 3 both.  wide: keep those rows where that is not needed.
+    """
+    (_, _, hidden), width, tile = w.w13.shape, w.w2.columns, variant.tile
+    rows = len(routed.order_R)
+    h = h or room_for_rows(variant, rows, width, x.data, w.between_scale, not tile.narrow)
+    y = x.data.new_empty(rows, hidden, dtype=torch.bfloat16)
+    before = x.data.new_empty(rows, h.width, dtype=torch.float32) if wide or variant.needs_wide else None
+    first = weight_values(variant, w.w13, w.biases[0] if w.biases else None, -(-width // (64 * tile.stack)))
+    second = weight_values(variant, w.w2, w.biases[1] if w.biases else None, -(-hidden // (128 * tile.stack)))
+    oai = w.activation.kind == "swiglu_oai"
+    arguments = Arguments(
+        first, second, x.packed(), h.packed(), None if before is None else before.data_ptr(), y.data_ptr(),
+        routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), routed.counters.data_ptr(), len(routed.tiles_B4),
+        routed.top_k, width, h.width, hidden, phases, routed.parts, routed.groups, w.activation.limit, w.activation.alpha if oai else 0.0,
+    )  # fmt: skip
+    kernels = loaded(variant)
+    items = len(routed.tiles_B4) * (first.tiles * (phases & 1) + second.tiles * (phases >> 1) + 1)
+    launch(kernels.experts, min(processors() * tile.blocks, items), kernels.threads, [all_maps(variant, w, h), arguments], kernels.shared)
+    return h, y, before
+
+
+def combine(variant: Variant, y_RD: Tensor, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    """sum over a of weights[t, a] y[t A + a] where ids[t, a] >= 0, in FP32."""
+    (tokens, top_k), hidden = ids_TA.shape, y_RD.shape[1]
+    out = y_RD.new_empty(tokens, hidden)
+    pointers = [PTR(each.data_ptr()) for each in (y_RD, ids_TA, weights_TA, out)]
+    grid = -(-tokens * (hidden // 8) // PREPARERS)
+    launch(loaded(variant).combine, grid, PREPARERS, [*pointers, I32(tokens), I32(hidden), I32(top_k)])
+    return out

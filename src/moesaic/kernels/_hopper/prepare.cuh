@@ -1,0 +1,200 @@
+// What goes before and behind the products. One launch encodes token rows while its first thread block sorts by expert; for
+// wide tiles a second one copies encoded rows to all their places in sorted order, from where the copy engine can fetch
+// tiles. At the end a token's results are summed.
+#pragma once
+#include "room.cuh"
+
+#define PREPARERS 512
+#define SORT_WARPS (PREPARERS / 32)
+#define MOST_EXPERTS 512
+
+// One token's choices are their own tiles, as they are.
+DEVICE void sort_one(const Preparation &p) {
+    for (int i = threadIdx.x; i < p.counter_count; i += 32) p.counters[i] = 0;
+    __syncwarp();
+    int tiles = 0;
+    for (int first = 0; first < p.routed; first += 32) {
+        int r = first + threadIdx.x, e = r < p.routed ? p.ids[r] : -1;
+        bool real = e >= 0 && e < p.experts;
+        u32 all = __ballot_sync(0xFFFFFFFFu, real);
+        int at = tiles + __popc(all & ((1u << threadIdx.x) - 1));
+        if (real) p.order[at] = r, p.tiles[at] = make_int4(e, at, 1, STEP);
+        tiles += __popc(all);
+    }
+    if (threadIdx.x == 0) p.counters[0] = tiles;
+}
+
+DEVICE int expert_of(const Preparation &p, int r, int end) {
+    int e = r < end ? p.ids[r] : -1;
+    return e < p.experts ? e : -1;
+}
+
+// Rows in order of their expert, stable, and tiles of up to MOST of them, each expert's of equal height. Every warp counts the
+// experts of its own stretch of rows, then hands out places.
+DEVICE void sort_rows(const Preparation &p) {
+    if (NARROW && p.tokens == 1) {
+        if (threadIdx.x < 32) sort_one(p);
+        return;
+    }
+    __shared__ int count[SORT_WARPS][MOST_EXPERTS];
+    __shared__ int total[MOST_EXPERTS], rows_end[MOST_EXPERTS], tiles_end[MOST_EXPERTS], used;
+    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    for (int i = thread; i < SORT_WARPS * MOST_EXPERTS; i += PREPARERS) count[0][i] = 0;
+    for (int i = thread; i < p.counter_count; i += PREPARERS) p.counters[i] = 0;
+    __syncthreads();
+    constexpr int AHEAD = 8;
+    int share = (p.routed + PREPARERS - 1) / PREPARERS * 32, begin = warp * share, end = min(p.routed, begin + share);
+    for (int from = begin; from < end; from += 32 * AHEAD) {
+        int ids[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) ids[k] = expert_of(p, from + 32 * k + lane, end);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            u32 same = __match_any_sync(0xFFFFFFFFu, ids[k]);
+            if (ids[k] >= 0 && __ffs(same) - 1 == lane) count[warp][ids[k]] += __popc(same);
+            __syncwarp();
+        }
+    }
+    __syncthreads();
+    for (int e = thread; e < p.experts; e += PREPARERS) {
+        int sum = 0;
+#pragma unroll
+        for (int w = 0; w < SORT_WARPS; w++) {
+            int mine = count[w][e];
+            count[w][e] = sum;
+            sum += mine;
+        }
+        total[e] = sum;
+    }
+    __syncthreads();
+    if (thread < 32) {
+        int rows = 0, tiles = 0;
+        for (int first = 0; first < p.experts; first += 32) {
+            int e = first + thread, mine = e < p.experts ? total[e] : 0, r = mine, t = (mine + MOST - 1) / MOST;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                int other = __shfl_up_sync(0xFFFFFFFFu, r, step), others = __shfl_up_sync(0xFFFFFFFFu, t, step);
+                if (thread >= step) r += other, t += others;
+            }
+            if (e < p.experts) rows_end[e] = rows + r, tiles_end[e] = tiles + t;
+            rows += __shfl_sync(0xFFFFFFFFu, r, 31), tiles += __shfl_sync(0xFFFFFFFFu, t, 31);
+        }
+        if (thread == 0) p.counters[0] = tiles, used = rows;
+    }
+    __syncthreads();
+    for (int r = used + thread; r < p.routed; r += PREPARERS) p.order[r] = -1;
+    for (int e = thread; e < p.experts; e += PREPARERS) {
+        int mine = total[e], tiles = (mine + MOST - 1) / MOST, first = rows_end[e] - mine;
+        int height = tiles ? (mine + tiles - 1) / tiles : 0;
+        for (int t = 0; t < tiles; t++) {
+            int rows = min(height, mine - t * height);
+            p.tiles[tiles_end[e] - tiles + t] = make_int4(e, first + t * height, rows, (rows + STEP - 1) / STEP * STEP);
+        }
+        total[e] = first;
+    }
+    __syncthreads();
+    for (int from = begin; from < end; from += 32 * AHEAD) {
+        int ids[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) ids[k] = expert_of(p, from + 32 * k + lane, end);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            int e = ids[k];
+            u32 same = __match_any_sync(0xFFFFFFFFu, e);
+            int at = e >= 0 ? total[e] + count[warp][e] + __popc(same & ((1u << lane) - 1)) : 0;
+            __syncwarp();
+            if (e >= 0) p.order[at] = from + 32 * k + lane;
+            if (e >= 0 && __ffs(same) - 1 == lane) count[warp][e] += __popc(same);
+            __syncwarp();
+        }
+    }
+}
+
+// Four neighbouring elements of a row per lane, in groups of 128; zero behind the end.
+DEVICE void load_four(const u8 *row, int at, int columns, float (&v)[4]) {
+    uint2 pairs = make_uint2(0, 0);
+    if (at < columns) pairs = *(const uint2 *)(row + 2 * at);
+    v[0] = bf16_low(pairs.x), v[1] = bf16_high(pairs.x), v[2] = bf16_low(pairs.y), v[3] = bf16_high(pairs.y);
+}
+
+DEVICE void load_encoded(const u8 *row, int at, int columns, float (&v)[4]) {
+    if (!CODES8) return load_four(row, at, columns, v);
+    u32 bytes = at < columns ? *(const u32 *)(row + at) : 0;
+    float2 low = e4m3_values(bytes & 0xFFFF), high = e4m3_values(bytes >> 16);
+    v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+}
+
+// 128 elements of token t, and the scale of that group or row.
+DEVICE void put_row(const Preparation &p, int t, int g, const float (&v)[1][4], float scale, u8 *space, int lane) {
+    bool scales = GROUP_SCALES || ((ENCODING == TOKEN || ENCODING == NV4_DYNAMIC || (ENCODING == TENSOR_DYNAMIC && p.rows.scale_row)) && g == 0);
+    put_elements<1, 4>({p.rows.data + t * p.rows.stride}, {true}, g * 128, v, {space}, lane);
+    if (scales && lane == 0) p.rows.scales[(i64)t * p.rows.scale_row + (i64)g * p.rows.scale_group] = scale;
+}
+
+// A warp encodes a row (where its scale needs all of it) or 128 elements of one.
+DEVICE void encode_rows(const Preparation &p, int warp, int lane, u8 *space) {
+    constexpr bool WHOLE = ENCODING == TOKEN || ENCODING == NV4_DYNAMIC;
+    int groups = p.width / 128, t = WHOLE ? warp : warp / groups;
+    if (t >= p.tokens) return;
+    const u8 *row = p.source + t * p.source_stride;
+    float scale[1] = {ENCODING == TENSOR || ENCODING == NV4 ? *p.rows.scales : 1.0f};
+    if (WHOLE) {
+        float top[1] = {}, v[4];
+        for (int g = 0; g < groups; g++) {
+            load_four(row, g * 128 + 4 * lane, p.columns, v);
+            top[0] = larger(larger(top[0], larger(fabsf(v[0]), fabsf(v[1]))), larger(fabsf(v[2]), fabsf(v[3])));
+        }
+        largest_of<32>(top);
+        scale[0] = scale_of_row(top[0]);
+    }
+    for (int g = WHOLE ? 0 : warp % groups; g < (WHOLE ? groups : warp % groups + 1); g++) {
+        float v[1][4];
+        load_four(row, g * 128 + 4 * lane, p.columns, v[0]);
+        encode_elements(v, scale);
+        put_row(p, t, g, v, scale[0], space, lane);
+    }
+}
+
+// Rows that are encoded already: only put in order.
+DEVICE void order_rows(const Preparation &p, int warp, int lane, u8 *space) {
+    int groups = p.width / 128, t = warp / groups, g = warp % groups;
+    if (t >= p.tokens) return;
+    float v[1][4], scale = p.given ? p.given[(i64)t * p.given_row + g * p.given_group] : 1.0f;
+    load_encoded(p.source + t * p.source_stride, g * 128 + 4 * lane, p.columns, v[0]);
+    put_row(p, t, g, v, scale, space, lane);
+}
+
+template <bool ENCODE> DEVICE void prepare_rows(const Preparation &p) {
+    __shared__ alignas(16) u8 spaces[PREPARERS / 32][256];
+    wait_for_grid();
+    let_next_grid_start();
+    if (blockIdx.x == 0) return sort_rows(p);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = (blockIdx.x - 1) * (PREPARERS / 32) + warp;
+    if (ENCODE)
+        encode_rows(p, at, lane, spaces[warp]);
+    else
+        order_rows(p, at, lane, spaces[warp]);
+}
+
+extern "C" __global__ void __launch_bounds__(PREPARERS) prepare(const __grid_constant__ Preparation p) { prepare_rows<true>(p); }
+
+extern "C" __global__ void __launch_bounds__(PREPARERS) prepare_encoded(const __grid_constant__ Preparation p) { prepare_rows<false>(p); }
+
+// out[t] = sum over a of weights[t, a] y[t A + a], of ids >= 0, in FP32 in the order of a. Eight elements per thread.
+extern "C" __global__ void __launch_bounds__(PREPARERS)
+    combine(const u16 *y, const int *ids, const float *weights, u16 *out, int tokens, int hidden, int top_k) {
+    wait_for_grid();
+    let_next_grid_start();
+    int per = hidden / 8, at = blockIdx.x * PREPARERS + threadIdx.x, t = at / per, column = at % per * 8;
+    if (t >= tokens) return;
+    float sum[8] = {};
+    for (int a = 0; a < top_k; a++) {
+        if (ids[t * top_k + a] < 0) continue;
+        float weight = weights[t * top_k + a];
+        uint4 q = *(const uint4 *)(y + ((i64)t * top_k + a) * hidden + column);
+        u32 pairs[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[2 * i] += weight * bf16_low(pairs[i]), sum[2 * i + 1] += weight * bf16_high(pairs[i]);
+    }
+    *(uint4 *)(out + (i64)t * hidden + column) = make_uint4(bf16_pair(sum[0], sum[1]), bf16_pair(sum[2], sum[3]), bf16_pair(sum[4], sum[5]), bf16_pair(sum[6], sum[7]));
+}

@@ -1,0 +1,150 @@
+// The shared memory of a thread block of `experts`, and what passes through it.
+#pragma once
+#include "encode.cuh"
+#include "values.cuh"
+
+#define W_BYTES (128 * 128 * STACK) /* of a stage: 128 STACK weight rows of 128 bytes */
+#define X_BYTES (MOST * X_ROW)      /* and as many elements of K of up to MOST rows of x */
+#define STEP (MOST < 32 ? 8 : MOST == 96 ? 32 : MOST / 4) /* heights of tiles that code exists for are its multiples */
+#define GROUP_SCALES (ENCODING == GROUP128)
+#define BLOCK_SCALES (FORMAT == FP8 && BLOCKS)
+#define ROW_SCALES (!GROUP_SCALES && ENCODING != PLAIN && ENCODING != MX8) /* a row of x has one scale, or all have */
+#define DIRECT !(BY_ROW || (ENCODING == GROUP128 && STACK == 1)) /* a tile of h is encoded where it is made */
+#define SCALE_BYTES (FORMAT == MXFP8 ? 4 : FORMAT == MXFP4 ? 8 : FORMAT == NVFP4 ? 16 : FORMAT == INT4 ? 256 / GROUP * (WIDE_SCALES ? 4 : 2) : 0) /* of a weight row, per stage */
+#define STAGE_SCALES (BLOCK_SCALES ? 16 : 128 * STACK * SCALE_BYTES)
+#define ROW_TERMS (FORMAT == NVFP4 || (FORMAT == FP8 && !BLOCKS)) /* weight rows have factors */
+#define SLOTS (NARROW ? 4 : 3) /* items under way */
+#define FETCHERS (NARROW ? 96 : 128) /* threads before the consumers; three warps of them work */
+#define CONSUMERS 256
+#define THREADS (FETCHERS + CONSUMERS)
+#define CHUNK (MOST < 32 ? MOST : 32) /* rows of x that the epilogue takes at a time */
+#define H_COLUMNS (64 * STACK)        /* elements of h per tile */
+#define Y_COLUMNS (128 * STACK)
+#define ENCODED (MOST < 32 ? 2 : 4) /* rows that a warp encodes at a time */
+
+struct Item {
+    int phase, tile, column, e, first, count, rounded, padding;  // phase 0: the end, 1 first product, 2 encoding of all, 3 second
+};
+
+struct Room {
+    alignas(1024) u8 w[STAGES][W_BYTES];
+    alignas(1024) u8 x[STAGES][X_BYTES];
+    alignas(128) float x_scales[GROUP_SCALES ? STAGES : 1][GROUP_SCALES ? (MOST + 31) / 32 * 32 : 4];
+    alignas(16) u8 w_scales[STAGES][STAGE_SCALES ? STAGE_SCALES : 16];
+    alignas(16) float chunk[CHUNK][H_COLUMNS + 4];  // of h, or of y in BF16
+    alignas(16) Item items[SLOTS];
+    int place[SLOTS][MOST];
+    float row_scale[SLOTS][ROW_SCALES ? MOST : 1], h_scale[SLOTS];
+    float factor[SLOTS][ROW_TERMS ? 128 * STACK : 1], bias[SLOTS][128 * STACK];
+    alignas(16) u8 publisher[256 * ENCODED];
+    u64 full[STAGES], empty[STAGES];
+    u64 item_full[SLOTS], item_empty[SLOTS], table_full[SLOTS], stored[SLOTS];
+};
+
+extern __shared__ __align__(1024) u8 memory[];
+#define room (*(Room *)memory)
+
+// A place in a ring; a barrier's phase is even in the first round.
+struct Ring {
+    u32 slot, parity;
+    DEVICE_MEMBER void next(u32 count) {
+        if (++slot == count) slot = 0, parity ^= 1;
+    }
+};
+
+DEVICE void wait_full(u64 *bars, const Ring &at) { barrier_wait(shared_address(bars + at.slot), at.parity); }
+
+DEVICE void wait_empty(u64 *bars, const Ring &at) { barrier_wait(shared_address(bars + at.slot), at.parity ^ 1); }
+
+DEVICE void release(u64 *bar, int lane) {
+    if (lane == 0) barrier_arrive(shared_address(bar));
+}
+
+// --- consumers: who holds what ---
+//
+// Eight warps share the 128 STACK weight rows of a tile: warp w has rows 16 (8 m + w) .. + 15, m < STACK. Of these, a lane
+// holds rows r and r + 8 (r = lane_row) at columns 8 j + 2 (lane % 4) + {0, 1}: sums[m][4 j + {0, 1}] and [4 j + {2, 3}].
+// In the first product row r is a gate row and r + 8 the up row of the same element.
+
+#define HALF (MOST / 2)
+
+struct Consumer {
+    Ring at;
+    int warp, lane;
+};
+
+DEVICE int lane_row(int lane) {  // where lanes read codes: two rows side by side must differ in bit 2, for the banks' sake
+    int i = lane >> 2;
+    return DECODED || NARROW ? (i >> 1) | ((i & 1) << 2) : i;
+}
+
+// sums += part x (scale of the row of w) x (scale of the row of x)
+template <int N> DEVICE void fold(float *sums, const float *part, float first, float second, const float *x_scales, int lane) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        float2 s = make_float2(1.0f, 1.0f);
+        if (GROUP_SCALES) s = *(const float2 *)(x_scales + 8 * j + 2 * (lane % 4));
+        sums[4 * j] += part[4 * j] * (GROUP_SCALES ? s.x * first : first);
+        sums[4 * j + 1] += part[4 * j + 1] * (GROUP_SCALES ? s.y * first : first);
+        sums[4 * j + 2] += part[4 * j + 2] * (GROUP_SCALES ? s.x * second : second);
+        sums[4 * j + 3] += part[4 * j + 3] * (GROUP_SCALES ? s.y * second : second);
+    }
+}
+
+// FP8 products are added up outside the tensor core after 128 of K (its own adder is narrower than FP32), as are those whose
+// scales BF16 cannot hold: `sums` and `part`. What multiplies whole rows of w or x is left to the epilogue.
+#define FOLDS (FORMAT == INT4 || BLOCK_SCALES || ROWS8)
+#define BY_WORD (FORMAT == INT4 && (GROUP < 128 || !NARROW)) /* lanes share chunks of codes word by word */
+
+// Scales along K of this thread's two rows in block m, at stage `slot`.
+struct RowScales {
+    const u8 *at;
+    DEVICE_MEMBER RowScales(int slot, int row) : at(room.w_scales[slot] + (BLOCK_SCALES ? 0 : row * SCALE_BYTES)) {}
+    // What a sum is multiplied by. group: of the stage.
+    DEVICE_MEMBER float fold_by(int m, int r, int group) const {
+        if (BLOCK_SCALES) return ((const float *)at)[2 * m + r];
+        if (FORMAT != INT4) return 1.0f;
+        const u8 *mine = at + (128 * m + 8 * r) * SCALE_BYTES;
+        return WIDE_SCALES ? ((const float *)mine)[group] : __uint_as_float((u32)((const u16 *)mine)[group] << 16);
+    }
+    // Of the chunk of 16 bytes that a lane takes in a half of the stage: bits.
+    DEVICE_MEMBER u32 bits(int m, int r, int half, int lane) const {
+        const u8 *mine = at + (128 * m + 8 * r) * SCALE_BYTES;
+        if (FORMAT == MXFP8) return mine[2 * half + lane % 4 / 2];
+        if (FORMAT == MXFP4) return mine[4 * half + lane % 4];
+        return FORMAT == NVFP4 ? ((const u16 *)mine)[4 * half + lane % 4] : 0;
+    }
+};
+
+// Such bits as an operand. word: of the chunk.
+DEVICE u32 operand_scale(u32 s, int word) {
+    if (FORMAT == FP8) return 0x5D805D80u;  // 2^60: see LIFT
+    if (FORMAT == INT4 || FORMAT == BF16) return 0;
+    if (HALVES) {
+        u32 both = mul_halves(e4m3_halves(s), 0x58005800u);  // 2^7
+        return __byte_perm(both, 0, word < 2 ? 0x1010 : 0x3232);
+    }
+    return block_scale(FORMAT == NVFP4 ? (word < 2 ? s & 255 : s >> 8) : s);
+}
+
+DEVICE uint4 load_chunk(const u8 *tile, int row, int chunk) { return *(const uint4 *)(tile + row * 128 + ((chunk ^ (row & 7)) << 4)); }
+
+DEVICE u32 load_word(const u8 *tile, int row, int chunk, int word) { return *(const u32 *)(tile + row * 128 + ((chunk ^ (row & 7)) << 4) + word * 4); }
+
+DEVICE u32 word_of(const uint4 &q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
+
+// --- rows of x ---
+
+#define X_PARTS (X_ROW / 128) /* of 16 bytes of x that belong to a chunk of codes */
+
+// Where 16-byte part i of a stage of a row of x lies, for narrow.cuh.
+DEVICE int x_position(int row, int i) {
+    int at = BY_WORD ? i : (i / X_PARTS / 4 * X_PARTS + i % X_PARTS) * 4 + i / X_PARTS % 4;
+    return at ^ ((row & 1) << 2);
+}
+
+// The same in bytes, from the beginning of the stage; for wide.cuh in pieces of 128 bytes, swizzled.
+DEVICE int x_address(int row, int i) {
+    if (NARROW) return row * X_ROW + x_position(row, i) * 16;
+    return i / 8 * (MOST * 128) + row * 128 + ((i % 8) ^ (row & 7)) * 16;
+}

@@ -1,0 +1,146 @@
+"""Which kernel: the compile-time constants for a weight format, an encoding of rows, and a tile size. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moesaic.contracts.scheme import Encoding, WeightFormat
+
+FORMATS = {"bf16": 0, "fp8_tensor": 1, "fp8_channel": 1, "fp8_block": 1, "mxfp8": 2, "mxfp4": 3, "nvfp4": 4, "int4": 5}
+"""As decode.cuh numbers them."""
+ENCODINGS = {("bf16", False): 0, ("fp8_tensor", True): 1, ("fp8_tensor", False): 2, ("fp8_token", False): 3,
+             ("fp8_group128", False): 4, ("mxfp8", False): 5, ("nvfp4", True): 6, ("nvfp4", False): 7}  # fmt: skip
+"""As encode.cuh numbers them."""
+EIGHT_BIT = ("fp8_tensor", "fp8_token", "fp8_group128")
+PAIRS = frozenset(
+    {("bf16", "bf16"), ("fp8_block", "fp8_group128"), ("fp8_tensor", "fp8_tensor"), ("fp8_channel", "fp8_token"),
+     ("int4", "fp8_tensor"), ("int4", "fp8_token")}
+    | {(form, "bf16") for form in ("fp8_tensor", "fp8_channel", "fp8_block", "mxfp8", "mxfp4", "nvfp4", "int4")}
+    | {("mxfp8", "mxfp8"), ("mxfp4", "mxfp8"), ("nvfp4", "nvfp4")}
+)  # fmt: skip
+"""Weight formats and encodings that meet in a tensor core as they are."""
+HEIGHTS = (8, 16, 32, 64, 96, 128)
+NARROW = 32
+"""Tiles of up to so many rows of x are multiplied by warps; as NARROW in decode.cuh."""
+SHARED = {1: 232448, 2: 115712, 3: 76800}
+"""Bytes of shared memory that one of so many thread blocks of a multiprocessor can have."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """height: rows of x.  stack: blocks of 128 weight rows.  blocks: thread blocks per multiprocessor."""
+
+    height: int
+    stack: int = 1
+    blocks: int = 2
+
+    @property
+    def narrow(self) -> bool:
+        return self.height <= NARROW
+
+
+@dataclass(frozen=True)
+class Variant:
+    """form, encoding: numbers as the sources have them.  codes: rows that come encoded hold E4M3 codes.  group: of INT4
+    scales.  aligned: rows of scales along K begin at multiples of `scale_bytes`.  See `defines`."""
+
+    form: int
+    encoding: int
+    codes: bool
+    tile: Tile
+    block_scales: bool = False
+    by_segment: bool = False
+    group: int = 128
+    wide_scales: bool = False
+    aligned: bool = True
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether rows are multiplied as E4M3; a few rows are cheaper in 16 bits, which hold their codes too."""
+        return self.codes and not self.tile.narrow
+
+    @property
+    def halves(self) -> bool:
+        """Whether operands are IEEE halves, not BF16; as HALVES in decode.cuh."""
+        return self.tile.narrow and ((self.form == 4 and self.encoding in (6, 7)) or (self.form == 1 and self.codes))
+
+    @property
+    def needs_wide(self) -> bool:
+        """Whether activated rows are kept in FP32 before they are encoded; as `!DIRECT` in room.cuh."""
+        return self.encoding in (2, 3, 7) or (self.encoding == 4 and self.tile.stack == 1)
+
+    @property
+    def elements(self) -> int:
+        """Of K per stage."""
+        return 64 if self.form == 0 else 256 if self.form >= 3 else 128
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows are multiplied in their own order."""
+        return self.form == 0 or (self.form == 1 and self.codes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of columns that products come in; multiples of `step`."""
+        return tuple(sorted({min(i * self.step, self.tile.height) for i in (1, 2, 3, 4)}))
+
+    @property
+    def step(self) -> int:
+        """As STEP in room.cuh."""
+        height = self.tile.height
+        return 8 if height < 32 else 32 if height == 96 else height // 4
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a weight row, per stage; as SCALE_BYTES in room.cuh."""
+        if self.form == 5:
+            return 256 // self.group * (4 if self.wide_scales else 2)
+        return {2: 4, 3: 8, 4: 16}.get(self.form, 0)
+
+    @property
+    def stages(self) -> int:
+        """As many as fit into shared memory beside everything else, up to 8."""
+        tile, slots = self.tile, 4 if self.tile.narrow else 3
+        scaled = self.encoding not in (0, 4, 5)  # ROW_SCALES, ROW_TERMS in room.cuh
+        terms = 8 if self.form == 4 or (self.form == 1 and not self.block_scales) else 4
+        fixed = 1024 + min(tile.height, 32) * (64 * tile.stack + 4) * 4 + 256 * (2 if tile.height < 32 else 4)
+        fixed += slots * (tile.height * (8 if scaled else 4) + 128 * tile.stack * terms)
+        stage = 16384 * tile.stack + tile.height * self.elements * (1 if self.eight_bit else 2)
+        stage += 128 * tile.stack * self.scale_bytes + 16
+        stage += -(-tile.height // 32) * 128 if self.encoding == 4 else 0
+        return max(2, min(8, (SHARED[tile.blocks] - fixed) // stage))
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {
+            "FORMAT": self.form, "ROWS8": int(self.eight_bit), "ENCODING": self.encoding, "MOST": self.tile.height,
+            "STACK": self.tile.stack, "BLOCKS_PER_SM": self.tile.blocks, "STAGES": self.stages,
+            "ROOM_LIMIT": SHARED[self.tile.blocks],
+            "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,
+            "WIDE_SCALES": int(self.wide_scales), "ALIGNED_SCALES": int(self.aligned),
+        }  # fmt: skip
+
+
+def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
+    """The kernel for experts whose rows travel in an encoding."""
+    return Variant(
+        FORMATS[form.name], ENCODINGS[encoding.name, encoding.static], encoding.name in EIGHT_BIT, tile,
+        form.name == "fp8_block", form.name == "fp8_tensor", form.group or 128, form.scale_dtype == "float32",
+    )  # fmt: skip
+
+
+def tile_for(variant: Variant, rows: int, experts: int) -> Tile:
+    """A tile that holds an expert's rows, if routing is even: the mean and four standard deviations of chance."""
+    mean = rows / max(1, experts)
+    height = next((each for each in HEIGHTS if each >= mean + 4 * mean**0.5), 128)
+    if height <= 16:
+        return Tile(height)
+    if height <= NARROW:
+        return Tile(height, 2, 1)
+    if variant.form == 5 or (variant.form == 1 and not variant.codes):  # sums of groups and of tiles: registers
+        return Tile(64, 2, 1)
+    return Tile(64 if height <= 64 else 128, 2, 1)
+
+
+def with_tile(variant: Variant, tile: Tile) -> Variant:
+    return replace(variant, tile=tile)

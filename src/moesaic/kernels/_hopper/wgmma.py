@@ -1,0 +1,76 @@
+"""Writes `wgmma.cuh`: the tensor-core product of a warp group for each number of columns that a kernel uses.
+
+The instruction names every register of its result, so that its text depends on their number; C++ has no loop for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def header(sizes: Iterable[int], eight_bit: bool) -> str:
+    """sizes: columns (multiples of 8).  eight_bit: E4M3 operands, else BF16.  d: one sum per two columns.
+
+    `begin_`: a new sum; what d held does not matter, and the compiler is told so.
+    """
+    room = "float *d"
+    codes = "u32 a0, u32 a1, u32 a2, u32 a3"
+    made = [
+        f"template <int N> DEVICE void multiply_stage({room}, u64 w, u64 x);",
+        f"template <int N> DEVICE void multiply_shared({room}, u64 w, u64 x);",
+        f"template <int N> DEVICE void multiply_registers({room}, {codes}, u64 x);",
+        f"template <int N> DEVICE void begin_registers({room}, {codes}, u64 x);",
+    ]
+    for size in sizes:
+        made.append(stage(size, eight_bit, room))
+        made.append(single(size, eight_bit, f"multiply_shared<{size}>({room}, u64 w, u64 x)", "more", False))
+        made.append(single(size, eight_bit, f"multiply_registers<{size}>({room}, {codes}, u64 x)", "more", True))
+        made.append(single(size, eight_bit, f"begin_registers<{size}>({room}, {codes}, u64 x)", "first", True))
+    return "#pragma once\n" + "\n".join(made) + "\n"
+
+
+FLAGS = ".reg .pred first, more; setp.ne.b32 first, 0, 0; setp.eq.b32 more, 0, 0;"
+
+
+def instruction(size: int, eight_bit: bool, w: str, x: str, more: str, from_registers: bool) -> str:
+    """d += w x^T, or d = w x^T where `more` is false. w: 64 rows, by descriptor or in registers; x: `size` rows."""
+    shape, types = (f"m64n{size}k32", "e4m3.e4m3") if eight_bit else (f"m64n{size}k16", "bf16.bf16")
+    flags = "1, 1" if eight_bit else "1, 1, 0" if from_registers else "1, 1, 0, 0"
+    sums = ", ".join(f"%{i}" for i in range(size // 2))
+    return f"wgmma.mma_async.sync.aligned.{shape}.f32.{types} {{{sums}}}, {w}, {x}, {more}, {flags};"
+
+
+def sums_of(size: int, begin: bool) -> str:
+    return ", ".join(f'"{"=" if begin else "+"}f"(d[{i}])' for i in range(size // 2))
+
+
+def single(size: int, eight_bit: bool, signature: str, more: str, from_registers: bool) -> str:
+    at = size // 2
+    w = "{" + ", ".join(f"%{at + i}" for i in range(4)) + "}" if from_registers else f"%{at}"
+    made = instruction(size, eight_bit, w, f"%{at + (4 if from_registers else 1)}", more, from_registers)
+    inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3)' if from_registers else '"l"(w)'
+    return (
+        f"template <> __device__ __forceinline__ void {signature} {{\n"
+        f'    asm volatile("{{{FLAGS} {made}}}"\n'
+        f'        : {sums_of(size, more == "first")}\n        : {inputs}, "l"(x));\n}}'
+    )
+
+
+def stage(size: int, eight_bit: bool, room: str) -> str:
+    """A new sum of the four products that 128 bytes of K are, waited for: one statement, so that nothing is put between."""
+    at = size // 2
+    lines = [
+        f"{FLAGS} .reg .b64 w<4>, x<4>;",
+        f"mov.b64 w0, %{at}; mov.b64 x0, %{at + 1};",
+        *(f"add.s64 w{k}, w0, {2 * k}; add.s64 x{k}, x0, {2 * k};" for k in (1, 2, 3)),
+        "wgmma.fence.sync.aligned;",
+        *(instruction(size, eight_bit, f"w{k}", f"x{k}", "more" if k else "first", False) for k in range(4)),
+        "wgmma.commit_group.sync.aligned;",
+        "wgmma.wait_group.sync.aligned 0;",
+    ]
+    body = "\n".join(f'        "{line}\\n"' for line in lines)
+    return (
+        f"template <> __device__ __forceinline__ void multiply_stage<{size}>({room}, u64 w, u64 x) {{\n"
+        f'    asm volatile("{{\\n"\n{body}\n        "}}\\n"\n'
+        f'        : {sums_of(size, True)}\n        : "l"(w), "l"(x)\n        : "memory");\n}}'
+    )
