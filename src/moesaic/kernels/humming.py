@@ -28,11 +28,11 @@ from moesaic.contracts.contract import Contract, Limits, path_of
 from moesaic.contracts.scheme import Encoding, WeightFormat
 from moesaic.contracts.spec import SILU
 from moesaic.errors import UnsupportedError
-from moesaic.formats import mx, nv
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._humming.pack import NAME, pack, unpack
 from moesaic.kernels._humming.recipe import PAIRS, Recipe, recipe_of
+from moesaic.kernels.exact import exact
 from moesaic.kernels.installed import lacking
 from moesaic.kernels.ops import ExpertWeights
 
@@ -155,16 +155,6 @@ def operand(x: Rows) -> Operand:
 def aligned(scale: Tensor) -> Tensor:
     """On 16 bytes, as the launcher wants it: a calibrated scale may be an element of a larger tensor."""
     return scale if scale.data_ptr() % 16 == 0 else scale.clone()
-
-
-def exact(x: Rows) -> Tensor:
-    """The BF16 numbers that codes and block scales stand for: made with the codes by our own encoder, decoded here
-    where rows come from elsewhere."""
-    if "exact" in x.parts:
-        return x.parts["exact"]
-    if x.encoding.name == "mxfp8":
-        return mx.dequantize(x.data.float(), x.parts["scale"]).bfloat16()
-    return nv.dequantize(x.data, x.parts["scale"], torch.ones((), device=x.data.device)).bfloat16()
 
 
 def between(both_RJ: Tensor, w: ExpertWeights, ids_TA: Tensor, extras: Any) -> Operand:

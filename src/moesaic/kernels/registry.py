@@ -24,8 +24,8 @@ from moesaic.kernels import declared
 from moesaic.kernels.ops import Ops
 
 BACKENDS = (
-    "cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "triton_invariant", "deep_gemm", "humming",
-    "reference",
+    "cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "triton_invariant", "hopper", "deep_gemm",
+    "humming", "reference",
 )  # fmt: skip
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
 ENTRY_POINTS = "moesaic.kernels"
@@ -156,11 +156,14 @@ class Kernels:
 
 
 def bind(chosen: Mapping[str, str], parameters: Mapping[str, Parameters] = NONE) -> Ops:
-    """op -> backend, as an object with the functions; those that were measured fastest with parameters get them."""
-    found = {}
+    """op -> backend, as an object with the functions; those that were measured fastest with parameters get them. A
+    backend of experts that encodes rows while it sorts them has `encode_later`, which leaves them to it."""
+    found: dict[str, Any] = {}
     for op, name in chosen.items():
         function, given = getattr(backends()[name], op), dict(parameters.get(op, ()))
         found[op] = partial(function, **given) if given else function
+    if "experts" in chosen:
+        found["encode"] = getattr(backends()[chosen["experts"]], "encode_later", found.get("encode"))
     return cast(Ops, SimpleNamespace(**found))
 
 

@@ -28,7 +28,8 @@ OPTIONS = (f"--gpu-architecture={ARCH}", "--std=c++17")
 def sources() -> dict[str, str]:
     """The files of this folder by name; `hopper.cu` includes the others."""
     folder = Path(__file__).parent
-    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir()) if path.suffix in (".cuh", ".cu")}
+    files = (path for path in sorted(folder.iterdir()) if path.suffix in (".cuh", ".cu"))
+    return {path.name: path.read_text(encoding="utf-8") for path in files}
 
 
 @cache
@@ -89,8 +90,8 @@ def compiled(headers: Mapping[str, str], options: tuple[str, ...]) -> bytes:
     names = [name for name in headers if name != "hopper.cu"]
     texts = (ctypes.c_char_p * len(names))(*(headers[name].encode() for name in names))
     includes = (ctypes.c_char_p * len(names))(*(name.encode() for name in names))
-    check(library.nvrtcCreateProgram(ctypes.byref(program), headers["hopper.cu"].encode(), b"hopper.cu", len(names), texts,
-                                     includes))  # fmt: skip
+    check(library.nvrtcCreateProgram(ctypes.byref(program), headers["hopper.cu"].encode(), b"hopper.cu", len(names),
+                                     texts, includes))  # fmt: skip
     try:
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = library.nvrtcCompileProgram(program, len(options), given)

@@ -31,8 +31,8 @@ class _Attribute(ctypes.Structure):
 
 class _Config(ctypes.Structure):
     _fields_ = (
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ class Module:
 
 
 def launch(function: ctypes.c_void_p, grid: int, block: int, arguments: Sequence[Any], shared: int = 0) -> None:
-    """A one-dimensional launch that may begin before the kernel in front of it has ended (the kernels wait themselves)."""
+    """In one dimension; it may begin before the kernel in front of it has ended: the kernels wait themselves."""
     early = _Attribute(id=_SERIALIZATION)
     early.value[0] = 1
     stream = torch.cuda.current_stream().cuda_stream

@@ -26,8 +26,8 @@ I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_
 class WeightC(ctypes.Structure):
     """Weight in values.cuh."""
 
-    _fields_ = (("scales", PTR), ("scales_expert", I64), ("scales_row", I64), ("top", PTR), ("bias", PTR), ("stages", I32),
-                ("scale_bytes", I32), ("rows", I32), ("tiles", I32))  # fmt: skip
+    _fields_ = (("scales", PTR), ("scales_expert", I64), ("scales_row", I64), ("top", PTR), ("bias", PTR),
+                ("stages", I32), ("scale_bytes", I32), ("rows", I32), ("tiles", I32))  # fmt: skip
 
 
 class RowsC(ctypes.Structure):
@@ -38,8 +38,9 @@ class RowsC(ctypes.Structure):
 
 class Arguments(ctypes.Structure):
     _fields_ = (("first", WeightC), ("second", WeightC), ("x", RowsC), ("h", RowsC), ("wide", PTR), ("y", PTR),
-                ("order", PTR), ("tiles", PTR), ("counters", PTR), ("tile_limit", I32), ("top_k", I32), ("columns", I32),
-                ("width", I32), ("hidden", I32), ("phases", I32), ("parts", I32), ("groups", I32), ("limit", F32),
+                ("order", PTR), ("tiles", PTR), ("counters", PTR),
+                ("tile_limit", I32), ("top_k", I32), ("columns", I32), ("width", I32),
+                ("hidden", I32), ("phases", I32), ("parts", I32), ("groups", I32), ("limit", F32),
                 ("alpha", F32))  # fmt: skip
 
 
@@ -50,7 +51,8 @@ class Maps(ctypes.Structure):
 class Preparation(ctypes.Structure):
     _fields_ = (("source", PTR), ("ids", PTR), ("given", PTR), ("rows", RowsC), ("order", PTR), ("tiles", PTR),
                 ("counters", PTR), ("source_stride", I64), ("tokens", I32), ("columns", I32), ("width", I32),
-                ("routed", I32), ("experts", I32), ("counter_count", I32), ("given_row", I32), ("given_group", I32))  # fmt: skip
+                ("routed", I32), ("experts", I32), ("counter_count", I32), ("given_row", I32),
+                ("given_group", I32))  # fmt: skip
 
 
 class Loaded:
@@ -65,13 +67,14 @@ class Loaded:
 
 
 @cache
-def loaded(variant: Variant) -> Loaded:
+def loaded(variant: Variant, device: int) -> Loaded:
+    """device: the current one, on which the code is loaded."""
     return Loaded(variant)
 
 
 @cache
-def processors() -> int:
-    count: int = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+def processors(device: int) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
 
 
@@ -79,8 +82,8 @@ def fitted(variant: Variant, w: ExpertWeights) -> Variant:
     """The variant for these very weights: whether their scales can be copied as they lie."""
     rows = (part for each in (w.w13, w.w2) if (part := each.parts.get("scale")) is not None and part.dim() == 3)
     step = variant.scale_bytes
-    aligned = not step or all((part.stride(1) * part.element_size()) % step == 0 and part.data_ptr() % step == 0 for part in rows)
-    return replace(variant, aligned=aligned)
+    sizes = [(part.data_ptr(), *(stride * part.element_size() for stride in part.stride()[:2])) for part in rows]
+    return replace(variant, aligned=not step or not any(size % step for each in sizes for size in each))
 
 
 def up(size: int, step: int) -> int:
@@ -127,7 +130,8 @@ class Routed:
     groups: int
 
 
-def room_for_rows(variant: Variant, count: int, columns: int, like: Tensor, static: Tensor | None, sorted_: bool) -> Stored:
+def room_for_rows(variant: Variant, count: int, columns: int, like: Tensor, static: Tensor | None,
+                  sorted_: bool) -> Stored:  # fmt: skip
     """Uninitialised storage. static: the scale of a static encoding."""
     width = up(columns, max(128, variant.elements))
     kind = torch.float8_e4m3fn if variant.eight_bit else torch.float16 if variant.halves else torch.bfloat16
@@ -142,7 +146,8 @@ def room_for_rows(variant: Variant, count: int, columns: int, like: Tensor, stat
     return Stored(data, like.new_empty(count, groups, dtype=torch.float32), groups, 1)
 
 
-def prepare(variant: Variant, x: Rows | Tensor, ids_TA: Tensor, w: ExpertWeights, static: Tensor | None = None) -> tuple[Stored, Routed]:
+def prepare(variant: Variant, x: Rows | Tensor, ids_TA: Tensor, w: ExpertWeights,
+            static: Tensor | None = None) -> tuple[Stored, Routed]:  # fmt: skip
     """Sorts ids, and encodes plain BF16 rows (static: a static encoding's scale) or puts encoded ones in order of K."""
     given = isinstance(x, Rows)
     source = x.parts.get("exact", x.data) if isinstance(x, Rows) else x
@@ -151,7 +156,8 @@ def prepare(variant: Variant, x: Rows | Tensor, ids_TA: Tensor, w: ExpertWeights
     scales = scales_of(variant, x) if isinstance(x, Rows) else None
     routed = room_for_routing(variant, ids_TA, w)
     stored = room_for_rows(variant, tokens, columns, source, static, False)
-    as_is = (given or variant.encoding == 0) and variant.in_order and (columns, source.dtype) == (stored.width, stored.data.dtype)
+    as_is = (given or variant.encoding == 0) and variant.in_order
+    as_is = as_is and (columns, source.dtype) == (stored.width, stored.data.dtype)
     if given and (as_is or (scales is not None and not scales.dim())):
         stored = shared_scales(stored, scales)
     stored = replace(stored, data=source) if as_is else stored
@@ -163,7 +169,7 @@ def prepare(variant: Variant, x: Rows | Tensor, ids_TA: Tensor, w: ExpertWeights
         source.stride(0) * source.element_size(), tokens, columns, stored.width, ids_TA.numel(), w.w13.shape[0],
         routed.counters.numel(), strides[0], strides[1] if variant.encoding == 4 else 0,
     )  # fmt: skip
-    kernels = loaded(variant)
+    kernels = loaded(variant, torch.cuda.current_device())
     blocks = 1 + -(-warps // (PREPARERS // 32))
     launch(kernels.prepare_encoded if given else kernels.prepare, blocks, PREPARERS, [arguments])
     return stored, routed
@@ -175,7 +181,8 @@ def is_aligned(x: Tensor) -> bool:
 
 def scales_of(variant: Variant, x: Rows) -> Tensor | None:
     """Of rows that came encoded, as far as a kernel has to apply them."""
-    return None if variant.encoding in (0, 5) else x.parts.get("global_scale" if variant.encoding in (6, 7) else "scale")
+    name = "global_scale" if variant.encoding in (6, 7) else "scale"
+    return None if variant.encoding in (0, 5) else x.parts.get(name)
 
 
 def shared_scales(stored: Stored, scales: Tensor | None) -> Stored:
@@ -197,15 +204,17 @@ def room_for_routing(variant: Variant, ids_TA: Tensor, w: ExpertWeights) -> Rout
 
 
 @lru_cache(maxsize=4096)
-def weight_maps(first: int, second: int, shape: tuple[int, int, int], row_bytes: tuple[int, int], stack: int) -> tuple[TensorMap, TensorMap]:
+def weight_maps(first: int, second: int, shape: tuple[int, int, int], row_bytes: tuple[int, int],
+                stack: int) -> tuple[TensorMap, TensorMap]:  # fmt: skip
     """Of both weights. first, second: addresses.  shape: E, I, D.  row_bytes: of K.
 
     The first one's axes: bytes of a row, 8 rows, gate or up, groups of 8 rows, experts: 8 gate rows lie before the 8 up
     rows of the same elements in shared memory.
     """
     (experts, width, hidden), (k1, k2) = shape, row_bytes
+    strides = (k1, width * k1, 8 * k1, 2 * width * k1)
     return (
-        tensor_map(first, (k1, 8, 2, width // 8, experts), (k1, width * k1, 8 * k1, 2 * width * k1), (128, 8, 2, 8 * stack, 1)),
+        tensor_map(first, (k1, 8, 2, width // 8, experts), strides, (128, 8, 2, 8 * stack, 1)),
         tensor_map(second, (k2, hidden, experts), (k2, hidden * k2), (128, 128 * stack, 1)),
     )  # fmt: skip
 
@@ -219,7 +228,8 @@ def all_maps(variant: Variant, w: ExpertWeights, h: Stored) -> Maps:
     (experts, _, hidden), width = w.w13.shape, w.w2.columns
     parts = w.w13.parts["data"], w.w2.parts["data"]
     k1, k2 = (part.stride(1) * part.element_size() for part in parts)
-    first, second = weight_maps(parts[0].data_ptr(), parts[1].data_ptr(), (experts, width, hidden), (k1, k2), variant.tile.stack)
+    places = parts[0].data_ptr(), parts[1].data_ptr()
+    first, second = weight_maps(*places, (experts, width, hidden), (k1, k2), variant.tile.stack)
     if variant.tile.narrow:
         return Maps(first, second, first)
     return Maps(first, second, row_map(variant, h))
@@ -256,11 +266,14 @@ def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phas
     arguments = Arguments(
         first, second, x.packed(), h.packed(), None if before is None else before.data_ptr(), y.data_ptr(),
         routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), routed.counters.data_ptr(), len(routed.tiles_B4),
-        routed.top_k, width, h.width, hidden, phases, routed.parts, routed.groups, w.activation.limit, w.activation.alpha if oai else 0.0,
+        routed.top_k, width, h.width, hidden, phases, routed.parts, routed.groups, w.activation.limit,
+        w.activation.alpha if oai else 0.0,
     )  # fmt: skip
-    kernels = loaded(variant)
+    device = torch.cuda.current_device()
+    kernels = loaded(variant, device)
     items = len(routed.tiles_B4) * (first.tiles * (phases & 1) + second.tiles * (phases >> 1) + 1)
-    launch(kernels.experts, min(processors() * tile.blocks, items), kernels.threads, [all_maps(variant, w, h), arguments], kernels.shared)
+    blocks, given = min(processors(device) * tile.blocks, items), [all_maps(variant, w, h), arguments]
+    launch(kernels.experts, blocks, kernels.threads, given, kernels.shared)
     return h, y, before
 
 
@@ -270,5 +283,6 @@ def combine(variant: Variant, y_RD: Tensor, ids_TA: Tensor, weights_TA: Tensor) 
     out = y_RD.new_empty(tokens, hidden)
     pointers = [PTR(each.data_ptr()) for each in (y_RD, ids_TA, weights_TA, out)]
     grid = -(-tokens * (hidden // 8) // PREPARERS)
-    launch(loaded(variant).combine, grid, PREPARERS, [*pointers, I32(tokens), I32(hidden), I32(top_k)])
+    sizes = [I32(tokens), I32(hidden), I32(top_k)]
+    launch(loaded(variant, torch.cuda.current_device()).combine, grid, PREPARERS, [*pointers, *sizes])
     return out

@@ -121,6 +121,11 @@ class Variant:
         }  # fmt: skip
 
 
+TILES = {8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 32: Tile(32, 2, 1), 33: Tile(32), 64: Tile(64, 2, 1),
+         96: Tile(96, 2, 1), 128: Tile(128, 2, 1)}  # fmt: skip
+"""Those that are the fastest somewhere."""
+
+
 def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
     """The kernel for experts whose rows travel in an encoding."""
     return Variant(

@@ -57,7 +57,7 @@ def single(size: int, eight_bit: bool, signature: str, more: str, from_registers
 
 
 def stage(size: int, eight_bit: bool, room: str) -> str:
-    """A new sum of the four products that 128 bytes of K are, waited for: one statement, so that nothing is put between."""
+    """A new sum of the four products that 128 bytes of K are, waited for: one statement, with nothing put between."""
     at = size // 2
     lines = [
         f"{FLAGS} .reg .b64 w<4>, x<4>;",

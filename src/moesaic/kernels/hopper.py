@@ -1,0 +1,116 @@
+"""Expert layers on Hopper in one kernel, written in CUDA C++ (`_hopper/`), for all pairs of formats that it multiplies.
+
+A call is three launches: rows are sorted by expert while they are encoded; both products, the activation and the
+encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read as they
+are stored.
+E4M3 rows of many tokens meet the FP8 tensor cores; everything else is multiplied as the BF16 or FP16 numbers that codes
+stand for.
+
+NVRTC, which comes with torch, compiles a kernel at its first use; it is kept in the cache folder (`MOESAIC_CACHE`).
+
+Letters: T tokens, A experts per token, R = T A routed rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesaic.contracts.contract import Contract, Limits, path_of
+from moesaic.contracts.scheme import Encoding, WeightFormat
+from moesaic.errors import UnsupportedError
+from moesaic.formats.encodings import Rows
+from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Variant, tile_for, variant_of, with_tile
+from moesaic.kernels.exact import exact
+from moesaic.kernels.ops import ExpertWeights
+
+CONTRACTS = (
+    Contract(
+        "experts", "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
+        formats=frozenset(FORMATS), encodings=frozenset(encoding for _, encoding in PAIRS), pairs=PAIRS,
+        forms=frozenset(WeightFormat("int4", group, scale) for group in (32, 64, 128)
+                        for scale in ("bfloat16", "float32")),
+        activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
+        limits=Limits(hidden_multiple=32, width_multiple=32),
+    ),
+)  # fmt: skip
+MOST_EXPERTS = 512
+"""As prepare.cuh has it."""
+TUNABLE = {"tile": tuple(TILES)}
+"""What `moesaic bench tune` tries."""
+
+
+def probe() -> str | None:
+    """Multiplies rows of two experts. None where the result is right."""
+    if not torch.cuda.is_available():
+        return "finds no CUDA device"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "is for Hopper GPUs only"
+    try:
+        return None if tried() else "computes wrong results on this machine"
+    except UnsupportedError as error:
+        return f"cannot be used: {error!s:.300}"
+    except Exception as failure:  # whatever a compiler or driver raises, it is a reason, not a crash
+        return f"fails on this machine: {failure!r:.200}"
+
+
+def tried() -> bool:
+    """Experts whose weights are 0.5 (up rows: 1) and 2, times rows of 2^-7."""
+    from moesaic.contracts.spec import SILU
+    from moesaic.formats.base import QuantTensor
+
+    form, like = WeightFormat("bf16"), torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    w13 = QuantTensor.empty(form, (64, 64), 64, like, (2,))
+    w2 = QuantTensor.empty(form, (64,), 64, like, (2,))
+    for w in (w13, w2):
+        w.parts["data"][0], w.parts["data"][1] = 0.5, 2.0
+    w13.parts["data"][0, 64:] = 1.0
+    ids = torch.tensor([[0], [1], [-1], [1]], dtype=torch.int32, device="cuda")
+    x = Rows(Encoding("bf16"), {"data": torch.full((4, 64), 2.0**-7, device="cuda").bfloat16()}, torch.bfloat16)
+    y = experts(x, ExpertWeights(w13, w2, SILU, Encoding("bf16")), ids, torch.ones(4, 1, device="cuda")).float()
+    gate, up = torch.tensor([0.25, 1.0, 0.0, 1.0], device="cuda"), torch.tensor([0.5, 1.0, 0.0, 1.0], device="cuda")
+    want = torch.nn.functional.silu(gate) * up * 64 * torch.tensor([0.5, 2.0, 0.0, 2.0], device="cuda")
+    return bool(((y - want[:, None]).abs() <= 2**-7 * want[:, None]).all())
+
+
+def encode_later(x_TD: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Rows:
+    """Rows as they are, which `experts` encodes while it sorts: one launch less, and the same codes.
+
+    A scale that spans all rows must be known before the first one is encoded: those are encoded here.
+    """
+    if not encoding.by_row:
+        from moesaic.kernels import triton
+
+        rows: Rows = triton.encode(x_TD, encoding, scale)
+        return rows
+    return Rows(encoding, {"plain": x_TD} | ({} if scale is None else {"scale": scale}), x_TD.dtype)
+
+
+def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, tile: int = 0) -> Tensor:
+    """tile: a key of TILES, or 0 for the one that the mean rows per expert suggest.
+
+    Raises UnsupportedError for more than MOST_EXPERTS experts on a rank.
+    """
+    from moesaic.kernels._hopper import launch
+
+    count, rows = w.w13.shape[0], ids_TA.numel()
+    if count > MOST_EXPERTS:
+        raise UnsupportedError(f"{count} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
+                               remedy="Use more ranks, or --experts triton.")  # fmt: skip
+    ids, plain = ids_TA.contiguous(), x.parts.get("plain")
+    if not rows:
+        return ids.new_empty(len(ids), w.w2.shape[-2], dtype=x.dtype)
+    variant = launch.fitted(chosen(x, w, rows, count, tile), w)
+    with torch.cuda.device(ids.device):
+        if plain is None:
+            parts = {**x.parts, "exact": exact(x)} if x.encoding.name in ("mxfp8", "nvfp4") else x.parts
+            stored, routed = launch.prepare(variant, Rows(x.encoding, parts, x.dtype), ids, w)
+        else:
+            stored, routed = launch.prepare(variant, plain, ids, w, x.parts.get("scale"))
+        _, y_RD, _ = launch.multiply(variant, stored, w, routed)
+        return launch.combine(variant, y_RD, ids, weights_TA.contiguous())
+
+
+def chosen(x: Rows, w: ExpertWeights, rows: int, count: int, tile: int) -> Variant:
+    variant = variant_of(w.w13.form, x.encoding, TILES[tile] if tile else TILES[8])
+    return variant if tile else with_tile(variant, tile_for(variant, rows, count))

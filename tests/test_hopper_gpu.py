@@ -1,0 +1,153 @@
+"""The CUDA C++ kernels on a Hopper GPU (`-m gpu`): every scheme, every stage, ragged, at released models' shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
+from moesaic.contracts.spec import Activation
+from moesaic.kernels import hopper, reference, triton
+from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile
+from tests.compare import assert_rows_close
+from tests.hopper_support import Layer, check_layer, with_tile
+from tests.triton_support import in_double
+
+pytestmark = pytest.mark.gpu
+OAI = Activation("swiglu_oai")
+OTHERS = {
+    "int4_g32 FP32 scales": Scheme("", WeightFormat("int4", 32, "float32"), Encoding("bf16")),
+    "int4_g64 fp8_token": Scheme("", WeightFormat("int4", 64, "bfloat16"), Encoding("fp8_token")),
+}
+KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
+EVERY = KNOWN | OTHERS
+
+
+@pytest.fixture(autouse=True)
+def usable() -> Iterator[None]:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("is for Hopper GPUs only")
+    torch.manual_seed(0)
+    yield
+    torch.cuda.empty_cache()
+
+
+def test_probe() -> None:
+    assert hopper.probe() is None
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_few_rows(name: str) -> None:
+    scheme = EVERY[name]
+    check_layer(Layer.of(scheme, 1, (16, 512, 256, 4), Tile(8)))
+    check_layer(Layer.of(scheme, 61, (32, 2048, 768, 8), Tile(16), "holes"))
+    check_layer(Layer.of(scheme, 67, (64, 2048, 1408, 6), Tile(16, 2, 1), "one expert"))
+    check_layer(Layer.of(scheme, 300, (128, 2048, 768, 8), Tile(32, 2, 1)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_many_rows(name: str) -> None:
+    scheme, width = EVERY[name], 640 if "int4" in EVERY[name].weight.name else 704
+    check_layer(Layer.of(scheme, 700, (16, 1024, 512, 4), Tile(64, 2, 1), "holes"))
+    check_layer(Layer.of(scheme, 700, (16, 1024, 768, 4), Tile(128, 2, 1), "holes"))
+    check_layer(Layer.of(scheme, 333, (16, 768, 768, 4), Tile(96, 2, 1), "one expert"))
+    check_layer(Layer.of(scheme, 333, (16, 2048, width, 4), Tile(128, 1, 1)))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp8", "mxfp4", "nvfp4", "wna16", "w4afp8"])
+def test_released_shapes(name: str) -> None:
+    """DeepSeek-V3, DeepSeek-V2-Lite and gpt-oss, with fewer experts; with biases and the clamped activation."""
+    scheme = SCHEMES[name]
+    for tokens, tile in ((5, Tile(8)), (200, Tile(32, 2, 1)), (400, Tile(96, 2, 1))):
+        check_layer(Layer.of(scheme, tokens, (16, 7168, 2048, 8), tile, "holes"))
+        width = 2816 if "int4" in scheme.weight.name else 2880
+        check_layer(Layer.of(scheme, tokens, (8, width, width, 4), tile, "holes", OAI))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("tokens", [1, 19, 515])
+def test_layer(name: str, tokens: int) -> None:
+    """As a model calls it: rows that are encoded before, and rows that are encoded on the way, give the same bits."""
+    layer = Layer.of(EVERY[name], tokens, (32, 1024, 512, 6), Tile(8), "holes")
+    rows = layer.rows()
+    later = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale)
+    out = hopper.experts(rows, layer.w, layer.ids, layer.weights)
+    assert torch.equal(out, hopper.experts(later, layer.w, layer.ids, layer.weights))
+    assert_rows_close(out, triton.experts(rows, layer.w, layer.ids, layer.weights).double(), 2**-4,
+                      "two roundings in between, and codes a step apart")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tiles_agree(name: str) -> None:
+    """A row's bits depend on whether warps or groups of warps multiply, and on nothing else of a tile."""
+    layer = Layer.of(EVERY[name], 500, (16, 1024, 512, 4), Tile(8))
+    outs = {height: hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights, tile=height) for height in TILES}
+    for kind in ([each for each in TILES if TILES[each].narrow], [each for each in TILES if not TILES[each].narrow]):
+        for one, other in pairwise(kind):
+            assert torch.equal(outs[one], outs[other]), (one, other)
+
+
+@pytest.mark.parametrize("tile", [Tile(8), Tile(32, 2, 1), Tile(128, 2, 1)])
+@pytest.mark.parametrize("name", ["fp8", "fp8_channel", "w4afp8"])
+def test_sums_in_fp32(name: str, tile: Tile) -> None:
+    """7168 terms that cancel: the FP8 tensor core's own adder would be far off."""
+    from moesaic.kernels._hopper import launch
+
+    layer = with_tile(Layer.of(SCHEMES[name], 128, (2, 7168, 128, 1), tile), tile)
+    layer.x[:, 3584:] = -layer.x[:, :3584] * (1 + 2**-5)
+    for each in (part for part in layer.w.w13.parts.values() if part.dim() == 3 and part.shape[-1] > 1):
+        half = each.shape[-1] // 2
+        each[..., half:] = each[..., :half].clone()
+    rows = layer.rows()
+    stored, routed = launch.prepare(layer.variant, rows, layer.ids, layer.w, layer.scale)
+    _, _, wide = launch.multiply(layer.variant, stored, layer.w, routed, 1, wide=True)
+    assert wide is not None
+    at = routed.order_R.long()
+    values, experts = reference.row_values(in_double(rows))[at], layer.ids.flatten()[at]
+    both, half = (reference.expert_products(values * kept, layer.w.w13, experts, None)
+                  for kept in (1, torch.arange(7168, device="cuda") < 3584))  # fmt: skip
+    gate, up = both.chunk(2, -1)
+    error = (wide[:, :128].double() - torch.nn.functional.silu(gate) * up).norm(dim=-1)
+    first, second = half.chunk(2, -1)
+    slack = 2**-9 * (first.norm(dim=-1) * up.abs().amax(-1) + second.norm(dim=-1) * gate.abs().amax(-1))
+    assert (both.norm(dim=-1) < 0.05 * half.norm(dim=-1)).all(), "the terms cancel"
+    assert (error <= slack).all(), (error / slack).max()
+
+
+def test_many_calls_give_the_same_bits() -> None:
+    """Nothing depends on which thread block is the first: 40 calls of each of two sizes."""
+    for name in ("fp8", "nvfp4", "wna16"):
+        for tokens in (61, 700):
+            layer = Layer.of(SCHEMES[name], tokens, (32, 2048, 768, 8), Tile(8), "holes")
+            first = hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights)
+            for _ in range(40):
+                assert torch.equal(hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights), first)
+
+
+def test_in_a_graph() -> None:
+    layer = Layer.of(SCHEMES["mxfp8"], 24, (32, 2048, 768, 8), Tile(8))
+
+    def call() -> torch.Tensor:
+        rows = hopper.encode_later(layer.x, layer.scheme.activation)
+        return hopper.experts(rows, layer.w, layer.ids, layer.weights)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    layer.x.normal_(), layer.ids.copy_(layer.ids.flip(0))
+    graph.replay()
+    assert torch.equal(out, call())
+
+
+def test_rows_that_ask_for_nothing() -> None:
+    layer = Layer.of(SCHEMES["fp8"], 6, (8, 512, 256, 2), Tile(8))
+    layer.ids.fill_(-1)
+    assert not hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights).any()
+    empty = hopper.experts(triton.encode(layer.x[:0], layer.scheme.activation), layer.w, layer.ids[:0], layer.weights[:0])
+    assert empty.shape == (0, 512)
