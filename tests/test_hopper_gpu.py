@@ -149,5 +149,6 @@ def test_rows_that_ask_for_nothing() -> None:
     layer = Layer.of(SCHEMES["fp8"], 6, (8, 512, 256, 2), Tile(8))
     layer.ids.fill_(-1)
     assert not hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights).any()
-    empty = hopper.experts(triton.encode(layer.x[:0], layer.scheme.activation), layer.w, layer.ids[:0], layer.weights[:0])
+    rows = triton.encode(layer.x[:0], layer.scheme.activation)
+    empty = hopper.experts(rows, layer.w, layer.ids[:0], layer.weights[:0])
     assert empty.shape == (0, 512)
