@@ -56,7 +56,8 @@ def spec_of(fixture: Fixture) -> ModelSpec:
     config: Mapping[str, Any] = fixture.config
     if fixture.sidecar is not None:
         config = {**config, "quantization_config": {"quant_method": "modelopt", **fixture.sidecar}}
-    return stored_spec(cast(Checkpoint, SimpleNamespace(config=config, tensors=lambda: stored)))[0]
+    checkpoint = SimpleNamespace(config=config, files=fixture.tensors, tensors=lambda: stored)
+    return stored_spec(cast(Checkpoint, checkpoint))[0]
 
 
 def golden(name: str) -> str:
