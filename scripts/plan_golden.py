@@ -56,7 +56,8 @@ def spec_of(fixture: Fixture) -> ModelSpec:
     config: Mapping[str, Any] = fixture.config
     if fixture.sidecar is not None:
         config = {**config, "quantization_config": {"quant_method": "modelopt", **fixture.sidecar}}
-    return stored_spec(cast(Checkpoint, SimpleNamespace(config=config, tensors=lambda: stored)))[0]
+    opened = SimpleNamespace(config=config, files=stored, tensors=lambda: stored)
+    return stored_spec(cast(Checkpoint, opened))[0]
 
 
 def golden(name: str) -> str:
