@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import gpu
-from benchmarks.machine import save
 from moesaic.kernels import triton
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
 
@@ -109,21 +109,24 @@ def main() -> None:
     if parser.parse_args().sweep:
         sweep()
         return
-    rows = []
+    report = gpu.Report("attention", {"what": "attention"})
     print("| attention | phase | cache | sequences | length | ms | floor ms | floor / time |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in VIEWS:
-        for fp8 in (False, True):
-            for sequences, length in DECODES:
-                rows.append(measure(name, sequences, length, True, fp8))
-                show(rows[-1])
-        for sequences, length in PROMPTS if name.startswith("GQA") else ():
-            rows.append(measure(name, sequences, length, False))
-            show(rows[-1])
+    for name, (sequences, length), decode, fp8 in cases():
+        about = {"what": name, "sequences": sequences, "length": length}
+        if row := report.measure("rows", about, partial(measure, name, sequences, length, decode, fp8)):
+            show(row)
     for length in (2048, 8192):
-        rows.append(measure_plain(length))
-        show(rows[-1])
-    save(f"attention-{gpu.device_slug()}", {"what": "attention", **gpu.describe(), "rows": rows})
+        if row := report.measure("rows", {"length": length}, partial(measure_plain, length)):
+            show(row)
+    report.end()
+
+
+def cases() -> Iterator[tuple[str, tuple[int, int], bool, bool]]:
+    """What, sequences and their length, whether decoding, whether the cache is FP8."""
+    for name in VIEWS:
+        yield from ((name, sizes, True, fp8) for fp8 in (False, True) for sizes in DECODES)
+        yield from ((name, sizes, False, False) for sizes in PROMPTS if name.startswith("GQA"))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from benchmarks import gpu
-from benchmarks.machine import save
 from moesaic.contracts.contract import Need, asks_of
 from moesaic.contracts.scheme import SCHEMES, Scheme
 from moesaic.formats.base import QuantTensor
@@ -74,17 +73,17 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--backends", nargs="+", default=["triton"])
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    report = gpu.Report("gemm", {"what": "gemm"})
     print("| projection | scheme | kernel | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|---|")
     for name, size in SHAPES.items():
         for scheme in args.schemes:
             for backend, tokens in product(takers(SCHEMES[scheme], args.backends), args.tokens):
-                row = {"shape": name, "scheme": scheme, "backend": backend, "tokens": tokens,
-                       **measure(SCHEMES[scheme], size, tokens, backend)}  # fmt: skip
-                rows.append(row)
-                print(f"| {name} | {scheme} | {backend} | {tokens} | {row['ms']:.4f} | {row['floor_ms']:.4f} | "
-                      f"{row['share']:.2f} |", flush=True)  # fmt: skip
-    save(f"gemm-{gpu.device_slug()}", {"what": "gemm", **gpu.describe(), "rows": rows})
+                about = {"shape": name, "scheme": scheme, "backend": backend, "tokens": tokens}
+                row = report.measure("rows", about, partial(measure, SCHEMES[scheme], size, tokens, backend))
+                if row:
+                    print(f"| {name} | {scheme} | {backend} | {tokens} | {row['ms']:.4f} | {row['floor_ms']:.4f} | "
+                          f"{row['share']:.2f} |", flush=True)  # fmt: skip
+    report.end()
 
 
 if __name__ == "__main__":

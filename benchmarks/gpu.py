@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
 
-from benchmarks.machine import commit, installed
+from benchmarks.machine import commit, installed, keep, save
 from moesaic.commands._measure import CACHE, time_calls, time_replays
 
-__all__ = ["BF16", "CACHE", "FP8", "READ", "ceilings", "describe", "device_slug", "time_calls", "time_replays"]
+__all__ = ["BF16", "CACHE", "FP8", "READ", "Report", "ceilings", "describe", "device_slug", "time_calls",
+           "time_replays"]  # fmt: skip
 
 READ, BF16, FP8 = 3.07e12, 747e12, 1261e12
 """Bytes read and products per second that one H100 80GB reached (8192^3 on random data); `ceilings` measures anew."""
@@ -28,6 +31,33 @@ def describe() -> dict[str, Any]:
 
 def device_slug() -> str:
     return torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
+
+
+class Report:
+    """A result that is written after every measurement: what came before a failure or a time limit is kept.
+
+    name: of the file, which gets the device's behind it.  facts: what the result says of itself.
+    """
+
+    def __init__(self, name: str, facts: dict[str, Any]) -> None:
+        self.name, self.result = f"{name}-{device_slug()}", {**facts, **describe()}
+        self.failed = 0
+
+    def measure(self, key: str, about: dict[str, Any], call: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """A row of the list `key`: what was asked, and what was found or how it failed; None where it failed."""
+        try:
+            row, found = call(), True
+        except Exception as error:  # the other measurements still count
+            traceback.print_exc()
+            row, found, self.failed = {"error": f"{error!r:.300}"}, False, self.failed + 1
+        self.result.setdefault(key, []).append({**about, **row})
+        keep(self.name, self.result)
+        return {**about, **row} if found else None
+
+    def end(self) -> None:
+        """Prints the whole; exits with 1 where anything failed."""
+        save(self.name, self.result)
+        sys.exit(bool(self.failed))
 
 
 def ceilings() -> dict[str, float]:

@@ -47,6 +47,13 @@ def installed(name: str) -> str:
 
 def save(name: str, result: dict[str, Any]) -> None:
     """Writes benchmarks/results/<name>.json and prints the one line of JSON that ends every benchmark."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    keep(name, result)
     print(json.dumps(result))
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Writes benchmarks/results/<name>.json, all at once: who is killed leaves the old file or the new one."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    new = RESULTS / f"{name}.tmp"
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(RESULTS / f"{name}.json")

@@ -10,6 +10,7 @@ as a decoding step runs them. The requantiser is held against the bytes of the s
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import gpu
-from benchmarks.machine import save
 from moesaic.contracts.spec import RouterSpec
 from moesaic.kernels import triton
 
@@ -74,20 +74,24 @@ def requantise(experts: int, capacity: int, columns: int, used: int) -> dict[str
 
 
 def main() -> None:
-    rows, slots = [], []
+    report = gpu.Report("route", {"what": "route"})
     print("| router | tokens | gate FP32 us | gate BF16 us | route us | sort us | route + sort us |")
     print("|---|---|---|---|---|---|---|")
     for name, (spec, hidden) in ROUTERS.items():
         for tokens in TOKENS:
-            found = measure(spec, hidden, tokens)
-            rows.append({"router": name, "tokens": tokens, **found})
-            print(f"| {name} | {tokens} | " + " | ".join(f"{us:.1f}" for us in found.values()) + " |", flush=True)
+            row = report.measure("rows", {"router": name, "tokens": tokens}, partial(measure, spec, hidden, tokens))
+            show(row)
     print("\n| experts | capacity | columns | rows | requantise us | floor us | time / floor |")
     print("|---|---|---|---|---|---|---|")
     for sizes in SLOTS:
-        slots.append(requantise(*sizes))
-        print("| " + " | ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in slots[-1].values()) + " |")
-    save(f"route-{gpu.device_slug()}", {"what": "route", **gpu.describe(), "rows": rows, "requantise": slots})
+        show(report.measure("requantise", {}, partial(requantise, *sizes)))
+    report.end()
+
+
+def show(row: dict[str, Any] | None) -> None:
+    cells = (f"{value:.1f}" if isinstance(value, float) else str(value) for value in (row or {}).values())
+    if row:
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,16 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu
-from benchmarks.machine import save
 from benchmarks.schemes import FILE, Models
 from moesaic import LLM
-from moesaic.commands._schemes import How, compare
+from moesaic.commands._schemes import How, Sound, listen, measured
 from moesaic.commands.eval import TASK_TOKENS, of_families
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.tasks import FAMILIES
@@ -64,28 +64,43 @@ def main() -> None:
     args = parser.parse_args()
     names = list(SCHEMES) if args.schemes == "all" else ["bf16", *args.schemes.split(",")]
     table = {row["scheme"]: row for row in json.loads(FILE.read_text())["rows"]} if FILE.exists() else {}
-    began, rows, noise = time.perf_counter(), [], 0.0
+    report = gpu.Report("schemes-kv8" if args.kv == "fp8" else "schemes",
+                        {"what": "schemes on a GPU", "limit": args.limit, "kv": args.kv})  # fmt: skip
+    began = time.perf_counter()
     print("| scheme | right | KL on the GPU | KL on the CPU | agrees | seconds |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         models, how = GPUModels(Path(folder), args.kv), How(TASK_TOKENS)
-        ask = lambda llm: of_families(llm, FAMILIES, args.limit)  # noqa: E731
-        for row in compare(models.open, ask, [name + HERE for name in names], how):
-            name = row["scheme"].removesuffix(HERE)
-            if "kl" in row:
-                noise = row["kl"] if name == "bf16" else noise
-                row |= verdict(row, noise, table.get(name))
-                cpu = "" if row["cpu_kl"] is None else f"{row['cpu_kl']:.2e}"
-                print(f"| {name} | {row['right']}/{row['count']} | {row['kl']:.2e} ± {row['kl_error']:.0e} | {cpu} | "
-                      f"{row['agrees']} | {row['seconds']} |", flush=True)  # fmt: skip
-            elif "error" in row:
-                print(f"| {name} | | | | {row['error']:.160} | |", flush=True)
-            rows.append({**row, "scheme": name})
-    wrong = [row["scheme"] for row in rows if row.get("agrees") is False]
-    print(f"{time.perf_counter() - began:.0f} s; differ from the CPU: {', '.join(wrong) or 'none'}")
-    name = f"schemes-{'kv8-' if args.kv == 'fp8' else ''}{gpu.device_slug()}"
-    save(name, {"what": "schemes on a GPU", "limit": args.limit, "kv": args.kv, **gpu.describe(), "noise": noise,
-                "rows": rows})  # fmt: skip
-    sys.exit(bool(wrong))
+        llm = models.open(None)
+        sound, exact = listen(llm, of_families(llm, FAMILIES, args.limit), how)
+        report.result["exact"] = {**exact, "scheme": "as stored, on the CPU"}
+        for name in names:
+            one = partial(judged, models, name, sound, how, report.result, table.get(name))
+            if row := report.measure("rows", {"scheme": name}, one):
+                show(row)
+    wrong = [row["scheme"] for row in report.result["rows"] if row.get("agrees") is False]
+    print(f"{time.perf_counter() - began:.0f} s; differ from the CPU: {', '.join(wrong) or 'none'}", flush=True)
+    report.failed += len(wrong)
+    report.end()
+
+
+def judged(models: GPUModels, name: str, sound: Sound, how: How, result: dict[str, Any],
+           cpu: dict[str, Any] | None) -> dict[str, Any]:  # fmt: skip
+    """One scheme's row; `bf16` leaves its divergence as the noise."""
+    row = measured(models.open, name + HERE, sound, how) | {"scheme": name}
+    if "kl" not in row:
+        return row
+    if name == "bf16":
+        result["noise"] = row["kl"]
+    return row | verdict(row, result.get("noise", 0.0), cpu)
+
+
+def show(row: dict[str, Any]) -> None:
+    if "kl" not in row:
+        print(f"| {row['scheme']} | | | | {row.get('error', '')} | |", flush=True)
+        return
+    cpu = "" if row["cpu_kl"] is None else f"{row['cpu_kl']:.2e}"
+    print(f"| {row['scheme']} | {row['right']}/{row['count']} | {row['kl']:.2e} ± {row['kl_error']:.0e} | {cpu} | "
+          f"{row['agrees']} | {row['seconds']} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast does the engine decode and read prompts on a GPU, with random weights of a real architecture?
 
-    python benchmarks/throughput.py [--model qwen3-30b-a3b] [--scheme fp8] [--batch 1 4 16 64 256] [--context 1024]
+    python benchmarks/throughput.py [--model qwen3-30b-a3b] [--scheme fp8] [--batch 1 4 16 32 64 256] [--context 1024]
                                     [--prompts 8x4096] [--kv bf16] [--no-profile]
 
 The whole engine as it serves: scheduler, graphs, greedy sampling, the host's work, one step ahead of the device. Per
@@ -17,7 +17,8 @@ import json
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import gpu, warm
-from benchmarks.machine import save
 from benchmarks.models import MODELS
 from moesaic.config import EngineConfig
 from moesaic.contracts.scheme import SCHEMES
@@ -42,7 +42,7 @@ WINDOW = 32
 PROFILED = 8
 CHUNK = 8192
 """Prompt tokens per step."""
-SHOWN = 14
+SHOWN = 24
 
 
 def make(args: argparse.Namespace, length: int) -> Engine:
@@ -87,8 +87,9 @@ def timed(engine: Engine, steps: int) -> float:
 
 
 def profile(engine: Engine, steps: int) -> dict[str, Any]:
-    """What the device did in a window of steps: busy_ms and kernels per step, share of the window without a kernel, and
-    the kernels that took most, in microseconds per step."""
+    """What the device did in a window of steps: busy_ms and kernels per step, share of the window without a kernel; and
+    by kernel, those that took most first: launches, what each adds to the time that is covered, and how long the device
+    waited before them, in microseconds, all per step."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -98,26 +99,31 @@ def profile(engine: Engine, steps: int) -> dict[str, Any]:
         for _ in range(steps):
             engine.step()
         torch.cuda.synchronize()
-    spans, taken, count = [], defaultdict[str, float](float), 0
-    for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.end > event.time_range.start:
-            spans.append((event.time_range.start, event.time_range.end))
-            taken[event.name.split("<")[0][:60]] += event.time_range.end - event.time_range.start
-            count += 1
-    busy, window = union(spans), max(end for _, end in spans) - min(begin for begin, _ in spans)
+    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(event.time_range.start, event.time_range.end, event.name.split("<")[0][:60]) for event in events]
+    spans = [span for span in spans if span[1] > span[0]]
+    taken, waited = shares(spans)
+    count, busy = Counter(name for _, _, name in spans), sum(taken.values())
+    window = max(end for _, end, _ in spans) - min(begin for begin, _, _ in spans)
     steps += 1  # the one that was ahead when the window began is in it
-    top = sorted(taken.items(), key=lambda each: -each[1])[:SHOWN]
-    return {"busy_ms": busy / steps / 1e3, "idle_in_profile": 1 - busy / window, "kernels": round(count / steps),
-            "top_us": {name: round(us / steps, 1) for name, us in top}}  # fmt: skip
+    top = sorted(taken, key=lambda name: -taken[name] - waited[name])[:SHOWN]
+    each = {name: [round(n / steps, 1) for n in (count[name], taken[name], waited[name])] for name in top}
+    return {"busy_ms": busy / steps / 1e3, "idle_in_profile": 1 - busy / window, "kernels": round(len(spans) / steps),
+            "top": each}  # fmt: skip
 
 
-def union(spans: list[tuple[float, float]]) -> float:
-    """Length of what intervals cover together: dependent launches overlap."""
-    total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
+def shares(spans: list[tuple[float, float, str]]) -> tuple[dict[str, float], dict[str, float]]:
+    """(time that each adds to what the others before it cover, time before each that nothing covers), by name.
+
+    Dependent launches overlap: the first sum is the length of all intervals together.
+    """
+    taken, waited = defaultdict[str, float](float), defaultdict[str, float](float)
+    reached = min((begin for begin, _, _ in spans), default=0.0)
+    for begin, end, name in sorted(spans):
+        waited[name] += max(0.0, begin - reached)
+        taken[name] += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
-    return total
+    return taken, waited
 
 
 def touched(engine: Engine) -> list[float]:
@@ -147,18 +153,22 @@ def floor_bytes(engine: Engine, batch: int, context: int, parts: list[float]) ->
 
 
 def decode(engine: Engine, batch: int, context: int, with_profile: bool) -> dict[str, Any]:
-    start(engine, f"d{batch}", batch, context, 2 * WINDOW + PROFILED + 24)
-    timed(engine, 4)
-    first, second = timed(engine, WINDOW), timed(engine, WINDOW)
-    found = profile(engine, PROFILED) if with_profile else {}
-    parts = touched(engine)
-    drain(engine)
+    try:
+        start(engine, f"d{batch}", batch, context, 2 * WINDOW + PROFILED + 24)
+        timed(engine, 4)
+        first, second = timed(engine, WINDOW), timed(engine, WINDOW)
+        found = profile(engine, PROFILED) if with_profile else {}
+        parts = touched(engine)
+    finally:
+        drain(engine)
     wall = min(first, second)
     floor = floor_bytes(engine, batch, context, parts) / gpu.READ * 1e3
     row = {"batch": batch, "context": context, "step_ms": wall, "other_window_ms": max(first, second),
            "floor_ms": floor, "step_over_floor": wall / floor, "tokens_per_s": batch / wall * 1e3,
            "experts_touched": sum(parts) / max(1, len(parts)), **found}  # fmt: skip
-    return row | ({"idle": max(0.0, 1 - found["busy_ms"] / wall)} if found else {})
+    row |= {"idle": max(0.0, 1 - found["busy_ms"] / wall)} if found else {}
+    show(row)
+    return row
 
 
 def prompts(engine: Engine, count: int, length: int, with_profile: bool) -> dict[str, Any]:
@@ -205,30 +215,37 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-30b-a3b", choices=sorted(MODELS))
     parser.add_argument("--scheme", default="fp8", choices=sorted(SCHEMES))
     parser.add_argument("--kv", default="bf16", choices=("bf16", "fp8"))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64, 256])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 32, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompts", default="8x4096", help="COUNTxLENGTH, or 0 for none")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     args = parser.parse_args()
     count, _, long = args.prompts.partition("x")
     length = max(args.context + 2 * WINDOW + PROFILED + 40, int(long or 0) + 16)
-    chunk = (max(1, CHUNK // int(long)), int(long)) if long else (1, args.context)
+    chunk = (max(1, CHUNK // int(long)), int(long)) if long else (max(1, CHUNK // args.context), args.context)
     seconds = warm.compile_all(args.model, args.scheme, args.kv, [*((b, 1) for b in args.batch), chunk])
     print(f"kernels compiled in {seconds:.0f} s", flush=True)
     began = time.perf_counter()
     engine = make(args, length)
     print(f"ready after {time.perf_counter() - began:.0f} s", flush=True)
-    facts = {"what": "throughput", "model": args.model, "scheme": args.scheme, "kv": args.kv, **gpu.describe()}
-    rows: list[dict[str, Any]] = []
+    facts = {"what": "throughput", "model": args.model, "scheme": args.scheme, "kv": args.kv}
+    report = gpu.Report(f"throughput-{args.model}-{args.scheme}{'-kv8' if args.kv == 'fp8' else ''}", facts)
     print("| batch | step ms | floor ms | step / floor | tokens/s | experts | busy ms | idle | idle in profile | "
           "kernels |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
-    for batch in args.batch:
-        rows.append(decode(engine, batch, args.context, args.profile))
-        show(rows[-1])
-    reading = prompts(engine, int(count), int(long), args.profile) if long else None
-    print("prompts:", {k: v for k, v in (reading or {}).items() if k != "profile"}, flush=True)
-    name = f"throughput-{args.model}-{args.scheme}{'-kv8' if args.kv == 'fp8' else ''}-{gpu.device_slug()}"
-    save(name, {**facts, "rows": rows, "prompts": reading})
+    rows = [report.measure("rows", {"batch": batch}, partial(decode, engine, batch, args.context, args.profile))
+            for batch in args.batch]  # fmt: skip
+    if long and (row := report.measure("prompts", {}, partial(prompts, engine, int(count), int(long), args.profile))):
+        print("prompts:", {name: value for name, value in row.items() if name != "profile"}, flush=True)
+        list_kernels("prompts", row.get("profile"))
+    for row in filter(None, rows):
+        list_kernels(f"batch {row['batch']}", row)
+    report.end()
+
+
+def list_kernels(title: str, found: dict[str, Any] | None) -> None:
+    print(f"\n| {title}: kernel | launches | us | us waited before |\n|---|---|---|---|" if found else "")
+    for name, numbers in (found or {}).get("top", {}).items():
+        print(f"| {name} | {' | '.join(map(str, numbers))} |")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from moesaic.layers.linear import Stored
 from moesaic.models.decoder import Decoder
 from moesaic.models.dummy import fill_model
 from moesaic.tasks import FAMILIES, items
+from tests.request_streams import answers, summary
 from tests.small_models import alike
 from tests.test_dummy import CONFIG, folder_of
-from tests.test_overlap import answers, summary
 from tests.test_traced import compiled, planned, steps
 
 pytestmark = pytest.mark.gpu
@@ -98,7 +98,7 @@ def test_the_fp8_cache() -> None:
     plain, fp8 = open_tiny(), open_tiny(kv="fp8")
     rows = [llm.engine.runner.pool.layers[0] for llm in (plain, fp8)]
     assert rows[1].dtype == torch.uint8
-    assert rows[1].shape[1] < 0.6 * rows[0].shape[1] * 2
+    assert rows[1].shape[1] <= 0.65 * rows[0].shape[1] * 2, "a latent in FP8, the rotary key in BF16"
     assert isinstance(fp8.engine.runner.graphs, DecodeGraphs)
     one, other = ask(plain, PROMPTS), ask(fp8, PROMPTS)
     alike = sum(a.tokens == b.tokens for a, b in zip(one, other, strict=True))
@@ -126,9 +126,9 @@ def test_deterministic_mode_is_exact(quantization: str | None) -> None:
     assert [exact(ask(llm, [prompt]))[0] for prompt in prompts] == together
     llm.engine.runner.graphs = None
     assert exact(ask(llm, prompts)) == together, "eager"
-    pressed = open_tiny(deterministic=True, quantization=quantization, max_model_len=512, kv_memory=12 << 20)
+    pressed = open_tiny(deterministic=True, quantization=quantization, max_model_len=512, kv_memory=1 << 20)
     assert exact(ask(pressed, prompts)) == together
-    print(f"\n{pressed.engine.stats.preemptions} preemptions")
+    assert pressed.engine.stats.preemptions > 0
 
 
 def test_padding_rows_touch_no_expert() -> None:

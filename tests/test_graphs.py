@@ -23,7 +23,8 @@ from moesaic.engine.params import SamplingParams
 from moesaic.engine.rows import Fetch
 from moesaic.kernels import reference_fused
 from moesaic.kernels.ops import AttentionBatch, Ops, Span
-from tests.test_overlap import answers, engine_of, folder, summary
+from tests.request_streams import answers, summary
+from tests.test_overlap import engine_of, folder
 
 __all__ = ["folder"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from moesaic.contracts.scheme import SCHEMES, Encoding
-from moesaic.contracts.spec import KVParts, RouterSpec
+from moesaic.contracts.spec import SILU, KVParts, RouterSpec
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import reference, triton_invariant
 from moesaic.kernels.ops import AttentionBatch, KVView, Softmax, Span
@@ -78,6 +78,29 @@ def check_gate(tokens: int, hidden: int) -> None:
         same_in_parts(lambda part, i=i: triton_invariant.gate(x[part], w, None, bias, spec)[i], tokens, "gate")
 
 
+def check_experts(scheme: str, tokens: int, sizes: tuple[int, int, int], top_k: int) -> None:
+    """sizes: experts, hidden size, width. Some choices are padding, and one expert has a choice of every token."""
+    from moesaic.kernels import triton
+    from moesaic.kernels._triton.sort import sort
+
+    how = SCHEMES[scheme]
+    w, x = triton_support.expert_weights(how, sizes, SILU), randn(tokens, sizes[1])
+    ids, weights = triton_support.some_ids(tokens, sizes[0], top_k, "holes"), torch.rand(tokens, top_k, device=device())
+    ids[:, 0] = 1
+    ids[:, 1:][ids[:, 1:] == 1] = -1
+    scale = triton_support.static_scale(how.activation)
+
+    def of(part: slice) -> Tensor:
+        rows = triton.encode(x[part].contiguous(), how.activation, scale)
+        return triton_invariant.experts(rows, w, ids[part], weights[part])
+
+    y = same_in_parts(of, tokens, scheme)
+    rows, order = triton.encode(x, how.activation, scale), triton_support.sorted_rows(ids)
+    blocks = sort(ids, sizes[0], triton_invariant.HEIGHT)
+    second = triton_support.check_products(rows, w, blocks, order, ids.flatten()[order], top_k)
+    triton_support.check_sum(y, second, ids, weights)
+
+
 def check_attention(view: KVView, heads: int, lengths: tuple[int, ...], counts: tuple[int, ...], window: int | None,
                     fp8: bool) -> None:  # fmt: skip
     """Prompts and decodes together, each alone, and each row of the prompts decoded."""
@@ -126,6 +149,11 @@ def test_products(scheme: str) -> None:
     check_products(scheme, 70, (40, 136), 512)
 
 
+@pytest.mark.parametrize("scheme", ["bf16", "fp8", "mxfp8", "w4afp8_token"])
+def test_experts(scheme: str) -> None:
+    check_experts(scheme, 66, (4, 256, 128), 3)
+
+
 def test_gate() -> None:
     check_gate(19, 192)
 
@@ -149,6 +177,12 @@ def test_latent() -> None:
 def test_products_on_gpu(scheme: str) -> None:
     check_products(scheme, 700, (4096, 512, 512), 2048)
     check_products(scheme, 130, (2048,), 4096)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [name for name, each in SCHEMES.items() if each.activation.by_row])
+def test_experts_on_gpu(scheme: str) -> None:
+    check_experts(scheme, 300, (32, 2048, 768), 8)
 
 
 @pytest.mark.gpu

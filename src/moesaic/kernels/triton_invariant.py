@@ -19,11 +19,11 @@ from moesaic.contracts.spec import RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import triton
-from moesaic.kernels.ops import AttentionBatch, KVView, Latent, Softmax
+from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Latent, Softmax
 from moesaic.kernels.triton import probe
 
 __all__ = ["CONTRACTS", "probe"]
-OPS = ("linear", "linear_quant", "linear_terms", "gate", "attend_paged", "attend_dense", "attend_encode",
+OPS = ("linear", "linear_quant", "linear_terms", "gate", "experts", "attend_paged", "attend_dense", "attend_encode",
        "attend_latent")  # fmt: skip
 CONTRACTS: tuple[Contract, ...] = tuple(
     replace(triton.contract_of(op), backend="triton_invariant", batch_invariant=True, rank=60) for op in OPS
@@ -33,6 +33,8 @@ CHUNK = 512
 PLAIN, BF16 = Encoding("bf16"), WeightFormat("bf16")
 ROWS = 16
 """Of a tile of products per head."""
+HEIGHT = 32
+"""Rows of a tile of an expert: most are empty in decoding, which waits for weights; prompts fill them."""
 
 
 def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -66,6 +68,22 @@ def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor
 
     terms = wide_terms(x_TD, w_ED, logit_bias_E, fixed=True)
     return choose(terms, bias_E, spec, live_T, counts_E, rounded=w_ED.dtype == torch.bfloat16)
+
+
+def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    """A row meets its expert's weights in tiles of one size, in whatever place of a tile it lies."""
+    from moesaic.kernels._triton.encode import encode_rows
+    from moesaic.kernels._triton.experts import combine, first_product, second_product
+    from moesaic.kernels._triton.sort import sort
+
+    out = torch.empty(len(ids_TA), w.w2.shape[-2], dtype=x.dtype, device=x.data.device)
+    if not ids_TA.numel():
+        return out
+    ids = ids_TA.contiguous()
+    blocks = sort(ids, w.w13.shape[0], HEIGHT)
+    hidden = first_product(x, w, blocks, ids.shape[1])
+    y = second_product(encode_rows(hidden, w.between, w.between_scale, blocks.total, x.dtype), w, blocks)
+    return combine(y, ids, weights_TA.contiguous(), out)
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
