@@ -76,7 +76,7 @@ class Bench:
     def times(self, case: Case, mine: list[Candidate], w: ExpertWeights, tokens: int,
               compile_only: bool) -> dict[Candidate, float]:  # fmt: skip
         inputs, times = Inputs.of(case, w, tokens), {}
-        for each in mine:
+        for each in (one for one in mine if one.worth(case, tokens)):
             calls = inputs.calls(case, ops_of(each, case, self.hardware, self.catalogue), w)
             if compile_only:
                 calls[0]()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and measures DeepGEMM and Humming on a Hopper GPU, without installing them:
+# Tests and measures the expert kernels on a Hopper GPU: our own in CUDA C++, DeepGEMM and Humming (not installed for it):
 #
 #   bash scripts/gpu_vendor.sh WHEELS [OUT] [WORKERS]
 #
@@ -44,14 +44,15 @@ step 120 doctor "$PY" -m moesaic doctor
 grep '^kernels' "$OUT/doctor.log"
 if [ "${ONLY:-tests}" = tests ]; then
 	step 240 tests "$PY" -m pytest -m gpu -q -p no:benchmark -n "$WORKERS" --timeout 200 --junitxml "$OUT/tests.xml" \
-		--durations=8 tests/test_vendor_gpu.py
+		--durations=8 tests/test_hopper_gpu.py tests/test_vendor_gpu.py
+	tail -30 "$OUT/tests.log" | cut -c1-200
 fi
-schemes=(bf16 fp8 mxfp8 mxfp8a16 nvfp4_dynamic nvfp4a16 mxfp4 mxfp4a8 wna16 w4afp8_token)
+schemes=(bf16 fp8 mxfp8 mxfp8a16 nvfp4 nvfp4_dynamic nvfp4a16 mxfp4 mxfp4a8 wna16 w4afp8 w4afp8_token)
 peers=(mxfp8+fp8_token mxfp4+fp8_token mxfp4+fp8_group128)
-large=(fp8 mxfp8 nvfp4_dynamic wna16 mxfp4+fp8_group128)
+large=(fp8 mxfp8 nvfp4 mxfp4 wna16 w4afp8)
 compile() { # log, then options
 	while [ "$(jobs -rp | wc -l)" -ge 14 ]; do wait -n; done
-	timeout 200 "$PY" benchmarks/experts.py --compile --backends triton deep_gemm humming "${@:2}" >"$OUT/$1.log" 2>&1 &
+	timeout 200 "$PY" benchmarks/experts.py --compile --backends triton hopper deep_gemm humming "${@:2}" >"$OUT/$1.log" 2>&1 &
 }
 if [ "${ONLY:-bench}" = bench ]; then
 	# Compiling takes processors, not the GPU: all schemes at once, before anything is timed.
@@ -60,15 +61,15 @@ if [ "${ONLY:-bench}" = bench ]; then
 		compile "compile-small-$scheme" --shapes small --schemes "$scheme"
 	done
 	for scheme in "${large[@]}"; do
-		compile "compile-large-$scheme" --shapes large --tokens 1 16 128 1024 4096 --schemes "$scheme"
+		compile "compile-large-$scheme" --shapes large --tokens 1 16 128 1024 4096 16384 --schemes "$scheme"
 	done
 	dense=(benchmarks/gemm.py --schemes fp8 --backends triton deep_gemm --tokens 1 64 1024 4096)
 	timeout 200 "$PY" "${dense[@]}" >"$OUT/compile-gemm.log" 2>&1 &
 	wait
-	step 120 experts-small "$PY" benchmarks/experts.py --backends triton deep_gemm humming --shapes small \
+	step 120 experts-small "$PY" benchmarks/experts.py --backends triton hopper deep_gemm humming --shapes small \
 		--schemes "${schemes[@]}" "${peers[@]}" --name experts-backends-small
-	step 120 experts-large "$PY" benchmarks/experts.py --backends triton deep_gemm humming --shapes large \
-		--schemes "${large[@]}" --tokens 1 16 128 1024 4096 --name experts-backends-large
+	step 120 experts-large "$PY" benchmarks/experts.py --backends triton hopper deep_gemm humming --shapes large \
+		--schemes "${large[@]}" --tokens 1 16 128 1024 4096 16384 --name experts-backends-large
 	step 60 gemm "$PY" "${dense[@]}"
 	grep '^|' "$OUT/gemm.log"
 	cp benchmarks/results/experts-backends-*.json "$OUT/" 2>/dev/null

@@ -33,6 +33,8 @@ from moesaic.planning.plan import choose
 CACHE = 4 * 50 * 2**20
 """Four times the largest L2 cache: what is timed at once must read at least that, or it measures the cache."""
 MOST_CALLS = 16
+ENOUGH, PATIENCE = 5, 300.0
+"""Replays whose median is believed, if they took so many milliseconds."""
 Call = Callable[[], object]
 
 
@@ -79,6 +81,11 @@ class Candidate:
 
     def __str__(self) -> str:
         return " ".join([self.backend, *(f"{name}={value}" for name, value in self.parameters)])
+
+    def worth(self, case: Case, tokens: int) -> bool:
+        """Whether the backend thinks that these parameters can be its fastest for so many tokens."""
+        judge = getattr(backends()[self.backend], "worth", None)
+        return judge is None or judge(tokens * case.top_k / case.experts, **dict(self.parameters))
 
     @property
     def packer(self) -> ModuleType | None:
@@ -184,8 +191,10 @@ def time_replays(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:
     """The median, in milliseconds."""
     for _ in range(3):
         graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
+        if len(times) >= ENOUGH and sum(times) > PATIENCE:
+            break
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()

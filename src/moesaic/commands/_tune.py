@@ -84,7 +84,7 @@ class Tuner:
         try:
             ops = ops_of(candidate, case, self.hardware, self.catalogue)
             with packed(w, candidate.packer) as ready:
-                for tokens in self.tokens:
+                for tokens in (each for each in self.tokens if candidate.worth(case, each)):
                     inputs = Inputs.of(case, ready, tokens)
                     ms = time_calls(inputs.calls(case, ops, ready), device=self.hardware.device)
                     times[tokens][candidate] = ms

@@ -40,6 +40,11 @@ TUNABLE = {"tile": tuple(TILES)}
 """What `moesaic bench tune` tries."""
 
 
+def worth(rows: float, tile: int) -> bool:
+    """Whether a tile can be the fastest at so many rows per expert, about: neither far too low nor far too high."""
+    return min(0.7 * rows, 64) <= TILES[tile].height <= max(8, 6 * rows + 8)
+
+
 def probe() -> str | None:
     """Multiplies rows of two experts. None where the result is right."""
     if not torch.cuda.is_available():
