@@ -152,7 +152,8 @@ def check_first(layer: Layer, stored: launch.Stored, routed: launch.Routed, rows
         assert hidden.scales is not None
         each = hidden.scales.flatten()[: count if hidden.scale_row else 1].cpu()
         scales = each[:, None] if len(each) > 1 else each
-    assert torch.equal(mine.float() * scales, codes.decode()), "encoding"
+    if how.name != "bf16":
+        assert torch.equal(mine.float() * scales, codes.decode()), "encoding"
     return hidden, (mine * scales.double()).cuda()
 
 

@@ -164,7 +164,8 @@ DEVICE void consume(const Arguments &a) {
         Item item = room.items[slot.slot];
         if (!item.phase) return;
         if (item.phase == 2) {
-            if (!NARROW) encode_part(a, item, 0, a.width, scale_of_all(a), (u8 *)room.chunk + 256 * ENCODED * me.warp, me.warp, 8, me.lane);
+            u8 *space = (NARROW ? room.encoding : (u8 *)room.chunk) + 256 * ENCODED * me.warp;
+            if (BY_ROW) encode_part(a, item, 0, a.width, wait_for_scale(a, item), space, me.warp, 8, me.lane);
         } else {
             const Weight &weight = item.phase == 1 ? a.first : a.second;
             float sums[STACK][HALF];

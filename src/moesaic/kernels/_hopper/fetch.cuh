@@ -1,15 +1,15 @@
 // What goes on beside the consumers: one warp takes items in order and fetches weights, another fetches rows of x, a third
 // says what has been made.
 //
-// Items are handed out by a counter: first-product tiles of all tiles of rows, then (where one scale spans all rows) encodings,
-// then second-product tiles. What an item needs was taken before it, so that waiting for it ends. While its rows
+// Items are handed out by a counter: first-product tiles of all tiles of rows, then (where a scale spans more than a tile)
+// encodings, then second-product tiles. What an item needs was taken before it, so that waiting for it ends. While its rows
 // of h are not ready, the weights of a second product are on their way already.
 #pragma once
 #include "room.cuh"
 
 DEVICE Item item_of(const Arguments &a, int i, int tiles) {
     int per1 = a.phases & 1 ? a.first.tiles : 0, per2 = a.phases & 2 ? a.second.tiles : 0;
-    int end1 = tiles * per1, end2 = end1 + ((a.phases & 1) && ENCODING == TENSOR_DYNAMIC ? tiles : 0), end3 = end2 + tiles * per2;
+    int end1 = tiles * per1, end2 = end1 + ((a.phases & 1) && BY_ROW ? tiles : 0), end3 = end2 + tiles * per2;
     Item item = {};
     if (i >= end3) return item;
     item.phase = i < end1 ? 1 : i < end2 ? 2 : 3;
@@ -322,13 +322,15 @@ DEVICE void encode_part(const Arguments &a, const Item &item, int begin, int end
     }
 }
 
-DEVICE float scale_of_all(const Arguments &a) {
-    int target = a.counters[0] * a.first.tiles;
-    while (load_acquire(a.counters + 2) < target) __nanosleep(20);
-    return scale_of_row(__int_as_float(__ldcg(a.counters + 3)));
+// Waits for all of h that a scale of this tile's rows spans, and gives the scale if it is one of everything.
+DEVICE float wait_for_scale(const Arguments &a, const Item &item) {
+    const int *made = ENCODING == TENSOR_DYNAMIC ? a.counters + 2 : MADE(a, item.tile, 0);
+    int target = a.first.tiles * (ENCODING == TENSOR_DYNAMIC ? a.counters[0] : 1);
+    while (load_acquire(made) < target) __nanosleep(20);
+    return ENCODING == TENSOR_DYNAMIC ? scale_of_row(__int_as_float(__ldcg(a.counters + 3))) : 1.0f;
 }
 
-// Of a tile of the first product, which the consumers have stored: whoever made the last one that a scale spans encodes.
+// Of a tile of the first product, which the consumers have stored. Where two of them share a group, whoever is the last encodes.
 DEVICE void publish_tile(const Arguments &a, const Item &item, int lane) {
     int last = 0, group = GROUP_SCALES ? item.column * H_COLUMNS / 128 : 0;
     if (lane == 0) {
@@ -338,12 +340,11 @@ DEVICE void publish_tile(const Arguments &a, const Item &item, int lane) {
         else if (ENCODING == TENSOR_DYNAMIC)
             atomicAdd(a.counters + 2, 1);
         else
-            last = atomicAdd(MADE(a, item.tile, group), 1) + 1 == (GROUP_SCALES ? min(128 / H_COLUMNS, a.first.tiles - group * (128 / H_COLUMNS)) : a.first.tiles);
+            last = atomicAdd(MADE(a, item.tile, group), 1) + 1 == min(128 / H_COLUMNS, a.first.tiles - group * (128 / H_COLUMNS));
     }
-    if (DIRECT || ENCODING == TENSOR_DYNAMIC || !__shfl_sync(0xFFFFFFFFu, last, 0)) return;
+    if (DIRECT || BY_ROW || !__shfl_sync(0xFFFFFFFFu, last, 0)) return;
     __threadfence();
-    int begin = GROUP_SCALES ? 128 * group : 0;
-    encode_part(a, item, begin, GROUP_SCALES ? begin + 128 : a.width, 1.0f, room.publisher, 0, 1, lane);
+    encode_part(a, item, 128 * group, 128 * group + 128, 1.0f, room.encoding, 0, 1, lane);
     __syncwarp();
     if (lane == 0) {
         __threadfence();
@@ -380,13 +381,9 @@ DEVICE void publish(const Arguments &a, int lane) {
         barrier_arrive(shared_address(room.table_full + slot.slot));
         wait_full(room.stored, slot);
         if (item.phase == 1) publish_tile(a, item, lane);
-        if (item.phase == 2) {
-            if (NARROW) encode_part(a, item, 0, a.width, scale_of_all(a), room.publisher, 0, 1, lane);
-            __syncwarp();
-            if (lane == 0) {
-                __threadfence();
-                atomicAdd(READY(a, item.tile), 1);
-            }
+        if (item.phase == 2 && lane == 0) {
+            __threadfence();
+            atomicAdd(READY(a, item.tile), 1);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(room.item_empty + slot.slot));

@@ -36,7 +36,7 @@ struct Room {
     int place[SLOTS][MOST];
     float row_scale[SLOTS][ROW_SCALES ? MOST : 1], h_scale[SLOTS];
     float factor[SLOTS][ROW_TERMS ? 128 * STACK : 1], bias[SLOTS][128 * STACK];
-    alignas(16) u8 publisher[256 * ENCODED];
+    alignas(16) u8 encoding[256 * ENCODED * (BY_ROW && NARROW ? 8 : 1)];  // a warp's rows on their way into K's order
     u64 full[STAGES], empty[STAGES];
     u64 item_full[SLOTS], item_empty[SLOTS], table_full[SLOTS], stored[SLOTS];
 };

@@ -103,7 +103,8 @@ class Variant:
         tile, slots = self.tile, 4 if self.tile.narrow else 3
         scaled = self.encoding not in (0, 4, 5)  # ROW_SCALES, ROW_TERMS in room.cuh
         terms = 8 if self.form == 4 or (self.form == 1 and not self.block_scales) else 4
-        fixed = 1024 + min(tile.height, 32) * (64 * tile.stack + 4) * 4 + 256 * (2 if tile.height < 32 else 4)
+        fixed = 1024 + min(tile.height, 32) * (64 * tile.stack + 4) * 4
+        fixed += 256 * (2 if tile.height < 32 else 4) * (8 if tile.narrow and self.encoding in (2, 3, 7) else 1)
         fixed += slots * (tile.height * (8 if scaled else 4) + 128 * tile.stack * terms)
         stage = 16384 * tile.stack + tile.height * self.elements * (1 if self.eight_bit else 2)
         stage += 128 * tile.stack * self.scale_bytes + 16
