@@ -37,6 +37,8 @@ def nvrtc() -> ctypes.CDLL:
     """Raises UnsupportedError, with what to install, where it is not found."""
     for name in candidates():
         try:
+            for part in Path(name).parent.glob("libnvrtc-builtins.so*") if "/" in name else ():
+                ctypes.CDLL(str(part))  # which it would look for where the system does
             return ctypes.CDLL(name)
         except OSError:
             continue

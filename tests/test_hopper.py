@@ -1,0 +1,150 @@
+"""The CUDA C++ kernels without a GPU: they compile for sm_90a, use the instructions that they should, and fit.
+
+What they compute is tested on a GPU (test_hopper_gpu.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic.contracts.scheme import SCHEMES, Encoding
+from moesaic.contracts.spec import SILU
+from moesaic.errors import UnsupportedError
+from moesaic.formats.base import QuantTensor
+from moesaic.formats.encodings import Rows
+from moesaic.kernels import hopper
+from moesaic.kernels._hopper import compile as code
+from moesaic.kernels._hopper import launch
+from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, Variant, tile_for, variant_of, with_tile
+from moesaic.kernels.ops import ExpertWeights
+
+KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
+SOME = [("fp8", 8), ("fp8", 128), ("nvfp4", 16), ("mxfp8", 96), ("wna16", 64), ("bf16", 128)]
+REST = [(name, tile) for name in KNOWN for tile in TILES if (name, tile) not in SOME]
+WIDE = {"fp8": "QGMMA", "fp8_tensor": "QGMMA", "fp8_tensor_static": "QGMMA", "fp8_channel": "QGMMA", "w4afp8": "QGMMA",
+        "w4afp8_static": "QGMMA", "w4afp8_token": "QGMMA"}  # fmt: skip
+"""Schemes whose rows meet the FP8 tensor cores; the others are multiplied in 16 bits (HGMMA)."""
+
+
+def variant(name: str, tile: int) -> Variant:
+    return variant_of(SCHEMES[name].weight, SCHEMES[name].activation, TILES[tile])
+
+
+def machine_code(name: str, tile: int) -> bytes:
+    made = variant(name, tile)
+    return code.machine_code(made.defines, made.sizes)
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    try:
+        code.nvrtc()
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def dump(what: str, image: bytes, folder: Path) -> str:
+    from triton import knobs
+
+    path = folder / "code.cubin"
+    path.write_bytes(image)
+    return subprocess.run([knobs.nvidia.cuobjdump.path, what, path], check=True, capture_output=True, text=True).stdout
+
+
+def check_code(name: str, tile: int, folder: Path) -> None:
+    """A variant that needs more shared memory than there is does not compile (hopper.cu)."""
+    pytest.importorskip("triton")
+    image = machine_code(name, tile)
+    used = re.search(r"Function experts:\s*REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage", image, folder))
+    assert used is not None
+    registers, stack = map(int, used.groups())
+    threads = (96 if TILES[tile].narrow else 128) + 256
+    assert registers * threads * TILES[tile].blocks <= 65536
+    assert stack <= 256, "registers spill"
+    text = dump("-sass", image, folder)
+    body = text[text.index("Function : experts") :]
+    wanted = "HMMA" if TILES[tile].narrow else WIDE.get(name, "HGMMA")
+    assert re.search(rf"\b{wanted}\.", body), wanted
+    assert "UTMALDG" in body, "weights come by the copy engine"
+
+
+@pytest.mark.parametrize(("name", "tile"), SOME)
+def test_compiles(name: str, tile: int, tmp_path: Path) -> None:
+    check_code(name, tile, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "tile"), REST)
+def test_compiles_the_rest(name: str, tile: int, tmp_path: Path) -> None:
+    check_code(name, tile, tmp_path)
+
+
+def declared_fields(struct: str) -> list[str]:
+    """Names of a struct's fields in values.cuh, in order."""
+    text = re.sub(r"//[^\n]*", "", code.sources()["values.cuh"])
+    body = text[text.index(f"struct {struct} {{") :].split("{", 1)[1].split("};", 1)[0]
+    return [re.findall(r"\w+", each)[-1] for line in body.split(";") if line.strip() for each in line.split(",")]
+
+
+def test_arguments_lie_as_the_sources_have_them() -> None:
+    """The same fields in the same order and of the same sizes."""
+    kinds = {"Weight": launch.WeightC, "Rows": launch.RowsC, "Arguments": launch.Arguments, "Maps": launch.Maps,
+             "Preparation": launch.Preparation}  # fmt: skip
+    lines = ['#include "values.cuh"']
+    for name, kind in kinds.items():
+        lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "{name}");')
+        assert [field for field, *_ in kind._fields_] == declared_fields(name)
+        for field, *_ in kind._fields_:
+            size = getattr(kind, field).size
+            lines.append(f'static_assert(sizeof((({name} *)0)->{field}) == {size}, "{name}.{field}");')
+    defines = tuple(f"-D{name}={value}" for name, value in variant("fp8", 8).defines.items())
+    headers = {**code.sources(), "wgmma.cuh": "", "hopper.cu": "\n".join(lines)}
+    assert code.compiled(headers, (*code.OPTIONS, *defines))
+    headers["hopper.cu"] += '\nstatic_assert(sizeof(Weight) == 1, "a wrong one is told");'
+    with pytest.raises(UnsupportedError, match="a wrong one is told"):
+        code.compiled(headers, (*code.OPTIONS, *defines))
+
+
+def test_machine_code_is_kept_and_never_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    first, made = machine_code("fp8", 8), variant("fp8", 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(code, "compiled", lambda *_: pytest.fail("compiled again"))
+        assert machine_code("fp8", 8) == first
+    altered = {**code.sources(), "hopper.cu": code.sources()["hopper.cu"] + "\n// another\n"}
+    monkeypatch.setattr(code, "sources", lambda: altered)
+    monkeypatch.setattr(code, "compiled", lambda *_: b"new")
+    assert code.machine_code(made.defines, made.sizes) == b"new"
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_tile_for_every_number_of_rows(name: str) -> None:
+    scheme = SCHEMES[name]
+    for rows in (1, 8, 100, 1000, 3000, 10_000, 1_000_000):
+        tile = tile_for(variant_of(scheme.weight, scheme.activation, Tile(8)), rows, 128)
+        assert tile in TILES.values()
+        assert tile.height >= min(rows / 128, 64)
+        assert with_tile(variant(name, 8), tile).stages >= 2
+
+
+def test_what_tuning_tries() -> None:
+    for rows in (0.01, 1, 4, 16, 64, 500):
+        tried = [tile for tile in TILES if hopper.worth(rows, tile)]
+        assert tried
+        assert all(TILES[tile].height >= min(64, 0.7 * rows) for tile in tried)
+
+
+def test_more_experts_than_it_sorts_are_refused() -> None:
+    scheme, like = SCHEMES["bf16"], torch.empty(0, dtype=torch.bfloat16, device="meta")
+    w13 = QuantTensor.empty(scheme.weight, (64, 64), 64, like, (hopper.MOST_EXPERTS + 1,))
+    w2 = QuantTensor.empty(scheme.weight, (64,), 64, like, (hopper.MOST_EXPERTS + 1,))
+    x = Rows(Encoding("bf16"), {"data": torch.empty(4, 64, dtype=torch.bfloat16)}, torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="513 experts"):
+        hopper.experts(x, ExpertWeights(w13, w2, SILU, Encoding("bf16")), torch.zeros(4, 1).int(), torch.ones(4, 1))
