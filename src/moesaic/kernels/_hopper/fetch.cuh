@@ -75,7 +75,7 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
             wait_empty(room.item_empty, slot);
             room.items[slot.slot] = item;
             barrier_arrive(shared_address(room.item_full + slot.slot));
-            if (item.phase) next = atomicAdd(a.counters + 1, 1);
+            if (item.phase == 2) next = atomicAdd(a.counters + 1, 1);
         }
         slot.next(SLOTS);
         if (!item.phase) return;
@@ -87,6 +87,8 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
             u32 bar = shared_address(room.full + at.slot), to = shared_address(room.w[at.slot]);
             wait_empty(room.empty, at);
             if (lane == 0) {
+                // Just in time: an item that is taken too early waits here while other thread blocks have nothing to do.
+                if (s == max(weight.stages - 2, 0)) next = atomicAdd(a.counters + 1, 1);
                 barrier_announce(bar, W_BYTES);
                 if (up)
                     copy_tile5(to, &maps.first, bar, s * 128, item.column * H_COLUMNS / 8, item.e);

@@ -19,7 +19,7 @@ from moesaic.kernels._hopper.driver import Module, TensorMap, launch, tensor_map
 from moesaic.kernels._hopper.variants import Variant
 from moesaic.kernels.ops import ExpertWeights
 
-PREPARERS = 512
+PREPARERS, COMBINERS = 512, 128
 I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
 
 
@@ -282,7 +282,7 @@ def combine(variant: Variant, y_RD: Tensor, ids_TA: Tensor, weights_TA: Tensor) 
     (tokens, top_k), hidden = ids_TA.shape, y_RD.shape[1]
     out = y_RD.new_empty(tokens, hidden)
     pointers = [PTR(each.data_ptr()) for each in (y_RD, ids_TA, weights_TA, out)]
-    grid = -(-tokens * (hidden // 8) // PREPARERS)
+    grid = -(-tokens * (hidden // 8) // COMBINERS)
     sizes = [I32(tokens), I32(hidden), I32(top_k)]
-    launch(loaded(variant, torch.cuda.current_device()).combine, grid, PREPARERS, [*pointers, *sizes])
+    launch(loaded(variant, torch.cuda.current_device()).combine, grid, COMBINERS, [*pointers, *sizes])
     return out

@@ -1,10 +1,10 @@
-// What goes before and behind the products. One launch encodes token rows while its first thread block sorts by expert; for
-// wide tiles a second one copies encoded rows to all their places in sorted order, from where the copy engine can fetch
-// tiles. At the end a token's results are summed.
+// What goes before and behind the products. One launch encodes token rows while its first thread block sorts by expert. At
+// the end a token's results are summed.
 #pragma once
 #include "room.cuh"
 
 #define PREPARERS 512
+#define COMBINERS 128
 #define SORT_WARPS (PREPARERS / 32)
 #define MOST_EXPERTS 512
 
@@ -181,20 +181,34 @@ extern "C" __global__ void __launch_bounds__(PREPARERS) prepare(const __grid_con
 extern "C" __global__ void __launch_bounds__(PREPARERS) prepare_encoded(const __grid_constant__ Preparation p) { prepare_rows<false>(p); }
 
 // out[t] = sum over a of weights[t, a] y[t A + a], of ids >= 0, in FP32 in the order of a. Eight elements per thread.
-extern "C" __global__ void __launch_bounds__(PREPARERS)
+extern "C" __global__ void __launch_bounds__(COMBINERS)
     combine(const u16 *y, const int *ids, const float *weights, u16 *out, int tokens, int hidden, int top_k) {
     wait_for_grid();
     let_next_grid_start();
-    int per = hidden / 8, at = blockIdx.x * PREPARERS + threadIdx.x, t = at / per, column = at % per * 8;
+    int per = hidden / 8, at = blockIdx.x * COMBINERS + threadIdx.x, t = at / per, column = at % per * 8;
     if (t >= tokens) return;
     float sum[8] = {};
-    for (int a = 0; a < top_k; a++) {
-        if (ids[t * top_k + a] < 0) continue;
-        float weight = weights[t * top_k + a];
-        uint4 q = *(const uint4 *)(y + ((i64)t * top_k + a) * hidden + column);
-        u32 pairs[4] = {q.x, q.y, q.z, q.w};
+    const u16 *from = y + (i64)t * top_k * hidden + column;
+    constexpr int AHEAD = 8;  // rows that are on their way at once
+    for (int first = 0; first < top_k; first += AHEAD) {
+        bool wanted[AHEAD];
+        float weight[AHEAD];
+        uint4 q[AHEAD];
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[2 * i] += weight * bf16_low(pairs[i]), sum[2 * i + 1] += weight * bf16_high(pairs[i]);
+        for (int i = 0; i < AHEAD; i++) {
+            int a = first + i;
+            wanted[i] = a < top_k && ids[t * top_k + min(a, top_k - 1)] >= 0, weight[i] = weights[t * top_k + min(a, top_k - 1)];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (wanted[i]) q[i] = *(const uint4 *)(from + (i64)(first + i) * hidden);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (!wanted[i]) continue;
+            u32 pairs[4] = {q[i].x, q[i].y, q[i].z, q[i].w};
+#pragma unroll
+            for (int k = 0; k < 4; k++) sum[2 * k] += weight[i] * bf16_low(pairs[k]), sum[2 * k + 1] += weight[i] * bf16_high(pairs[k]);
+        }
     }
     *(uint4 *)(out + (i64)t * hidden + column) = make_uint4(bf16_pair(sum[0], sum[1]), bf16_pair(sum[2], sum[3]), bf16_pair(sum[4], sum[5]), bf16_pair(sum[6], sum[7]));
 }
