@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import Activation
-from moesaic.kernels import hopper, reference, triton
+from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, with_tile
@@ -82,7 +82,7 @@ def test_layer(name: str, tokens: int) -> None:
                       "two roundings in between, and codes a step apart")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["bf16", "fp8", "fp8_channel", "mxfp8", "mxfp4", "nvfp4", "wna16", "w4afp8"])
 def test_tiles_agree(name: str) -> None:
     """A row's bits depend on whether warps or groups of warps multiply, and on nothing else of a tile."""
     layer = Layer.of(EVERY[name], 500, (16, 1024, 512, 4), Tile(8))
@@ -90,6 +90,18 @@ def test_tiles_agree(name: str) -> None:
     for kind in ([each for each in TILES if TILES[each].narrow], [each for each in TILES if not TILES[each].narrow]):
         for one, other in pairwise(kind):
             assert torch.equal(outs[one], outs[other]), (one, other)
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if SCHEMES[name].activation.by_row])
+def test_rows_in_other_batches(name: str) -> None:
+    """Of `hopper_invariant`: the same bits alone, in tens, and among 600."""
+    layer = Layer.of(SCHEMES[name], 600, (16, 1024, 512, 4), Tile(8), "holes")
+    rows = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale)
+    whole = hopper_invariant.experts(rows, layer.w, layer.ids, layer.weights)
+    for part in (slice(0, 1), slice(3, 4), slice(5, 15), slice(40, 240), slice(599, 600)):
+        rows = hopper.encode_later(layer.x[part], layer.scheme.activation, layer.scale)
+        alone = hopper_invariant.experts(rows, layer.w, layer.ids[part], layer.weights[part])
+        assert torch.equal(alone, whole[part]), part
 
 
 @pytest.mark.parametrize("tile", [Tile(8), Tile(32, 2, 1), Tile(128, 2, 1)])

@@ -278,14 +278,15 @@ template <int R> DEVICE void put_scales(const Arguments &a, const Item &item, in
         if (lane == r && first + r < item.count) a.h.scales[(i64)(item.first + first + r) * a.h.scale_row + (i64)group * a.h.scale_group] = scale[r];
 }
 
-// Rows of a tile, columns begin .. end (multiples of 128), ENCODED at a time from every `warps`-th of those on. Scales of rows
-// (not of groups) need all columns.
+// Rows of a tile, columns begin .. end (multiples of 128), ENCODED at a time. Warps share the rows; where those are few, several
+// take turns at the groups of the same ones. Scales of rows (not of groups) need all columns.
 DEVICE void encode_part(const Arguments &a, const Item &item, int begin, int end, float given, u8 *space, int warp, int warps, int lane) {
     constexpr int R = ENCODED;
     u8 *spaces[R];
 #pragma unroll
     for (int r = 0; r < R; r++) spaces[r] = space + 256 * r;
-    for (int first = warp * R; first < item.count; first += warps * R) {
+    int share = max(1, warps / ((item.count + R - 1) / R)), mine = warp % share;
+    for (int first = warp / share * R; first < item.count; first += warps / share * R) {
         const float4 *from[R];
         u8 *to[R];
         float scale[R];
@@ -298,6 +299,7 @@ DEVICE void encode_part(const Arguments &a, const Item &item, int begin, int end
         }
         if (ENCODING == TOKEN || ENCODING == NV4_DYNAMIC) {
             float top[R] = {};
+#pragma unroll 4
             for (int i = 0; i < a.width / 4; i += 32) {
 #pragma unroll
                 for (int r = 0; r < R; r++) {
@@ -309,7 +311,7 @@ DEVICE void encode_part(const Arguments &a, const Item &item, int begin, int end
 #pragma unroll
             for (int r = 0; r < R; r++) scale[r] = scale_of_row(top[r]);
         }
-        for (int i = begin / 128; i < end / 128; i++) {
+        for (int i = begin / 128 + mine; i < end / 128; i += share) {
             float v[R][4];
 #pragma unroll
             for (int r = 0; r < R; r++) {
@@ -320,7 +322,7 @@ DEVICE void encode_part(const Arguments &a, const Item &item, int begin, int end
             put_elements(to, wanted, 128 * i, v, spaces, lane);
             if (GROUP_SCALES) put_scales(a, item, first, scale, i, lane);
         }
-        if (!GROUP_SCALES) put_scales(a, item, first, scale, 0, lane);
+        if (!GROUP_SCALES && mine == 0) put_scales(a, item, first, scale, 0, lane);
     }
 }
 

@@ -122,8 +122,10 @@ class Variant:
         }  # fmt: skip
 
 
-TILES = {8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 32: Tile(32, 2, 1), 33: Tile(32), 64: Tile(64, 2, 1),
-         96: Tile(96, 2, 1), 128: Tile(128, 2, 1)}  # fmt: skip
+TILES = {
+    8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 32: Tile(32, 2, 1), 33: Tile(32), 64: Tile(64, 2, 1),
+    96: Tile(96, 2, 1), 128: Tile(128, 2, 1),
+}  # fmt: skip
 """Those that are the fastest somewhere."""
 
 
@@ -136,16 +138,18 @@ def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
 
 
 def tile_for(variant: Variant, rows: int, experts: int) -> Tile:
-    """A tile that holds an expert's rows, if routing is even: the mean and four standard deviations of chance."""
+    """A tile that holds an expert's rows, if routing is even: the mean and four standard deviations of chance.
+
+    Weights of 8 bits and more need no decoding to speak of: groups of warps pay earlier than with 4 bits. Where sums of
+    groups, or of blocks of a 16-bit product, are kept apart, registers bound the height.
+    """
     mean = rows / max(1, experts)
     height = next((each for each in HEIGHTS if each >= mean + 4 * mean**0.5), 128)
-    if height <= 16:
-        return Tile(height)
-    if height <= NARROW:
-        return Tile(height, 2, 1)
-    if variant.form == 5 or (variant.form == 1 and not variant.codes):  # sums of groups and of tiles: registers
-        return Tile(64, 2, 1)
-    return Tile(64 if height <= 64 else 128, 2, 1)
+    if height == NARROW and variant.form < 3:
+        height = 64
+    if variant.form == 5 or (variant.form == 1 and not variant.codes):
+        height = min(height, 96 if variant.codes else 64)
+    return TILES[height]
 
 
 def with_tile(variant: Variant, tile: Tile) -> Variant:
