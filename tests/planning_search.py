@@ -39,7 +39,16 @@ OWNABLE: dict[str, frozenset[Duty]] = {
 """What a stage of a role could own at all; anything else is tried by the mutants."""
 
 Question = tuple[object, ...]
-Held = dict[Question, object]
+
+
+class Held(dict[Question, object]):
+    """Answers by question, each asked once; and, under keys of their own, what is made of them."""
+
+    def search(self, asked: Question, wanted: MixtureNeed, named: Sequence[Contract], wishes: Wishes) -> bool:
+        """What is not held yet. asked: the same in short."""
+        return exists(wanted, named, wishes)
+
+
 
 
 def subsets(duties: frozenset[Duty]) -> list[frozenset[Duty]]:
@@ -155,5 +164,5 @@ def known(wanted: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes, he
     if not named:
         return False
     if asked not in held:
-        held[asked] = exists(wanted, named, free)
+        held[asked] = held.search(asked, wanted, named, free)
     return bool(held[asked])
