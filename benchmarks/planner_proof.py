@@ -36,12 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from benchmarks.machine import RESULTS, ROOT, describe, save
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import MixtureNeed, Wishes
+from moesaic.contracts.scheme import SCHEMES
 from tests.planning_mutants import ON, path_mutants, plan_mutants
 from tests.planning_product import (
     ANY,
     DISPATCHERS,
     KERNELS,
     LAYER_AXES,
+    MACHINES,
     PATH_AXES,
     STRATA,
     WHOLE,
@@ -62,9 +64,13 @@ SOURCES = (
     "src/moesaic/planning", "src/moesaic/contracts", "src/moesaic/formats/sizes.py", "src/moesaic/hardware.py",
     "tests/planning_product.py", "tests/planning_search.py", "tests/planning_mutants.py",
 )  # fmt: skip
+RUN_SOURCES = (*SOURCES, *(f"src/moesaic/{room}" for room in ("formats", "kernels", "layers", "models", "moe")),
+               "tests/test_planning_cells.py")  # fmt: skip
+"""Those on which the cells that are run depend too."""
 AXES = {
-    "schemes x hardware": len(STRATA), "each stratum, paths": size_of(PATH_AXES),
-    "each stratum, layers": size_of(LAYER_AXES), "expert kernels": list(KERNELS), "dispatchers": list(DISPATCHERS),
+    "schemes": sorted(SCHEMES), "hardware": list(MACHINES), "schemes x hardware": len(STRATA),
+    "expert kernels": list(KERNELS), "dispatchers": list(DISPATCHERS),
+    "each stratum, paths": size_of(PATH_AXES), "each stratum, layers": size_of(LAYER_AXES),
 }  # fmt: skip
 SHOWN = 20
 """Mismatches that are kept in words."""
@@ -78,9 +84,10 @@ Part = tuple[str, ...]
 Asked = tuple[MixtureNeed, Sequence[Contract], Wishes]
 
 
-def fingerprint() -> str:
-    """Of everything that the counts depend on: these sources, and every contract as data."""
-    files = [file for name in SOURCES for file in sorted([ROOT / name, *(ROOT / name).glob("*.py")]) if file.is_file()]
+def fingerprint(sources: Sequence[str] = SOURCES) -> str:
+    """Of everything that counts depend on: these sources, and every contract as data."""
+    found = [file for name in sources for file in sorted([ROOT / name, *(ROOT / name).rglob("*")])]
+    files = [file for file in found if file.suffix in (".py", ".h", ".cpp")]
     return sha256(b"\0".join([*(file.read_bytes() for file in files), text(WHOLE).encode()])).hexdigest()[:16]
 
 
@@ -125,21 +132,24 @@ class Answered(Held):
 
 
 class Proof:
-    """Counts so far: a file for each part, in a folder of its own for each state of the source."""
+    """Counts so far: a file for each part, in a folder of its own for each state of the sources."""
 
     def __init__(self, folder: Path, step: int, deadline: float) -> None:
-        self.folder, self.step, self.deadline = folder / fingerprint(), step, deadline
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.step, self.deadline = step, deadline
+        self.folders = dict.fromkeys(KINDS, folder / fingerprint()) | {"run": folder / fingerprint(RUN_SOURCES)}
+        for each in self.folders.values():
+            each.mkdir(parents=True, exist_ok=True)
         self.device = describe()["device"]
         self.noted: list[tuple[Question, Asked]] = []
         self.held = Answered({})
         self.found: list[str] = []
 
     def file(self, part: Part) -> Path:
-        return self.folder / f"{'-'.join(part)}.json"
+        return self.folders[part[0]] / f"{'-'.join(part)}.json"
 
     def read(self, kind: str) -> list[dict[str, Any]]:
-        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob(f"{kind}-*.json"))]
+        files = sorted(self.folders[kind].glob(f"{kind}-*.json"))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
     def one(self, part: Part) -> str | None:
         """Counts a part and keeps what it found, in words too; None where there is no time left for another."""
