@@ -32,7 +32,7 @@ from moesaic.planning.mixture import find
 from moesaic.planning.needs import WIRES
 from moesaic.planning.plan import decide
 from moesaic.planning.verify import Walk, verify, verify_model
-from scripts.plan_golden import CPU
+from scripts.plan_fixtures import CPU
 from tests.planning_search import Held, known, serves
 from tests.planning_support import CATALOGUE
 
