@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 PROMPTS := src/moesaic/assets/prompts.txt
 
-# Every file of benchmarks/ stands in exactly one list (a test checks): what runs on any machine, what does so for hours,
+# Every file of benchmarks/ stands in exactly one list (a test checks): what runs on any machine, what does so for long,
 # what needs a GPU, and what is no benchmark but is shared by them.
 BENCH_CPU := load_memory.py cpu_generate.py sensitivity.py quantize_memory.py kv_b_proj.py rounding.py schemes.py kv_format.py serve_overhead.py serve_load.py serve_soak.py
 BENCH_GPU := experts.py gemm.py route.py attention.py throughput.py schemes_gpu.py

@@ -1,13 +1,16 @@
-"""Does the planner return a plan if and only if a legal one exists? The whole product, by brute force; hours.
+"""Does the planner return a plan if and only if a legal one exists? The whole product, by brute force.
 
-    python benchmarks/planner_proof.py [--state build/planner-proof] [--backwards] [--only mxfp8:h100] [--step N]
+    python benchmarks/planner_proof.py [--processes 2] [--minutes 30] [--state build/planner-proof]
 
 What is compared stands in `tests/planning_product.py`: paths (one phase, one kernel, one dispatcher) and layers (both
 phases, cut across ranks, one layout of the weights), in strata of one scheme on one piece of hardware; then the cells
 that a CPU can run, built from their plans and held against the reference's (`tests/test_planning_cells.py`); and the
-mutants of `tests/planning_mutants.py`. The counts of each stratum go into a file of their own: a run that was ended
-goes on from there, as long as the planner's source is the same, and a second process may work from the other end
-(`--backwards`; run the first again when both have ended). The result is written only for the whole of it.
+mutants of `tests/planning_mutants.py`. No cell is left out.
+
+It is work in parts of seconds: first the questions, each asked once however many cells ask it; then the strata. Every
+part leaves its counts in a small file of its own, so that a run that was ended, or whose `--minutes` are over (then it
+exits with 3), goes on from there, on another machine too, if that has the files and the same source. The result is
+written only when all parts are there.
 """
 
 from __future__ import annotations
@@ -15,35 +18,44 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks.machine import RESULTS, ROOT, describe, save
-from moesaic.commands._plan_json import plain
-from tests.planning_mutants import path_mutants, plan_mutants
+from moesaic.contracts.contract import Contract
+from moesaic.contracts.plan import MixtureNeed, Wishes
+from moesaic.contracts.scheme import SCHEMES
+from tests.planning_mutants import ON, path_mutants, plan_mutants
 from tests.planning_product import (
     ANY,
     DISPATCHERS,
     KERNELS,
     LAYER_AXES,
+    MACHINES,
     PATH_AXES,
     STRATA,
     WHOLE,
+    ask_layers,
+    ask_paths,
     check_layer,
     check_path,
     layer_cells,
     path_cells,
     size_of,
 )
-from tests.planning_search import Held, known
+from tests.planning_search import Held, Question, exists, known
 from tests.test_planning_cells import KERNELS as CPU_KERNELS
 from tests.test_planning_cells import LIMIT, configs, run_cell
 
@@ -52,118 +64,254 @@ SOURCES = (
     "src/moesaic/planning", "src/moesaic/contracts", "src/moesaic/formats/sizes.py", "src/moesaic/hardware.py",
     "tests/planning_product.py", "tests/planning_search.py", "tests/planning_mutants.py",
 )  # fmt: skip
+RUN_SOURCES = (*SOURCES, *(f"src/moesaic/{room}" for room in ("formats", "kernels", "layers", "models", "moe")),
+               "tests/test_planning_cells.py")  # fmt: skip
+"""Those on which the cells that are run depend too."""
 AXES = {
-    "schemes x hardware": len(STRATA), "each stratum, paths": size_of(PATH_AXES),
-    "each stratum, layers": size_of(LAYER_AXES), "expert kernels": list(KERNELS), "dispatchers": list(DISPATCHERS),
+    "schemes": sorted(SCHEMES), "hardware": list(MACHINES), "schemes x hardware": len(STRATA),
+    "expert kernels": list(KERNELS), "dispatchers": list(DISPATCHERS),
+    "each stratum, paths": size_of(PATH_AXES), "each stratum, layers": size_of(LAYER_AXES),
 }  # fmt: skip
 SHOWN = 20
 """Mismatches that are kept in words."""
+CHUNKS = 256
+"""Parts into which the questions are dealt."""
+KINDS = ("questions", "layers", "paths", "run", "mutants")
+UNFINISHED = 3
+
+Part = tuple[str, ...]
+"""A kind, and which of its parts."""
+Asked = tuple[MixtureNeed, Sequence[Contract], Wishes]
 
 
-def fingerprint() -> str:
-    """Of everything that the counts depend on: these sources, and every contract as data."""
-    files = [file for name in SOURCES for file in sorted([ROOT / name, *(ROOT / name).glob("*.py")]) if file.is_file()]
-    contracts = json.dumps([plain(each) for each in WHOLE]).encode()
-    return sha256(b"\0".join([*(file.read_bytes() for file in files), contracts])).hexdigest()[:16]
+def fingerprint(sources: Sequence[str] = SOURCES) -> str:
+    """Of everything that counts depend on: these sources, and every contract as data."""
+    found = [file for name in sources for file in sorted([ROOT / name, *(ROOT / name).rglob("*")])]
+    files = [file for file in found if file.suffix in (".py", ".h", ".cpp")]
+    return sha256(b"\0".join([*(file.read_bytes() for file in files), text(WHOLE).encode()])).hexdigest()[:16]
+
+
+def digest(question: Question) -> str:
+    return sha256(text(question).encode()).hexdigest()[:20]
+
+
+def text(value: object) -> str:
+    """Equal values have equal texts, in every process."""
+    if isinstance(value, frozenset):
+        return f"{{{','.join(sorted(map(text, value)))}}}"
+    if isinstance(value, tuple):
+        return f"({','.join(map(text, value))})"
+    if is_dataclass(value):
+        return text(tuple(getattr(value, field.name) for field in fields(value)))
+    return repr(value)
+
+
+class Noted(Held):
+    """Notes what is asked, and answers nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[Question, Asked] = {}
+
+    def search(self, asked: Question, wanted: MixtureNeed, named: Sequence[Contract], wishes: Wishes) -> bool:
+        self.asked[asked] = (wanted, named, wishes)
+        return False
+
+
+class Answered(Held):
+    """With the answers that were found before. anew: how many were not."""
+
+    def __init__(self, answers: Mapping[str, bool]) -> None:
+        super().__init__()
+        self.answers, self.anew = answers, 0
+
+    def search(self, asked: Question, wanted: MixtureNeed, named: Sequence[Contract], wishes: Wishes) -> bool:
+        found = self.answers.get(digest(asked))
+        self.anew += found is None
+        return super().search(asked, wanted, named, wishes) if found is None else found
 
 
 class Proof:
-    """Counts so far: a file for each stratum, in a folder of its own for each state of the source."""
+    """Counts so far: a file for each part, in a folder of its own for each state of the sources."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.held, self.found = folder / fingerprint(), Held(), list[str]()
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, step: int, deadline: float) -> None:
+        self.step, self.deadline = step, deadline
+        self.folders = dict.fromkeys(KINDS, folder / fingerprint()) | {"run": folder / fingerprint(RUN_SOURCES)}
+        for each in self.folders.values():
+            each.mkdir(parents=True, exist_ok=True)
+        self.device = describe()["device"]
+        self.noted: list[tuple[Question, Asked]] = []
+        self.held = Answered({})
+        self.found: list[str] = []
 
-    def file(self, part: str, stratum: tuple[str, ...]) -> Path:
-        return self.folder / f"{'-'.join((part, *stratum))}.json"
+    def file(self, part: Part) -> Path:
+        return self.folders[part[0]] / f"{'-'.join(part)}.json"
 
-    def stratum(self, part: str, stratum: tuple[str, ...], step: int) -> None:
-        """Once: what another process has counted, or an earlier run, is not counted again."""
-        if (file := self.file(part, stratum)).exists():
-            return
-        began, asked, self.found = time.process_time(), self.asked(), []
-        count = Counter({"paths": self.paths, "layers": self.layers, "run": self.run}[part](stratum, step))
-        made = {"part": part, "count": dict(count), "seconds": time.process_time() - began,
-                "questions": self.asked() - asked, "wrong": self.found}  # fmt: skip
-        self.held = {key: answer for key, answer in self.held.items() if isinstance(answer, bool)}
-        if step == 1:
-            file.write_text(json.dumps(made), encoding="utf-8")
-        print(f"{part} {' '.join(stratum)}: {dict(count)}, {made['seconds']:.0f} s of processor time", flush=True)
+    def read(self, kind: str) -> list[dict[str, Any]]:
+        files = sorted(self.folders[kind].glob(f"{kind}-*.json"))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
-    def asked(self) -> int:
-        """Questions that brute force was asked."""
-        return sum(isinstance(answer, bool) for answer in self.held.values())
+    def one(self, part: Part) -> str | None:
+        """Counts a part and keeps what it found, in words too; None where there is no time left for another."""
+        if time.monotonic() > self.deadline:
+            return None
+        (kind, *names), began, self.found, before = part, time.process_time(), [], self.held.anew
+        counted = Counter(getattr(self, kind)(*names))
+        made = {"answers" if kind == "questions" else "count": dict(counted),
+                "seconds": time.process_time() - began, "device": self.device, "wrong": self.found,
+                "questions": self.held.anew - before}  # fmt: skip
+        for key in [key for key, answer in self.held.items() if not isinstance(answer, bool)]:
+            del self.held[key]  # it holds of this stratum alone
+        if self.step == 1:
+            draft = self.file(part).with_suffix(".part")
+            draft.write_text(json.dumps(made), encoding="utf-8")
+            draft.replace(self.file(part))
+        said = f"{len(counted)} answers" if kind == "questions" else dict(counted)
+        return f"{' '.join(part)}: {said}, {made['seconds']:.0f} s of processor time"
 
-    def paths(self, stratum: tuple[str, ...], step: int) -> Iterable[str]:
-        for cell in path_cells(stratum[0], stratum[1], step):
+    def ask(self) -> None:
+        """Finds every question that cells ask, without an answer to any."""
+        noted, told = Noted(), set[object]()
+        for stratum in STRATA:
+            ask_paths(*stratum, noted, told)
+            ask_layers(*stratum, noted)
+        self.noted = list(noted.asked.items())
+        print(f"{len(self.noted):,} different questions to the brute-force search", flush=True)
+
+    def take(self) -> None:
+        """Takes all answers that are there."""
+        every = [each["answers"] for each in self.read("questions")]
+        self.held = Answered({key: answer for answers in every for key, answer in answers.items()})
+
+    # --- what parts do: what they yield is counted ---
+
+    def questions(self, at: str) -> dict[str, bool]:
+        return {digest(question): exists(*asked) for question, asked in self.noted[int(at) :: CHUNKS]}
+
+    def paths(self, scheme: str, on: str) -> Iterator[str]:
+        for cell in path_cells(scheme, on, self.step, self.first(scheme, on)):
             if wrong := check_path(cell, self.held):
                 self.wrong(cell, wrong)
             yield "planned" if known(cell.need, cell.catalogue, ANY, self.held) else "refused"
 
-    def layers(self, stratum: tuple[str, ...], step: int) -> Iterable[str]:
-        for cell in layer_cells(stratum[0], stratum[1], step):
+    def layers(self, scheme: str, on: str) -> Iterator[str]:
+        for cell in layer_cells(scheme, on, self.step, self.first(scheme, on)):
             verdict, wrong = check_layer(cell, self.held)
             if wrong:
                 self.wrong(cell, wrong)
             yield verdict
 
-    def run(self, stratum: tuple[str, ...], step: int) -> Iterable[str]:
-        """Every cell of a scheme that a CPU can run, in FP32 and BF16."""
-        every = itertools.product(configs(), (*CPU_KERNELS, "reference"), LIMIT)
-        for (name, config), kernel, dtype in itertools.islice(every, 0, None, step):
+    def first(self, scheme: str, on: str) -> int:
+        """Other cells of each stratum, where only some are looked at, so that all values of all axes meet."""
+        return sum(map(ord, scheme + on)) * 7919 % self.step
+
+    def run(self, scheme: str, dtype: str) -> Iterator[str]:
+        """Every cell of a scheme that a CPU can run, in FP32 or BF16."""
+        every = itertools.product(configs(), (*CPU_KERNELS, "reference"))
+        for (name, config), kernel in itertools.islice(every, 0, None, self.step):
             try:
-                yield "equal" if run_cell(name, config, stratum[0], kernel, dtype) else "refused"
+                yield "equal" if run_cell(name, config, scheme, kernel, dtype) else "refused"
             except AssertionError as error:
-                self.wrong((name, stratum[0], kernel, dtype), str(error))
+                self.wrong((name, scheme, kernel, dtype), str(error))
                 yield "differs"
+
+    def mutants(self, sort: str, which: str) -> Counter[str]:
+        count, missed = path_mutants((which,)) if sort == "paths" else plan_mutants((which,))
+        for each in missed:
+            self.wrong(which, each)
+        return count
 
     def wrong(self, cell: object, what: str) -> None:
         self.found.append(f"{cell}: {what}"[:4000] if len(self.found) < SHOWN else "")
-        print(f"MISMATCH {cell}: {what}", file=sys.stderr, flush=True)
-
-    def all(self) -> list[dict[str, Any]]:
-        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.folder.glob("*.json"))]
-
-    def total(self, part: str) -> dict[str, int]:
-        counts: Counter[str] = Counter()
-        for each in self.all():
-            counts.update(each["count"] if each["part"] == part else {})
-        return dict(sorted(counts.items()))
+        print(f"WRONG {cell}: {what}", file=sys.stderr, flush=True)
 
 
-def mutants(run: Callable[[], tuple[Counter[str], list[str]]]) -> tuple[Counter[str], int]:
-    count, missed = run()
-    for each in missed[:SHOWN]:
-        print(f"MISSED {each}", file=sys.stderr)
-    return count, len(missed)
+PROOF: Proof
+"""That of this process: what a forked one inherits is not sent to it."""
 
 
-def main() -> int:
+def work(part: Part) -> str | None:
+    return PROOF.one(part)
+
+
+def done(parts: Iterable[Part], processes: int) -> bool:
+    """Counts what is not counted yet. Whether all of it is, then."""
+    todo = [part for part in parts if not PROOF.file(part).exists()]
+    if processes == 1:
+        told = map(work, todo)
+        return all([show(line) for line in told])
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return all([show(line) for line in pool.imap_unordered(work, todo)])
+
+
+def show(line: str | None) -> bool:
+    if line:
+        print(line, flush=True)
+    return line is not None
+
+
+def parts_of(kind: str, strata: Sequence[Part]) -> Iterator[Part]:
+    schemes = dict.fromkeys(scheme for scheme, _ in strata)
+    names: dict[str, Iterable[Part]] = {
+        "questions": ((f"{at:03}",) for at in range(CHUNKS)),
+        "layers": strata, "paths": strata, "run": itertools.product(schemes, LIMIT),
+        "mutants": [*itertools.product(["paths"], ON), *itertools.product(["plans"], schemes)],
+    }  # fmt: skip
+    yield from ((kind, *each) for each in names[kind])
+
+
+def result_of(proof: Proof) -> dict[str, Any]:
+    every = [each for kind in KINDS for each in proof.read(kind)]
+    seconds: Counter[str] = Counter()
+    for each in every:
+        seconds[each["device"]] += each["seconds"]
+    totals = {}
+    for kind in KINDS[1:]:
+        count: Counter[str] = Counter()
+        for each in proof.read(kind):
+            count.update(each["count"])
+        totals[kind] = dict(sorted(count.items()))
+    wrong = {kind: [each for one in proof.read(kind) for each in one["wrong"]] for kind in KINDS}
+    missed = wrong.pop("mutants")
+    return {
+        **describe("torch"), "fingerprint": fingerprint(), "seconds": round(seconds.total()),
+        "seconds_on": {device: round(spent) for device, spent in seconds.items()}, "axes": AXES, **totals,
+        "questions": sum(len(each.get("answers", ())) + each["questions"] for each in every),
+        "mismatches": sum(map(len, wrong.values())),
+        "wrong": [each for found in wrong.values() for each in found if each],
+        "mutants_missed": len(missed), "missed": [each for each in missed if each],
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    global PROOF
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=1, help="as many as there are cores")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after them no further part is begun")
     parser.add_argument("--state", type=Path, default=ROOT / "build" / "planner-proof", help="folder of counts so far")
+    parser.add_argument("--parts", nargs="+", choices=KINDS, default=KINDS, help="those alone")
     parser.add_argument("--only", metavar="SCHEME:HARDWARE", help="one stratum; the result is not written")
     parser.add_argument("--step", type=int, default=1, help="every Nth cell; nothing is kept unless 1")
-    parser.add_argument("--backwards", action="store_true", help="last stratum first: for a second process")
-    options = parser.parse_args()
-    strata: list[tuple[str, ...]] = [tuple(options.only.split(":"))] if options.only else list(STRATA)
-    each = (size_of(PATH_AXES) + size_of(LAYER_AXES)) // options.step
-    print(f"{len(strata)} strata of {each:,} cells", flush=True)
-    proof, todo = Proof(options.state), [(part, stratum) for part in ("layers", "paths") for stratum in strata]
-    todo += [("run", (scheme,)) for scheme in dict.fromkeys(stratum[0] for stratum in strata)]
-    for part, stratum in reversed(todo) if options.backwards else todo:
-        proof.stratum(part, stratum, options.step)
-    if options.only or options.step > 1 or options.backwards:
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    PROOF = Proof(options.state, options.step, time.monotonic() + 60 * options.minutes)
+    strata: Sequence[Part] = [tuple(options.only.split(":"))] if options.only else STRATA
+    whole = not options.only and options.step == 1
+    print(f"{len(strata)} strata of {(size_of(PATH_AXES) + size_of(LAYER_AXES)) // options.step:,} cells", flush=True)
+    complete = True
+    if whole and "questions" in options.parts:
+        if not all(PROOF.file(part).exists() for part in parts_of("questions", strata)):
+            PROOF.ask()
+        complete = done(parts_of("questions", strata), options.processes)
+    PROOF.take()
+    rest = [part for kind in KINDS[1:] if kind in options.parts for part in parts_of(kind, strata)]
+    if not complete or not done(rest, options.processes):
+        print("not all of it is done: say the same again to go on", flush=True)
+        return UNFINISHED
+    if not whole or not all(PROOF.file(part).exists() for kind in KINDS for part in parts_of(kind, strata)):
         return 0
-    every, found = proof.all(), [mutants(path_mutants), mutants(plan_mutants)]
-    wrong = [each for one in every for each in one["wrong"]]
-    result = {
-        **describe("torch"), "fingerprint": fingerprint(), "seconds": round(sum(one["seconds"] for one in every)),
-        "axes": AXES, "paths": proof.total("paths"), "layers": proof.total("layers"), "run": proof.total("run"),
-        "questions": sum(one["questions"] for one in every),
-        "mismatches": len(wrong), "wrong": [each for each in wrong if each],
-        "mutants": dict(sorted((found[0][0] + found[1][0]).items())), "mutants_missed": found[0][1] + found[1][1],
-    }  # fmt: skip
-    for part in ("paths", "layers", "run", "mutants"):
+    result = result_of(PROOF)
+    for part in KINDS[1:]:
         print(f"| {part} | " + ", ".join(f"{count:,} {what}" for what, count in result[part].items()) + " |")
     save(RESULT.stem, result)
     return int(bool(result["mismatches"] or result["mutants_missed"]))

@@ -29,7 +29,7 @@ COLUMN, BOX, HEIGHT, PITCH, TOP, LEFT = 272, 236, 40, 72, 76, 16
 
 def path_of(fixture: str, gpu: str, ranks: int) -> MixturePath:
     """Of the last layer that is no draft, decoding."""
-    hardware = plan_golden.CPU if gpu == "cpu" else GPUS[gpu]
+    hardware = plan_fixtures.CPU if gpu == "cpu" else GPUS[gpu]
     spec = plan_golden.spec_of(plan_fixtures.read(fixture))
     known, wishes = (*catalogue(), *contracts()), Wishes(tp=ranks, ep=ranks, hypothetical=gpu != "cpu")
     made = plan(spec, hardware, known, wishes)

@@ -20,9 +20,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moesaic.hardware import Hardware
+
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "plan_fixtures"
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I8": 1, "I32": 4, "I64": 8}
 SHARD_BYTES = 5_000_000_000
+FEATURES = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"})
+CPU = Hardware("a processor with AVX-512 BF16", "cpu", 64 * 10**9, FEATURES)
+"""A fixed one: plans for this machine's own differ from machine to machine."""
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """name -> (dtype as safetensors calls it, shape)."""

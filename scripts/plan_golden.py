@@ -17,17 +17,14 @@ from moesaic.commands.plan import Asked
 from moesaic.contracts.plan import Wishes
 from moesaic.contracts.spec import ModelSpec
 from moesaic.formats.safetensors_file import DTYPES
-from moesaic.hardware import GPUS, Hardware
+from moesaic.hardware import GPUS
 from moesaic.kernels.registry import catalogue
 from moesaic.models.build import stored_spec
 from moesaic.models.checkpoint import Checkpoint
 from moesaic.moe.dispatch import contracts
-from scripts.plan_fixtures import FOLDER, ITEMSIZE, Fixture, names, read
+from scripts.plan_fixtures import CPU, FOLDER, ITEMSIZE, Fixture, names, read
 
 GOLDEN = FOLDER / "golden"
-FEATURES = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"})
-CPU = Hardware("a processor with AVX-512 BF16", "cpu", 64 * 10**9, FEATURES)
-"""A fixed one: plans for this machine's own differ from machine to machine."""
 
 
 @dataclass(frozen=True)

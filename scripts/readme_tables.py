@@ -119,13 +119,14 @@ def planner_proof(result: dict[str, Any]) -> str:
         each = ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
         return f"| {what} | {sum(counts.values()):,} | {each} |"
 
-    axes, hours = result["axes"], result["seconds"] / 3600
-    kernels, dispatchers = len(axes["expert kernels"]), len(axes["dispatchers"])
+    names = ("schemes", "hardware", "expert kernels", "dispatchers")
+    schemes, machines, kernels, dispatchers = (len(result["axes"][name]) for name in names)
     return "\n".join([
-        f"18 schemes on 8 kinds of hardware, {kernels} expert kernels and {dispatchers} dispatchers (those of the "
-        f"catalogue, and some that nobody has); {result['questions']:,} different questions to the brute-force search, "
-        f"{hours:.1f} hours of one core. Disagreements: {result['mismatches'] or 'none'}; mutants that were missed: "
-        f"{result['mutants_missed'] or 'none'}. {origin(result)}",
+        f"{schemes} schemes on {machines} kinds of hardware, {kernels} expert kernels and {dispatchers} dispatchers "
+        f"(those of the catalogue, and some that nobody has); {result['questions']:,} different questions to the "
+        f"brute-force search, {result['seconds'] / 60:.0f} minutes of processor time. Disagreements: "
+        f"{result['mismatches'] or 'none'}; mutants that were missed: {result['mutants_missed'] or 'none'}. "
+        f"{origin(result)}",
         "",
         "| what | cells | of them |",
         "|---|--:|---|",

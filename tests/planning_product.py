@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from moesaic.contracts.contract import FLOATS16, Contract, Duty, Need, Packed, Path
-from moesaic.contracts.plan import MixtureNeed, ModelPlan, PerPhase, Phase, Wishes
+from moesaic.contracts.plan import MixtureNeed, MixturePath, ModelPlan, PerPhase, Phase, Wishes
 from moesaic.contracts.scheme import ENCODINGS, FORMATS, SCHEMES
 from moesaic.contracts.spec import GQASpec, LayerSpec, LinearSpec, MLPSpec, ModelSpec, MoESpec, RopeSpec, RouterSpec
 from moesaic.errors import UnsupportedError
@@ -31,9 +31,9 @@ from moesaic.hardware import GPUS, Hardware
 from moesaic.planning.mixture import find
 from moesaic.planning.needs import WIRES
 from moesaic.planning.plan import decide
-from moesaic.planning.verify import verify, verify_model
-from scripts.plan_golden import CPU
-from tests.planning_search import Held, known
+from moesaic.planning.verify import Walk, verify, verify_model
+from scripts.plan_fixtures import CPU
+from tests.planning_search import Held, known, serves
 from tests.planning_support import CATALOGUE
 
 MACHINES: dict[str, Hardware] = {"cpu": CPU, **GPUS}
@@ -104,7 +104,8 @@ class PathCell:
         return narrowed(self.kernel, self.dispatcher, self.router)
 
 
-FLAGS = tuple(itertools.product((0, 4), (None, "float32"), (1.0, 2.5), (False, True), (False, True)))
+Flags = tuple[int, str | None, float, bool, bool]
+FLAGS: tuple[Flags, ...] = tuple(itertools.product((0, 4), (None, "float32"), (1.0, 2.5), (False, True), (False, True)))
 """(groups kept, router bias, factor, shared expert, renormalised)."""
 PHASES: tuple[tuple[Phase, int], ...] = (("decode", 64), ("prefill", 8192))
 PATH_AXES: tuple[Sequence[Any], ...] = (KERNELS, DISPATCHERS, PHASES, SHARES, FLAGS, tuple(ROUTERS))
@@ -121,16 +122,18 @@ def size_of(axes: Sequence[Sequence[Any]]) -> int:
 
 def path_cells(scheme: str, on: str, step: int = 1, first: int = 0) -> Iterator[PathCell]:
     """Every `step`th cell of a stratum."""
-    base = asked(scheme, on)
-    for kernel, dispatcher, (phase, tokens), (width, ranks), flags, router in every(PATH_AXES, step, first):
-        grouped, bias, factor, shared, renormalize = flags
-        need = replace(
-            base, need=replace(base.need, capturable=base.need.device == "cuda" and phase == "decode"),
-            groups_kept=grouped, router_bias=bias, factor=factor, shared=shared, renormalize=renormalize,
-            scoring="sigmoid" if bias else "softmax", group_score="top2_sum" if bias else "max", ranks=ranks,
-            width=width, phase=phase, tokens=tokens,
-        )  # fmt: skip
-        yield PathCell(need, kernel, dispatcher, router)
+    for kernel, dispatcher, (phase, tokens), shares, flags, router in every(PATH_AXES, step, first):
+        yield PathCell(path_need(asked(scheme, on), phase, tokens, shares, flags), kernel, dispatcher, router)
+
+
+def path_need(base: MixtureNeed, phase: Phase, tokens: int, shares: tuple[int, int], flags: Flags) -> MixtureNeed:
+    (width, ranks), (grouped, bias, factor, shared, renormalize) = shares, flags
+    return replace(
+        base, need=replace(base.need, capturable=base.need.device == "cuda" and phase == "decode"),
+        groups_kept=grouped, router_bias=bias, factor=factor, shared=shared, renormalize=renormalize,
+        scoring="sigmoid" if bias else "softmax", group_score="top2_sum" if bias else "max", ranks=ranks,
+        width=width, phase=phase, tokens=tokens,
+    )  # fmt: skip
 
 
 def every(axes: Sequence[Sequence[Any]], step: int, first: int) -> Iterator[tuple[Any, ...]]:
@@ -164,6 +167,29 @@ def check_path(cell: PathCell, held: Held) -> str | None:
     if path is None:
         return None if rejected else "refused without a reason"
     return "; ".join(verify(path, cell.need, cell.catalogue, ANY)) or None
+
+
+def serving(op: str, need: MixtureNeed) -> list[Contract]:
+    """Those that could be a stage at all."""
+    walk = Walk(MixturePath(()), need, (), ANY)
+    return [contract for contract in WHOLE if contract.op == op and serves(contract, walk)]
+
+
+def ask_paths(scheme: str, on: str, held: Held, told: set[object]) -> None:
+    """All that the path cells of a stratum would ask. told: what the strata before have asked, in short: the cells of
+    a kernel, a dispatcher and a router ask the same wherever the same contracts serve rows in the same encoding."""
+    base = asked(scheme, on)
+    for (phase, tokens), shares in itertools.product(PHASES, SHARES):
+        need = path_need(base, phase, tokens, shares, FLAGS[0])
+        pairs = [dict.fromkeys(each.backend for each in serving(op, need)) for op in ("experts", "dispatch")]
+        for kernel, dispatcher, router in itertools.product(*pairs, ROUTERS):
+            cell = PathCell(need, kernel, dispatcher, router)
+            fit = tuple(not contract.misses(need.need) for contract in cell.catalogue)
+            short = (kernel, dispatcher, router, need.need.encoding, need.static, phase, shares, fit)
+            if short not in told:
+                told.add(short)
+                for flags in FLAGS:
+                    known(path_need(base, phase, tokens, shares, flags), cell.catalogue, ANY, held)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -267,18 +293,35 @@ def joint(cell: LayerCell, held: Held, graphs: bool) -> str:
 
 
 def both_phases(cell: LayerCell, held: Held, graphs: bool) -> str:
-    ways: list[set[tuple[object, str]]] = []
-    for kernel, (phase, tokens) in zip(cell.kernels, PHASES, strict=True):
-        need, packings = mixture_asked(cell, phase, tokens, graphs), {c.packed for c in WHOLE if c.backend == kernel}
-        ways.append({
-            (packed, gate) for packed in packings for gate, wishes in GATES.items()
-            if any(known(need, narrowed(kernel, each, packed=packed), wishes, held) for each in DISPATCHERS)
-        })  # fmt: skip
+    ways = [one_phase(cell, at, held, graphs) for at in range(len(PHASES))]
     if not all(ways):
         return "no path"
     if cell.two_layouts:
-        ways = [{(None, gate) for _, gate in way} for way in ways]
+        ways = [frozenset((None, gate) for _, gate in way) for way in ways]
     return "planned" if ways[0] & ways[1] else "no common layout"
+
+
+def one_phase(cell: LayerCell, at: int, held: Held, graphs: bool) -> frozenset[tuple[object, str]]:
+    """(layout of the weights, dtype of the gate) of every way through a phase with the cell's kernel in it."""
+    kernel, (phase, tokens) = cell.kernels[at], PHASES[at]
+    key = ("phase", cell.scheme, cell.on, kernel, phase, *share(cell), cell.routing, graphs)
+    if key not in held:
+        need = mixture_asked(cell, phase, tokens, graphs)
+        packings = {contract.packed for contract in serving("experts", need) if contract.backend == kernel}
+        held[key] = frozenset(
+            (packed, gate) for packed in packings for gate, wishes in GATES.items()
+            if any(known(need, narrowed(kernel, each, packed=packed), wishes, held) for each in DISPATCHERS)
+        )  # fmt: skip
+    return held[key]  # type: ignore[return-value]
+
+
+def ask_layers(scheme: str, on: str, held: Held) -> None:
+    """All that the layer cells of a stratum would ask, and what some would that have no dense kernel or legal cut."""
+    graphs = (True, False) if MACHINES[on].device == "cuda" else (False,)
+    for kernel, (tp, ep), width, routing in itertools.product(KERNELS, RANKS, (2048, 768), ROUTING):
+        cell = LayerCell(scheme, on, (kernel, kernel), tp, ep, width, routing, two_layouts=False)
+        for at, captured in itertools.product(range(len(PHASES)), graphs):
+            one_phase(cell, at, held, captured)
 
 
 @cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from moesaic.contracts.contract import Contract, Duty
 from moesaic.contracts.plan import ADAPTERS, MixtureNeed, MixturePath, Stage, Wishes
@@ -39,7 +40,30 @@ OWNABLE: dict[str, frozenset[Duty]] = {
 """What a stage of a role could own at all; anything else is tried by the mutants."""
 
 Question = tuple[object, ...]
-Held = dict[Question, object]
+
+
+class Held(dict[Question, object]):
+    """Answers by question, each asked once; and, under keys of their own, what is made of them."""
+
+    def search(self, asked: Question, wanted: MixtureNeed, named: Sequence[Contract], wishes: Wishes) -> bool:
+        """What is not held yet. asked: the same in short."""
+        return exists(wanted, named, wishes)
+
+
+
+
+class Recalling(Walk):
+    """A walk that asks only once what does not depend on where a stage stands; those made of it share the answers."""
+
+    def __init__(self, *of: Any) -> None:
+        super().__init__(*of)
+        self.asked: dict[tuple[str, frozenset[Duty], int], str | None] = {}
+
+    def ever(self, stage: Stage, contract: Contract) -> str | None:
+        key = (stage.role, stage.does, id(contract))
+        if key not in self.asked:
+            self.asked[key] = super().ever(stage, contract)
+        return self.asked[key]
 
 
 def subsets(duties: frozenset[Duty]) -> list[frozenset[Duty]]:
@@ -72,7 +96,7 @@ def stages(role: str, walk: Walk) -> Iterator[Stage]:
 
 def exists(wanted: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes) -> bool:
     """Whether any chain of at most MAX_ADAPTERS adapters passes the verifier."""
-    start = Walk(MixturePath(()), wanted, catalogue, wishes)
+    start = Recalling(MixturePath(()), wanted, catalogue, wishes)
     table = {role: tuple(stages(role, start)) for role in NEXT if role}
     if not table["experts"] or not table["dispatch"]:
         return False
@@ -107,7 +131,7 @@ def exists(wanted: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes) -
 
 def stepped(walk: Walk, stage: Stage) -> Walk:
     """The walk one stage further; the walk itself stays as it is."""
-    then = Walk.__new__(Walk)
+    then = Walk.__new__(type(walk))
     then.__dict__.update(walk.__dict__)
     then.wrong, then.seen, then.tally = [], [*walk.seen], {**walk.tally}
     then.step(stage)
@@ -155,5 +179,5 @@ def known(wanted: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes, he
     if not named:
         return False
     if asked not in held:
-        held[asked] = exists(wanted, named, free)
+        held[asked] = held.search(asked, wanted, named, free)
     return bool(held[asked])

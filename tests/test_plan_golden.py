@@ -77,7 +77,7 @@ def matched(directory: Path) -> Counter[str]:
     """How many tensors fill the model and are left out on purpose. Raises CheckpointError for any other, or a lack."""
     with Checkpoint.open(directory) as checkpoint:
         spec, dialect = stored_spec(checkpoint)
-        made = plan(spec, plan_golden.CPU, CATALOGUE, plan_golden.Wishes())
+        made = plan(spec, plan_fixtures.CPU, CATALOGUE, plan_golden.Wishes())
         assert isinstance(made, ModelPlan), made
         model = Decoder(spec, Kernels(made), torch.empty(0, dtype=torch.bfloat16, device="meta"), 1)
         ignored = re.compile("|".join(f"(?:{each})" for each in (*spec.ignore, *(dialect.ignore if dialect else ()))))

@@ -81,8 +81,9 @@ def test_the_tables_of_the_readme_are_fresh() -> None:
 
 
 def test_every_flag_that_the_migration_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    """Third column of its tables, against `moesaic generate --help`."""
-    main(["generate", "--help"])
+    """Third column of its tables, against `--help` of generate and serve."""
+    for command in ("generate", "serve"):
+        main([command, "--help"])
     offered = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     page = (REPO / "docs" / "coming-from-vllm-sglang.md").read_text(encoding="utf-8")
     page = page.partition("## What has no counterpart yet")[0]
