@@ -1,4 +1,4 @@
-"""Fills the generated tables of the pages, and draws docs/accuracy.svg, from benchmarks/results.
+"""Fills the generated tables of the pages, and draws docs/accuracy.svg and docs/gpu-*.svg, from benchmarks/results.
 
     python -m scripts.readme_tables [--check]     (--check: exit 1 where one of them is stale)
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.commands import _scheme_table
-from scripts import draw_accuracy
+from scripts import draw_accuracy, gpu_tables
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md", "docs/operating.md", "docs/planner.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/gpu.md", "docs/operating.md", "docs/planner.md")
+RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "accuracy.svg"
 
 
@@ -231,24 +232,30 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def bodies() -> dict[str, str]:
+    """Every table by its name; one without a result file is empty."""
+    files = {name: RESULTS / f"{name}.json" for name in TABLES}
+    made = {name: TABLES[name](json.loads(file.read_text())) if file.exists() else "" for name, file in files.items()}
+    return made | gpu_tables.tables(RESULTS)
+
+
 def filled(text: str) -> str:
-    """A page with each of its tables made anew; a table without a result file stays empty."""
-    for name, render in TABLES.items():
+    """A page with each of its tables made anew."""
+    for name, body in bodies().items():
         begin, end = f"<!-- table:{name} begin -->", f"<!-- table:{name} end -->"
         if begin not in text:
             continue
-        file = ROOT / "benchmarks" / "results" / f"{name}.json"
-        body = render(json.loads(file.read_text())) + "\n" if file.exists() else ""
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
-        text = f"{head}{begin}\n{body}{end}{tail}"
+        text = f"{head}{begin}\n{body}{chr(10) * bool(body)}{end}{tail}"
     return text
 
 
 def outputs() -> dict[Path, str]:
     """What the generated files should hold."""
     found = {ROOT / page: filled((ROOT / page).read_text(encoding="utf-8")) for page in PAGES}
-    file = ROOT / "benchmarks" / "results" / "schemes.json"
+    found |= {ROOT / "docs" / name: picture for name, picture in gpu_tables.drawings(RESULTS).items()}
+    file = RESULTS / "schemes.json"
     return found | ({PLOT: draw_accuracy.svg(json.loads(file.read_text()))} if file.exists() else {})
 
 

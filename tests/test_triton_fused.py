@@ -72,6 +72,11 @@ def test_tables_of_blocks(view: KVView, how: dict[str, Any], fp8: bool) -> None:
     support.check_blocks(view, 4, (7, 40, 20), (1, 11, 20), how, fp8)
 
 
+def test_heads_of_several_programs() -> None:
+    """The second of them has fewer; both join their own parts."""
+    support.check_blocks(KVView(1, 272, 0, 256), 40, (13, 1, 270), (1, 1, 1), {"sinks": True}, False)
+
+
 @pytest.mark.parametrize("encoding", [PLAIN, *EMITTED], ids=str)
 def test_attend_encode(encoding: Encoding) -> None:
     support.check_attend_encode(encoding, KVView(2, 32, 64, 32), 8, (5, 130, 1), True)
@@ -88,6 +93,15 @@ def test_gate(spec: RouterSpec) -> None:
     for tokens, dtype in ((0, torch.bfloat16), (1, torch.float32), (9, torch.bfloat16)):
         support.check_gate(spec, tokens, 192, dtype)
     support.check_narrow_gate(spec, 9, 192)
+
+
+@pytest.mark.parametrize("spec", [RouterSpec(40, 3, "softmax", "w"), RouterSpec(16, 4, "softmax_topk", "w"),
+                                  RouterSpec(33, 2, "sigmoid", "w", "b", scale=2.5)], ids=str)  # fmt: skip
+def test_gate_of_several_programs(spec: RouterSpec) -> None:
+    """Blocks of tokens, tiles of experts that are not full, parts of the sum; twice, over the same counters."""
+    for tokens in (1, 17, 17):
+        support.check_gate(spec, tokens, 320, torch.bfloat16)
+    support.check_narrow_gate(spec, 17, 320)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -28,6 +28,8 @@ SMALL, LARGE, LITE = (128, 2048, 768, 8), (256, 7168, 2048, 8), (64, 2048, 1408,
 GPT_OSS = (128, 2880, 2880, 4)
 DEEPSEEK_V3 = RouterSpec(256, 8, "sigmoid", "w", "b", True, 2.5, 8, 4, "top2_sum")
 QWEN3 = RouterSpec(128, 8, "softmax", "w")
+COUNTS = [0, 128, 1, 17, 64, 33, *range(2, 28)]
+"""Slots in use of 32 experts, of 128 each."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +61,10 @@ def test_encodings_are_the_references_bit_for_bit(encoding: Encoding) -> None:
                          ids=str)  # fmt: skip
 def test_route(spec: RouterSpec) -> None:
     for tokens in (0, 1, 1021):
-        for shift, spread in ((0.0, 2.0), (-30.0, 5.0)):
+        for shift, spread, huge in ((0.0, 2.0, 0), (-30.0, 5.0, 0), (0.0, 2.0, 1000), (-30.0, 5.0, -1000)):
             logits = (torch.randn(tokens, spec.experts, device="cuda") * spread + shift).bfloat16().float()
-            bias = (torch.randn(spec.experts, device="cuda") * 0.1 - 3).bfloat16().float() if spec.bias else None
+            bias = torch.randn(spec.experts, device="cuda") * (100 if huge else 0.1) + (huge or -3)
+            bias = bias.bfloat16().float() if spec.bias else None
             ids, weights = triton.route(logits, bias, spec)
             narrow = triton.route(logits.bfloat16(), bias, spec)  # the same numbers, as a gate in BF16 leaves them
             assert torch.equal(narrow[0], ids)
@@ -111,9 +114,13 @@ def test_experts_of_gpt_oss(name: str) -> None:
         support.check_experts(SCHEMES[name], tokens, GPT_OSS, how, OAI)
 
 
-@pytest.mark.parametrize("name", ["bf16", "w4afp8_static", "fp8", "mxfp8"])
-def test_slotted(name: str) -> None:
-    support.check_slotted(SCHEMES[name], (32, 128, 2048, 768), [0, 128, 1, 17, 64, 33, *range(2, 28)])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if s.activation.by_row], ids=lambda s: s.name)
+def test_slotted(scheme: Scheme) -> None:
+    support.check_slotted(scheme, (32, 128, 2048, 768), COUNTS)
+
+
+def test_slotted_chain_of_w4afp8() -> None:
+    support.check_slotted_chain((32, 128, 7168, 2048), COUNTS)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, False), (128, True)])

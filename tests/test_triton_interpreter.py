@@ -108,6 +108,10 @@ def test_slotted(name: str) -> None:
     support.check_slotted(SCHEMES[name], (3, 6, 128, 128), [0, 6, 3])
 
 
+def test_slotted_chain_of_w4afp8() -> None:
+    support.check_slotted_chain((3, 6, 256, 128), [0, 6, 3])
+
+
 @pytest.mark.parametrize(("window", "sinks"), [(None, False), (5, True)])
 @pytest.mark.parametrize("view", [KVView(1, 24, 0, 16), KVView(2, 12, 24, 12), KVView(4, 12, 48, 8)], ids=str)
 def test_attend_paged(view: KVView, window: int | None, sinks: bool) -> None:

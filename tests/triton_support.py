@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesaic.contracts.scheme import Encoding, Scheme
+from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme
 from moesaic.contracts.spec import SILU, Activation
 from moesaic.formats import encodings
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.dummy import fill
 from moesaic.formats.encodings import Rows
+from moesaic.formats.encodings.requantize import requantize_slots as by_definition
 from moesaic.kernels import reference, triton
 from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Span
 from tests.compare import assert_rows_close, row_errors
@@ -178,15 +179,37 @@ def check_sum(out_TD: Tensor, y_RD: Tensor, ids_TA: Tensor, weights_TA: Tensor) 
 
 def check_slotted(scheme: Scheme, shape: tuple[int, int, int, int], counts: list[int]) -> None:
     """Slots of E experts, capacity C; what lies behind a count is NaN and stays out of everything."""
-    from moesaic.kernels._triton import experts as code
-    from moesaic.kernels._triton.sort import slots
-
     experts, capacity, hidden, width = shape
     w = expert_weights(scheme, (experts, hidden, width))
     x = randn(experts, capacity, hidden)
     for e, count in enumerate(counts):
         x[e, count:] = float("nan")
-    rows, counts_E = triton.encode(x, scheme.activation, static_scale(scheme.activation)), torch.tensor(counts)
+    check_slots(triton.encode(x, scheme.activation, static_scale(scheme.activation)), w, counts)
+
+
+def check_slotted_chain(shape: tuple[int, int, int, int], counts: list[int]) -> None:
+    """W4AFP8 behind a dispatcher: rows arrive in FP8 with a scale per 128, group by group, and get the checkpoint's one
+    scale; INT4 times FP8, activation, INT4 times FP8."""
+    from moesaic.kernels._triton.requantize import requantize_slots
+
+    scheme, (experts, capacity, hidden, width) = SCHEMES["w4afp8_static"], shape
+    w, top = expert_weights(scheme, (experts, hidden, width)), static_scale(scheme.activation)
+    wire = triton.encode(randn(experts, capacity, hidden), Encoding("fp8_group128"))
+    scales = wire.parts["scale"].transpose(1, 2).contiguous().transpose(1, 2)
+    counts_E = torch.tensor(counts, device=device())
+    assert top is not None
+    data = requantize_slots(wire.data, scales, counts_E, top)
+    theirs = by_definition(wire.data.cpu(), scales.cpu(), counts_E.cpu(), top.cpu())
+    assert torch.equal(data.cpu().view(torch.uint8), theirs.view(torch.uint8))
+    check_slots(Rows(scheme.activation, {"data": data, "scale": top}, BF16), w, counts)
+
+
+def check_slots(rows: Rows, w: ExpertWeights, counts: list[int]) -> None:
+    """`experts_slotted` of rows [E, C, D], product by product."""
+    from moesaic.kernels._triton import experts as code
+    from moesaic.kernels._triton.sort import slots
+
+    (experts, capacity), counts_E = rows.data.shape[:2], torch.tensor(counts)
     out = code.experts_slotted(rows, w, counts_E.to(device()))
     at_EC = torch.arange(experts)[:, None].expand(experts, capacity)
     order = torch.where((torch.arange(capacity) < counts_E[:, None]).flatten())[0]

@@ -1,0 +1,133 @@
+"""The tables and drawings of docs/gpu.md, from the results of the GPU benchmarks; see readme_tables.py.
+
+A result file ends with the name of the device that it was measured on; the newest card's come first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts import draw_gpu
+
+Result = dict[str, Any]
+
+
+def read(folder: Path, kind: str) -> list[Result]:
+    """All results of a kind that were measured on a GPU."""
+    files = sorted([*folder.glob(f"{kind}-*h100*.json"), *folder.glob(f"{kind}-*h200*.json")])
+    return [json.loads(file.read_text()) for file in files]
+
+
+def origin(result: Result) -> str:
+    versions = result["versions"]
+    return f"{result['device']}, torch {versions['torch']}, Triton {versions['triton']}, commit {result['commit']}."
+
+
+def good(rows: Sequence[Result]) -> list[Result]:
+    return [row for row in rows if "error" not in row]
+
+
+def throughput(results: Sequence[Result]) -> Iterator[str]:
+    for result in results:
+        kv = ", KV cache in FP8" if result["kv"] == "fp8" else ""
+        yield f"**{result['model']}, {result['scheme']}{kv}**, random weights. {origin(result)}\n"
+        yield "| sequences | context | step ms | floor ms | step / floor | tokens/s | experts read | idle | kernels |"
+        yield "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+        for row in good(result["rows"]):
+            seen = f"{row['idle']:.1%} | {row['kernels']}" if "idle" in row else " | "
+            speed = f"{row['step_over_floor']:.2f} | {row['tokens_per_s']:,.0f}"
+            yield (f"| {row['batch']} | {row['context']} | {row['step_ms']:.3f} | {row['floor_ms']:.3f} | {speed} | "
+                   f"{row['experts_touched']:.0%} | {seen} |")  # fmt: skip
+        for row in good(result.get("prompts") or []):
+            yield (f"\nPrompts, {row['prompts']} x {row['length']} tokens: {row['tokens_per_s']:,.0f} tokens/s, "
+                   f"{row['tflops']:.0f} TFLOPS counted on active parameters, {row['of_fp8_peak']:.0%} of FP8's peak.")
+        yield ""
+
+
+def experts(results: Sequence[Result]) -> Iterator[str]:
+    return by_tokens(results, "shape", "Milliseconds (floor / time) by tokens.")
+
+
+def gemm(results: Sequence[Result]) -> Iterator[str]:
+    return by_tokens(results, "projection", "Milliseconds (floor / time) by tokens, encoding included.")
+
+
+def by_tokens(results: Sequence[Result], what: str, said: str) -> Iterator[str]:
+    for result in results:
+        rows = [row for row in result["rows"] if "ms" in row]
+        sizes = sorted({row["tokens"] for row in rows})
+        yield f"{said} {origin(result)}\n"
+        yield f"| {what} | scheme | kernel | {' | '.join(map(str, sizes))} |"
+        yield "|---|---|---|" + "--:|" * len(sizes)
+        for head in dict.fromkeys((row["shape"], row["scheme"], row["backend"]) for row in rows):
+            found = {row["tokens"]: row for row in rows if (row["shape"], row["scheme"], row["backend"]) == head}
+            cells = [f"{found[n]['ms']:.4f} ({found[n]['share']:.2f})" if n in found else "" for n in sizes]
+            yield f"| {' | '.join(head)} | {' | '.join(cells)} |"
+        yield ""
+
+
+def route(results: Sequence[Result]) -> Iterator[str]:
+    for result in results:
+        yield f"Microseconds. {origin(result)}\n"
+        yield "| router | tokens | gate FP32 | gate BF16 | route | sort | route + sort |\n|---|--:|--:|--:|--:|--:|--:|"
+        for row in good(result["rows"]):
+            names = ("gate_fp32", "gate_bf16", "route", "sort", "route_sort")
+            yield f"| {row['router']} | {row['tokens']} | {' | '.join(f'{row[name]:.1f}' for name in names)} |"
+        yield "\n| requantised slots: experts | capacity | columns | rows | us | floor us | time / floor |"
+        yield "|--:|--:|--:|--:|--:|--:|--:|"
+        for row in good(result.get("requantise") or []):
+            yield (f"| {row['experts']} | {row['capacity']} | {row['columns']} | {row['rows']} | {row['us']:.1f} | "
+                   f"{row['floor_us']:.1f} | {row['time_over_floor']:.2f} |")  # fmt: skip
+        yield ""
+
+
+def attention(results: Sequence[Result]) -> Iterator[str]:
+    for result in results:
+        yield origin(result) + "\n"
+        yield "| attention | phase | cache | sequences | length | ms | floor ms | floor / time |"
+        yield "|---|---|---|--:|--:|--:|--:|--:|"
+        for row in good(result["rows"]):
+            yield (f"| {row['what']} | {row['phase']} | {row['cache']} | {row['sequences']} | {row['length']} | "
+                   f"{row['ms']:.4f} | {row['floor_ms']:.4f} | {row['share']:.2f} |")  # fmt: skip
+        yield ""
+
+
+def schemes(results: Sequence[Result]) -> Iterator[str]:
+    for result in results:
+        yield f"KV cache in {result['kv']}, {result['limit']} items per family. {origin(result)}\n"
+        yield "| scheme | right | KL on the GPU | KL on the CPU | as far from the exact model |\n|---|--:|--:|--:|---|"
+        for row in result["rows"]:
+            if "kl" not in row:
+                yield f"| {row['scheme']} | | | | {row.get('error', '')} |"
+                continue
+            cpu = "" if row["cpu_kl"] is None else f"{row['cpu_kl']:.1e}"
+            said = {True: "yes", False: "**no**", None: ""}[row["agrees"]]
+            yield (f"| {row['scheme']} | {row['right']} of {row['count']} | {row['kl']:.1e} ± {row['kl_error']:.0e} | "
+                   f"{cpu} | {said} |")  # fmt: skip
+        yield ""
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], Iterator[str]]] = {
+    "throughput": throughput, "experts": experts, "gemm": gemm, "route": route, "attention": attention,
+    "schemes": schemes,
+}  # fmt: skip
+DRAWINGS = {"throughput": ("gpu-steps.svg", draw_gpu.steps), "experts": ("gpu-experts.svg", draw_gpu.experts)}
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """By the name of their place in the page; what was never measured says so."""
+    found = {}
+    for kind, render in TABLES.items():
+        results = read(folder, kind)
+        picture = f"![{kind}]({DRAWINGS[kind][0]})\n\n" if kind in DRAWINGS else ""
+        found[f"gpu-{kind}"] = picture + "\n".join(render(results)) if results else "Not measured yet."
+    return found
+
+
+def drawings(folder: Path) -> dict[str, str]:
+    """By file name; none of what was never measured."""
+    each = ((name, read(folder, kind), draw) for kind, (name, draw) in DRAWINGS.items())
+    return {name: draw(results) for name, results, draw in each if results}
