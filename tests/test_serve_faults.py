@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from moesaic.serving.metrics import Metrics
 from moesaic.serving.session import MOST_UNREAD, Job, Session
 from moesaic.serving.wire import Piece
 from moesaic.serving.worker import Worker
-from tests.cli_support import spawn
+from tests.cli_support import environment, spawn
 from tests.serve_support import Server, oracle, shared
 
 LONG = {"model": "tiny", "prompt": "Hello", "max_tokens": 1000, "ignore_eos": True, "stream": True}
@@ -243,6 +244,30 @@ def test_an_engine_does_not_outlive_its_server() -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     sock.close()
+
+
+def test_a_server_may_be_the_first_process_of_a_container() -> None:
+    """Its engine's parent has the number 1 then, as that of an orphan has elsewhere."""
+    inside = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("this system makes no namespaces for us")
+    server = Server(inside=inside)
+    first = psutil.Process(server.process.pid).children()[0]
+    assert server.post("/v1/completions", {**LONG, "stream": False, "max_tokens": 2}).status_code == 200
+    first.terminate()
+    assert server.process.wait(20) == 0
+
+
+def test_an_engine_whose_server_has_ended_already_leaves() -> None:
+    ours, theirs = socket.socketpair()
+    argv = [sys.executable, "-m", "moesaic.serving.worker", str(theirs.fileno())]
+    with ours, theirs:
+        with subprocess.Popen([*argv, str(os.getpid())], pass_fds=[theirs.fileno()], env=environment()) as engine:
+            with pytest.raises(subprocess.TimeoutExpired):
+                engine.wait(3)  # it waits to be told which model
+            engine.kill()
+        done = subprocess.run([*argv, "999999999"], pass_fds=[theirs.fileno()], env=environment(), timeout=60)
+        assert done.returncode == 0
 
 
 def test_an_engine_that_dies_while_draining_is_an_error() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -65,7 +66,7 @@ class Helper:
 
     def __init__(self, path: Path, vocab: int, blame: Callable[[str], None]) -> None:
         ours, theirs = socket.socketpair()
-        argv = [sys.executable, "-m", "moesaic.serving.guide_worker", str(theirs.fileno())]
+        argv = [sys.executable, "-m", "moesaic.serving.guide_worker", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
                                             start_new_session=True, env=helper_environment())  # fmt: skip

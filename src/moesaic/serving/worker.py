@@ -1,7 +1,8 @@
 """The engine's process: reads messages between steps, computes, writes one message per step.
 
-Started by `process.py` as `python -m moesaic.serving.worker FD`, FD being its end of a socket pair. It leaves when the
-other side does; signals are the server's business, so that a whole group can be told to stop and still drain.
+Started by `process.py` as `python -m moesaic.serving.worker FD PARENT`: its end of a socket pair, and the process that
+has the other. It leaves when the other side does; signals are the server's business, so that a whole group can be told
+to stop and still drain.
 """
 
 from __future__ import annotations
@@ -219,8 +220,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def main(descriptor: int) -> int:
-    die_with_parent()
+def main(descriptor: int, parent: int) -> int:
+    die_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="moesaic engine: %(message)s")
@@ -254,4 +255,4 @@ def serve(channel: Channel, start: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
