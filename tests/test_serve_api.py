@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 import tracemalloc
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from moesaic.serving.app import make_app
+from moesaic.serving.auth import Keys
+from moesaic.serving.metrics import Metrics
+from moesaic.serving.options import ServeConfig
 from moesaic.serving.routes import refused
 from moesaic.serving.schema import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest
+from moesaic.serving.session import Session
+from moesaic.serving.state import State
 from tests.serve_support import CHAT, Server, events, oracle, shared
 
 
@@ -151,6 +159,29 @@ def test_paths_methods_and_media(server: Server) -> None:
     error(server.http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 415)
     large = server.http.post("/v1/completions", content=b" " * (5 << 20), headers={"content-type": "application/json"})
     error(large, 413)
+
+
+def test_web_pages_may_call_where_they_are_named() -> None:
+    """With the headers that the official client for browsers sends; others, and all where none is named, may not."""
+
+    async def ask(named: tuple[str, ...], origin: str) -> tuple[httpx.Response, httpx.Response]:
+        state = State(ServeConfig(cors_origin=named), Session(Metrics(), 1), ("m",), dict)
+        app = httpx.ASGITransport(make_app(state, Keys(())))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=app, base_url="http://x") as client:
+            asked = {"access-control-request-method": "POST",
+                     "access-control-request-headers": "authorization,content-type,x-stainless-lang"}  # fmt: skip
+            before = await client.options("/v1/completions", headers={"origin": origin, **asked})
+            return before, await client.get("/health", headers={"origin": origin})
+
+    before, answer = asyncio.run(ask(("https://a.example",), "https://a.example"))
+    assert before.status_code == 200
+    assert "x-stainless-lang" in before.headers["access-control-allow-headers"]
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    for named in ((), ("https://a.example",)):
+        before, answer = asyncio.run(ask(named, "https://b.example"))
+        assert before.status_code in (400, 405)
+        assert not any(name.startswith("access-control-allow-origin") for name in answer.headers)
 
 
 def test_request_ids(server: Server) -> None:

@@ -140,7 +140,7 @@ async def chat(call: Call) -> None:
     job = state.session.submit([Ask(prompt, state.params(chosen, prompt), grammar)])
 
     def parser() -> Any:
-        return state.reader.parser(text, tools)
+        return state.reader.parser(text, tools, grammar[0] if grammar else None)
 
     writer = ChatWriter(request, state.name(request.model), state.tokenizer, job.index, prompt, parser)
     await respond(call, request, job, writer)
