@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import math
 import re
@@ -107,6 +108,19 @@ def test_a_chat_is_refused_by_name(server: Server, more: dict[str, Any], param: 
     assert error(server.post("/v1/chat/completions", body), 400)["param"] == param
 
 
+def test_a_prompt_that_is_too_long_is_told_as_the_client_knows_it(server: Server) -> None:
+    """Whether that is seen before its tokens are made, by their number, or by what is asked besides."""
+    long = [{"role": "user", "content": "x " * 3000}]
+    for path, body, param in (
+        ("completions", {"prompt": "x" * 100_000}, "prompt"), ("completions", {"prompt": "x " * 3000}, "prompt"),
+        ("completions", {"prompt": [5] * 2048}, "prompt"),
+        ("completions", {"prompt": "x", "max_tokens": 2048}, "max_tokens"),
+        ("chat/completions", {"messages": long}, "messages"),
+    ):  # fmt: skip
+        found = error(server.post(f"/v1/{path}", {"model": "tiny", **body}), 400)
+        assert (found["param"], found["code"]) == (param, "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"null", b"[]", b'"x"', b'{"model": NaN}', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000],
     ids=repr,
@@ -157,6 +171,10 @@ def test_paths_methods_and_media(server: Server) -> None:
     error(response, 405)
     assert response.headers["allow"] == "POST"
     error(server.http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 415)
+    body, packed = json.dumps(BASE).encode(), {"content-type": "application/json", "content-encoding": "gzip"}
+    error(server.http.post("/v1/completions", content=gzip.compress(body), headers=packed), 415)
+    packed["content-encoding"] = "identity"
+    assert server.http.post("/v1/completions", content=body, headers=packed).status_code == 200
     large = server.http.post("/v1/completions", content=b" " * (5 << 20), headers={"content-type": "application/json"})
     error(large, 413)
 

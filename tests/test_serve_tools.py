@@ -104,7 +104,8 @@ def test_streamed(family: tuple[str, Server]) -> None:
         assert [each for each in reasons if each] == ["tool_calls" if calls else "stop"]
 
 
-SHAPE = {"type": "object", "required": ["a"], "additionalProperties": False, "properties": {"a": {"const": "</think> x"}}}
+SHAPE = {"type": "object", "required": ["a"], "additionalProperties": False,
+         "properties": {"a": {"const": "</think> x"}}}  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -63,8 +63,9 @@ class Think:
 
 
 class Unsure:
-    """An answer that is held to a form, after a prompt that has opened the reasoning: it is reasoning only if that ends.
-    The form may leave no room for it, and is then all that there is: the answer.
+    """An answer held to a form, after a prompt that has opened the reasoning: reasoning only if that ends.
+
+    The form may leave no room for an end; its text is then the answer.
     """
 
     def __init__(self, parser: Think) -> None:

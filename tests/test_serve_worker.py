@@ -1,4 +1,4 @@
-"""The server over an engine that runs ahead of itself, as on a GPU: aborts, failures, draining, the same answers.
+"""Broken steps, aborts, draining and equal answers, also over an engine that runs ahead of itself, as on a GPU.
 
 On a CPU the engine does not run ahead; here it is told to, in this process and in that of a real server.
 """
@@ -109,9 +109,12 @@ def concerns(step: Step, output: int) -> bool:
     return any(chunk.request.id == "bad" and chunk.request.num_output == output for chunk in step.chunks)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("where", ["launch", "finish"])
-def test_a_request_that_breaks_a_step_fails_alone(wired: Wired, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_breaks_a_step_fails_alone(wired: Wired, where: str, overlap: bool,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     expected = alone(wired, 8)
+    wired.engine.overlap = overlap
     launch, finish = Runner.launch, Flight.finish
 
     def breaking_launch(self: Runner, step: Step) -> Flight:
@@ -136,24 +139,45 @@ def test_a_request_that_breaks_a_step_fails_alone(wired: Wired, where: str, monk
     assert wired.worker.lost_steps == 0
 
 
-def test_an_engine_that_fails_everybody_is_given_up(wired: Wired, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_engine_that_fails_everybody_is_given_up(wired: Wired, overlap: bool,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Whatever runs when it breaks is told so, one step that flew already included."""
+    wired.engine.overlap = overlap
     for i in range(3):
         wired.add(f"r{i}", [5, 6, 7], max_tokens=9)
     wired.worker.step()
-    assert wired.engine.flying is not None
+    assert (wired.engine.flying is not None) == overlap
 
     def broken(_: object) -> Any:
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(Flight, "finish", broken)
+    for i in (3, 4):
+        wired.worker.step()
+        wired.add(f"r{i}", [5, 6, 7], max_tokens=9)
     with pytest.raises(RuntimeError, match="3 steps failed"):
-        for i in range(3, 9):
-            wired.worker.step()
-            wired.add(f"r{i}", [5, 6, 7], max_tokens=9)
+        wired.worker.step()
     wired.read()
     assert [wired.found[f"r{i}"][-1] for i in range(5)] == ["error"] * 5
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_text_that_cannot_be_made_fails_its_own_request(wired: Wired, overlap: bool,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    expected, delta = alone(wired, 4), wired.engine.delta
+    wired.engine.overlap = overlap
+
+    def broken(request: Any, token: int, logprobs: Any) -> Any:
+        if request.id == "bad":
+            raise ValueError("no text")
+        return delta(request, token, logprobs)
+
+    monkeypatch.setattr(wired.engine, "delta", broken)
+    for name, text in PROMPTS.items():
+        wired.add(name, oracle().encode(text), max_tokens=4)
+    assert wired.finish() == {**expected, "bad": ["error"]}
 
 
 def test_what_is_aborted_in_flight_says_nothing_more(wired: Wired) -> None:
