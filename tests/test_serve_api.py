@@ -8,15 +8,17 @@ import json
 import math
 import re
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from moesaic.serving import metrics
 from moesaic.serving.app import make_app
 from moesaic.serving.auth import Keys
-from moesaic.serving.metrics import Metrics
+from moesaic.serving.metrics import REASONS, Metrics
 from moesaic.serving.options import ServeConfig
 from moesaic.serving.routes import refused
 from moesaic.serving.schema import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest
@@ -250,6 +252,17 @@ def test_a_stream_of_several_answers(server: Server) -> None:
             tokens[choice["index"]] += choice.get("token_ids", [])
     assert [texts[i] for i in (0, 1)] == [choice["message"]["content"] for choice in whole["choices"]]
     assert [len(tokens[i]) for i in (0, 1)] == [3, 3]
+
+
+def test_what_may_go_wrong_is_counted_from_zero() -> None:
+    """And by no other name: a series that only comes with its first event has no increase to be alarmed by."""
+    text = Metrics().text().decode()
+    given = {name: set(re.findall(rf'moesaic_{name}_total{{reason="(\w+)"}} 0\.0', text)) for name in REASONS}
+    assert given == {name: set(reasons) for name, reasons in REASONS.items()}
+    source = "".join(path.read_text() for path in Path(metrics.__file__).parent.glob("*.py"))
+    called = set(re.findall(r'\.fail\(.*, "(\w+)"\)\n', source)) | set(re.findall(r'close\("(\w+)"\)', source))
+    assert called == set(REASONS["aborts"])
+    assert set(re.findall(r'rejected\.labels\("(\w+)"\)', source)) == set(REASONS["rejected"])
 
 
 def test_metrics_count_what_happens(server: Server) -> None:
