@@ -153,25 +153,24 @@ def serve_load(result: dict[str, Any]) -> str:
 
 def serve_soak(result: dict[str, Any]) -> str:
     """Growth of the two processes."""
-    first, last, left = result["rows"][0], result["rows"][-1], result["disconnects"]
+    rows, left = result["rows"], result["disconnects"]
+    first, middle, last = rows[0], rows[len(rows) // 2], rows[-1]
     lines = [
         f"`moesaic serve {result['flags']}` with `{result['model']}`: {result['requests']:,} short requests, "
         f"{result['errors']} errors, after {result['warm_up']:,} to warm up; then, on a fresh server, "
         f"{left['count']:,} streams that their clients left; measured at rest (`benchmarks/serve_soak.py`). "
         f"{origin(result['source'])}",
         "",
-        "| process | MiB after warm-up | at the end | growth | growth by disconnects | descriptors before, after |",
-        "|---|---|---|---|---|---|",
+        f"| process | MiB after warm-up | after {middle['requests']:,} | at the end | growth | by disconnects | "
+        "descriptors before, after |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in ("server", "engine"):
         held = f"{left['descriptors_before'][name]}, {left['descriptors_after'][name]}"
         lines.append(
-            f"| {name} | {first[name] / 2**20:.1f} | {last[name] / 2**20:.1f} | {result['growth'][name]:.2%} | "
-            f"{left['growth'][name]:.2%} | {held} |"
+            f"| {name} | {first[name] / 2**20:.1f} | {middle[name] / 2**20:.1f} | {last[name] / 2**20:.1f} | "
+            f"**{result['growth'][name]:.2%}** | **{left['growth'][name]:.2%}** | {held} |"
         )
-    sums = [(row["server"] + row["engine"]) / 2**20 for row in (first, last)]
-    growths = [part["growth"]["both"] for part in (result, left)]
-    lines.append(f"| both | {sums[0]:.1f} | {sums[1]:.1f} | **{growths[0]:.2%}** | **{growths[1]:.2%}** | |")
     return "\n".join(lines)
 
 

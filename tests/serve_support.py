@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ READY = 90.0
 
 
 class Server:
-    """A server process. Its log is a file, so that it never blocks on a reader."""
+    """A server process. Its log is a file, so that it never blocks on a reader. inside: a command that runs it."""
 
-    def __init__(self, *flags: str, wait: bool = True, **more: str) -> None:
+    def __init__(self, *flags: str, wait: bool = True, inside: Sequence[str] = (), **more: str) -> None:
         self.log_path = Path(tempfile.mkdtemp(prefix="moesaic-serve-")) / "log"
         self.log = self.log_path.open("wb")
-        argv = command("serve", "--port", "0", "--max-num-seqs", "8", "--kv-memory", "8MiB", *flags)
+        argv = [*inside, *command("serve", "--port", "0", "--max-num-seqs", "8", "--kv-memory", "8MiB", *flags)]
         # Warnings are not errors in the engine's own process: an optional package may have some.
         self.process = subprocess.Popen(argv, stderr=self.log, stdout=self.log,
                                         env=environment(PYTHONWARNINGS="default", **more))  # fmt: skip

@@ -108,11 +108,25 @@ def test_padding_rows_are_not_counted(folder: Path) -> None:
         engine = engine_of(folder, overlap=False)
         if graphs:
             with_graphs(engine)
-        engine.runner.model.meter.start()
+        meter = engine.runner.model.meter
+        meter.start()
         answers(engine, random.Random(5), 12)
-        found.append([load.counts for load in engine.runner.model.meter.loads()])
+        found.append([load.counts for load in meter.loads()])
+        assert meter.steps == engine.stats.steps
     assert found[0] == found[1]
     assert sum(found[0][0]) > 100
+
+
+def test_graphs_count_although_the_meter_is_off(folder: Path) -> None:
+    """So do the steps that are said to be counted."""
+    engine = engine_of(folder, overlap=True)
+    graphs = with_graphs(engine)
+    meter = engine.runner.model.meter
+    meter.start()
+    meter.on = False
+    answers(engine, random.Random(5), 12)
+    assert meter.steps == sum(graphs.counts.values()) > 10  # type: ignore[attr-defined]
+    assert sum(meter.loads()[0].counts) > 20
 
 
 def test_a_step_too_large_runs_without(folder: Path) -> None:

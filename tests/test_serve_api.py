@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
 import math
 import re
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from moesaic.serving import metrics
+from moesaic.serving.app import make_app
+from moesaic.serving.auth import Keys
+from moesaic.serving.metrics import REASONS, Metrics
+from moesaic.serving.options import ServeConfig
 from moesaic.serving.routes import refused
 from moesaic.serving.schema import NEUTRAL, ChatRequest, CompletionRequest, DetokenizeRequest
+from moesaic.serving.session import Session
+from moesaic.serving.state import State
 from tests.serve_support import CHAT, Server, events, oracle, shared
 
 
@@ -99,6 +110,19 @@ def test_a_chat_is_refused_by_name(server: Server, more: dict[str, Any], param: 
     assert error(server.post("/v1/chat/completions", body), 400)["param"] == param
 
 
+def test_a_prompt_that_is_too_long_is_told_as_the_client_knows_it(server: Server) -> None:
+    """Whether that is seen before its tokens are made, by their number, or by what is asked besides."""
+    long = [{"role": "user", "content": "x " * 3000}]
+    for path, body, param in (
+        ("completions", {"prompt": "x" * 100_000}, "prompt"), ("completions", {"prompt": "x " * 3000}, "prompt"),
+        ("completions", {"prompt": [5] * 2048}, "prompt"),
+        ("completions", {"prompt": "x", "max_tokens": 2048}, "max_tokens"),
+        ("chat/completions", {"messages": long}, "messages"),
+    ):  # fmt: skip
+        found = error(server.post(f"/v1/{path}", {"model": "tiny", **body}), 400)
+        assert (found["param"], found["code"]) == (param, "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     "raw", [b"", b"{", b"null", b"[]", b'"x"', b'{"model": NaN}', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000],
     ids=repr,
@@ -149,8 +173,35 @@ def test_paths_methods_and_media(server: Server) -> None:
     error(response, 405)
     assert response.headers["allow"] == "POST"
     error(server.http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 415)
+    body, packed = json.dumps(BASE).encode(), {"content-type": "application/json", "content-encoding": "gzip"}
+    error(server.http.post("/v1/completions", content=gzip.compress(body), headers=packed), 415)
+    packed["content-encoding"] = "identity"
+    assert server.http.post("/v1/completions", content=body, headers=packed).status_code == 200
     large = server.http.post("/v1/completions", content=b" " * (5 << 20), headers={"content-type": "application/json"})
     error(large, 413)
+
+
+def test_web_pages_may_call_where_they_are_named() -> None:
+    """With the headers that the official client for browsers sends; others, and all where none is named, may not."""
+
+    async def ask(named: tuple[str, ...], origin: str) -> tuple[httpx.Response, httpx.Response]:
+        state = State(ServeConfig(cors_origin=named), Session(Metrics(), 1), ("m",), dict)
+        app = httpx.ASGITransport(make_app(state, Keys(())))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=app, base_url="http://x") as client:
+            asked = {"access-control-request-method": "POST",
+                     "access-control-request-headers": "authorization,content-type,x-stainless-lang"}  # fmt: skip
+            before = await client.options("/v1/completions", headers={"origin": origin, **asked})
+            return before, await client.get("/health", headers={"origin": origin})
+
+    before, answer = asyncio.run(ask(("https://a.example",), "https://a.example"))
+    assert before.status_code == 200
+    assert "x-stainless-lang" in before.headers["access-control-allow-headers"]
+    assert answer.headers["access-control-allow-origin"] == "https://a.example"
+    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    for named in ((), ("https://a.example",)):
+        before, answer = asyncio.run(ask(named, "https://b.example"))
+        assert before.status_code in (400, 405)
+        assert not any(name.startswith("access-control-allow-origin") for name in answer.headers)
 
 
 def test_request_ids(server: Server) -> None:
@@ -201,6 +252,17 @@ def test_a_stream_of_several_answers(server: Server) -> None:
             tokens[choice["index"]] += choice.get("token_ids", [])
     assert [texts[i] for i in (0, 1)] == [choice["message"]["content"] for choice in whole["choices"]]
     assert [len(tokens[i]) for i in (0, 1)] == [3, 3]
+
+
+def test_what_may_go_wrong_is_counted_from_zero() -> None:
+    """And by no other name: a series that only comes with its first event has no increase to be alarmed by."""
+    text = Metrics().text().decode()
+    given = {name: set(re.findall(rf'moesaic_{name}_total{{reason="(\w+)"}} 0\.0', text)) for name in REASONS}
+    assert given == {name: set(reasons) for name, reasons in REASONS.items()}
+    source = "".join(path.read_text() for path in Path(metrics.__file__).parent.glob("*.py"))
+    called = set(re.findall(r'\.fail\(.*, "(\w+)"\)\n', source)) | set(re.findall(r'close\("(\w+)"\)', source))
+    assert called == set(REASONS["aborts"])
+    assert set(re.findall(r'rejected\.labels\("(\w+)"\)', source)) == set(REASONS["rejected"])
 
 
 def test_metrics_count_what_happens(server: Server) -> None:

@@ -10,9 +10,9 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,12 @@ import httpx
 import psutil
 import pytest
 
-from moesaic import LLM, SamplingParams
+from moesaic import SamplingParams
 from moesaic.serving.errors import HTTPError
-from moesaic.serving.frames import Channel, Unpacker
 from moesaic.serving.metrics import Metrics
 from moesaic.serving.session import MOST_UNREAD, Job, Session
 from moesaic.serving.wire import Piece
-from moesaic.serving.worker import Worker
-from tests.cli_support import spawn
+from tests.cli_support import environment, spawn
 from tests.serve_support import Server, oracle, shared
 
 LONG = {"model": "tiny", "prompt": "Hello", "max_tokens": 1000, "ignore_eos": True, "stream": True}
@@ -245,6 +243,30 @@ def test_an_engine_does_not_outlive_its_server() -> None:
     sock.close()
 
 
+def test_a_server_may_be_the_first_process_of_a_container() -> None:
+    """Its engine's parent has the number 1 then, as that of an orphan has elsewhere."""
+    inside = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("this system makes no namespaces for us")
+    server = Server(inside=inside)
+    first = psutil.Process(server.process.pid).children()[0]
+    assert server.post("/v1/completions", {**LONG, "stream": False, "max_tokens": 2}).status_code == 200
+    first.terminate()
+    assert server.process.wait(20) == 0
+
+
+def test_an_engine_whose_server_has_ended_already_leaves() -> None:
+    ours, theirs = socket.socketpair()
+    argv = [sys.executable, "-m", "moesaic.serving.worker", str(theirs.fileno())]
+    with ours, theirs:
+        with subprocess.Popen([*argv, str(os.getpid())], pass_fds=[theirs.fileno()], env=environment()) as engine:
+            with pytest.raises(subprocess.TimeoutExpired):
+                engine.wait(3)  # it waits to be told which model
+            engine.kill()
+        done = subprocess.run([*argv, "999999999"], pass_fds=[theirs.fileno()], env=environment(), timeout=60)
+        assert done.returncode == 0
+
+
 def test_an_engine_that_dies_while_draining_is_an_error() -> None:
     server = Server("--drain-timeout", "20")
     sock = opened(server)
@@ -395,94 +417,3 @@ def test_what_cannot_start_is_one_line_and_its_own_exit_code(tmp_path: Path) -> 
         done = spawn("serve", "--port", str(taken.getsockname()[1]))
     assert done.code == 2
     assert "--port" in done.error
-
-
-# --- the worker, in this process, with an engine whose runner can be broken ------------------------------------------
-
-
-@pytest.fixture
-def both() -> Iterator[Both]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        yield Both(oracle(), ours, theirs)
-
-
-class Both:
-    """A worker and the server's end of its channel."""
-
-    def __init__(self, llm: LLM, ours: socket.socket, theirs: socket.socket) -> None:
-        self.sock, self.unpacker = ours, Unpacker()
-        self.worker = Worker(llm, Channel(theirs))
-
-    def add(self, name: str, prompt: list[int], **sampling: Any) -> None:
-        self.worker.handle(["add", [[name, 0]], prompt, {"temperature": 0.0, **sampling}, None])
-
-    def steps(self) -> dict[str, list[Any]]:
-        """Until nothing is left to do; the messages by request: its tokens, then how it ended."""
-        found: dict[str, list[Any]] = {}
-        while self.worker.engine.has_work:
-            self.worker.step()
-        self.sock.setblocking(False)
-        for message in self.unpacker.feed(self.sock.recv(1 << 20)):
-            for name, _, tokens, *rest in message[1] if message[0] == "pieces" else []:
-                found.setdefault(name, []).extend(tokens)
-                found[name] += [rest[0]] if rest else []
-        return found
-
-
-def test_a_request_that_breaks_a_step_fails_alone(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = oracle()
-    run = llm.engine.runner.launch
-    prompts = {name: llm.encode(text) for name, text in (("a", "Hello"), ("bad", "What"), ("c", "Count the letter o"))}
-    alone = {}
-    for name, prompt in prompts.items():
-        both.add(name, prompt, max_tokens=6)
-        alone |= both.steps()
-
-    def breaking(step: Any) -> Any:
-        if any(chunk.request.id == "bad" and chunk.request.num_output == 2 for chunk in step.chunks):
-            raise RuntimeError("boom")
-        return run(step)
-
-    monkeypatch.setattr(llm.engine.runner, "launch", breaking)
-    for name, prompt in prompts.items():
-        both.add(name, prompt, max_tokens=6)
-    found = both.steps()
-    assert found["bad"] == [*alone["bad"][:2], "error"]
-    assert {name: found[name] for name in ("a", "c")} == {name: alone[name] for name in ("a", "c")}
-    llm.engine.check()
-
-
-def test_an_engine_that_fails_everybody_is_given_up(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = oracle()
-
-    def broken(step: Any) -> Any:
-        raise RuntimeError("the device is gone")
-
-    monkeypatch.setattr(llm.engine.runner, "launch", broken)
-    for i in range(3):
-        both.add(f"r{i}", [5, 6, 7])
-        if i < 2:
-            both.worker.step()
-        else:
-            with pytest.raises(RuntimeError, match="3 steps failed"):
-                both.worker.step()
-    llm.engine.check()
-
-
-def test_text_that_cannot_be_made_fails_its_own_request(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = oracle()
-    delta = llm.engine.delta
-
-    def broken(request: Any, token: int, logprobs: Any) -> Any:
-        if request.id == "bad":
-            raise ValueError("no text")
-        return delta(request, token, logprobs)
-
-    monkeypatch.setattr(llm.engine, "delta", broken)
-    both.add("bad", llm.encode("What"), max_tokens=4)
-    both.add("good", llm.encode("Hello"), max_tokens=4)
-    found = both.steps()
-    assert found["bad"] == ["error"]
-    assert len(found["good"]) == 5
-    llm.engine.check()

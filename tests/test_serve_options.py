@@ -52,6 +52,9 @@ def test_flag_before_environment_before_file_before_default(tmp_path: Path, monk
     [
         ("prot: 1", "prot"), ("port: x", "port"), ("port: true", "port"), ("deterministic: 1", "deterministic"),
         ("[1]", "map options"), ("port: [", "cannot be read"), ("kv_memory: 3 apples", "apples"),
+        ("model: 3", "model"), ("model: [a]", "model"), ("port: 1\nport: 2", "port is given twice"),
+        ("max-queue: 1\nmax_queue: 2", "max_queue is given twice"), ("kv_memory: 1e400", "1e400"),
+        ("max_body: 99999999999999999999T", "size"), ("api_key: ['<hidden>']", "--print-config"),
         ("port: 70000", "--port"), ("max_n: 0", "--max-n"), ("request_timeout: .inf", "--request-timeout"),
     ],
 )  # fmt: skip

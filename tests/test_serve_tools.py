@@ -7,6 +7,7 @@ is held to one text, so that the whole way is taken: template, tokens, detokenis
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -101,6 +102,28 @@ def test_streamed(family: tuple[str, Server]) -> None:
         assert [(one["name"], json.loads(one["arguments"])) for _, one in sorted(pieces.items())] == calls
         assert (texts["content"].strip(), texts["reasoning_content"].strip()) == (content, reasoning)
         assert [each for each in reasons if each] == ["tool_calls" if calls else "stop"]
+
+
+SHAPE = {"type": "object", "required": ["a"], "additionalProperties": False,
+         "properties": {"a": {"const": "</think> x"}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_held_to_a_form_is_the_answer(family: tuple[str, Server], stream: bool) -> None:
+    """It leaves no room for reasoning, although the prompt may have opened it, nor for calls."""
+    _, server = family
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SHAPE}}
+    for asks in ({"response_format": form}, {"extra_body": {"choice": ["yes", "yes, yes"]}},
+                 {"extra_body": {"regex": "[0-9]{3}"}}):  # fmt: skip
+        given = {**asked(""), "extra_body": {}, "max_tokens": 60, **asks}
+        found = server.client().chat.completions.create(**given, stream=stream)
+        deltas = [chunk.choices[0].delta for chunk in found] if stream else [found.choices[0].message]
+        text = "".join(delta.content or "" for delta in deltas)
+        assert not any(getattr(delta, "reasoning_content", None) or delta.tool_calls for delta in deltas)
+        if "response_format" in asks:
+            assert json.loads(text) == {"a": "</think> x"}
+        else:
+            assert re.fullmatch("yes|yes, yes|[0-9]{3}", text), text
 
 
 def test_a_conversation_goes_on_with_what_the_tool_said(family: tuple[str, Server]) -> None:

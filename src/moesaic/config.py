@@ -138,6 +138,6 @@ def positive(name: str, value: object) -> None:
 def parse_bytes(text: str) -> int:
     """`4GiB`, `512M`, `1e9`, `123456` -> bytes (binary units: K is 1,024). Raises OptionError."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if not match:
+    if not match or float(match[1]) > 2**63:
         raise OptionError(f"{text!r} is not a size in bytes", remedy="Write for example 4GiB, 512M or 1000000.")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

@@ -132,8 +132,18 @@ def from_file(name: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
+    class Once(yaml.SafeLoader):
+        """YAML itself lets the last of two values win, and says nothing."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [str(key.value).replace("-", "_") for key, _ in node.value]
+            twice = next((each for at, each in enumerate(names) if each in names[:at]), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"{twice} is given twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        value = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        value = yaml.load(Path(name).read_text(encoding="utf-8"), Once)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise OptionError(f"{name} cannot be read ({reason})", where="--config", remedy="Correct the file.") from None
@@ -143,6 +153,9 @@ def from_file(name: str | None) -> dict[str, Any]:
         raise OptionError(f"{name} must map options to values", where="--config", remedy="Write `port: 8000`.")
     known = all_fields()
     found = {key.replace("-", "_"): each for key, each in value.items()}
+    if not isinstance(found.get("model"), (str, type(None))):
+        what = f"{found['model']!r:.40} is no value for it"
+        raise OptionError(what, where=f"{name}: model", remedy="Write a path or a hub id.")
     for key, each in found.items():
         if key in known:
             found[key] = from_yaml(*known[key], each, f"{name}: {key}")

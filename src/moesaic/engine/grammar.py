@@ -76,8 +76,15 @@ class Grammars:
 
         self.vocab, self.library = vocab, xgrammar
         texts = [b"" if i in tokenizer.special_ids else tokenizer.token_bytes(i) for i in range(vocab)]
-        info = xgrammar.TokenizerInfo(texts, xgrammar.VocabType.RAW, vocab_size=vocab, stop_token_ids=[])
-        self.compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+        self.compiler = self.compiler_of(texts)
+        # JSON escapes control characters; where a schema bounds a string's length, xgrammar does not.
+        self.json_compiler = self.compiler_of([b"" if any(byte < 32 for byte in text) else text for text in texts])
+
+    def compiler_of(self, texts: list[bytes]) -> Any:
+        """texts: of each token; empty for one that never comes."""
+        kind = self.library.VocabType.RAW
+        info = self.library.TokenizerInfo(texts, kind, vocab_size=self.vocab, stop_token_ids=[])
+        return self.library.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES // 2)
 
     def compile(self, kind: str, text: str) -> Any:
         """kind: one of KINDS; text: a JSON schema, a regular expression, or a JSON list of texts.
@@ -86,16 +93,16 @@ class Grammars:
         """
         try:
             if kind == "json_object":
-                return self.compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
+                return self.json_compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
             if kind == "json_schema":
-                return self.compiler.compile_json_schema(text, any_whitespace=False)  # or a model may never stop
+                return self.json_compiler.compile_json_schema(text, any_whitespace=False)  # or a model may never stop
             if kind == "regex":
                 return self.compiler.compile_regex(text)
             return self.compiler.compile_grammar(self.library.Grammar.from_ebnf(choices(json.loads(text))))
         except Exception as error:  # xgrammar's own types are RuntimeError and ValueError, today
             reason = str(error).strip().rpartition(": ")[2].splitlines()
             raise RequestError(
-                f"cannot be compiled ({reason[0] if reason else type(error).__name__})", where=kind,
+                f"cannot be compiled ({reason[0] if reason else type(error).__name__})", where=field_of(kind),
                 remedy="Correct or simplify it.",
             ) from error  # fmt: skip
 
@@ -103,6 +110,11 @@ class Grammars:
         """stops: the tokens that end the answer; they are allowed where the grammar is complete."""
         matcher = self.library.GrammarMatcher(compiled, override_stop_tokens=sorted(stops))
         return Matcher(matcher, self.vocab)
+
+
+def field_of(kind: str) -> str:
+    """The field of a request that a kind of grammar comes from."""
+    return "response_format" if kind.startswith("json") else kind
 
 
 def choices(texts: Iterable[str]) -> str:

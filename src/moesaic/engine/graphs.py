@@ -84,7 +84,12 @@ class Staging:
 
 
 class DecodeGraphs:
-    """Made once the weights are loaded; `run` replaces the model's forward pass for steps that only decode."""
+    """Made once the weights are loaded; `run` replaces the model's forward pass for steps that only decode.
+
+    metered: the experts' choices are counted in each of them, whether the meter is on or not.
+    """
+
+    metered = True
 
     def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int,
                  only: Sequence[int] = (), progress: bool = False) -> None:  # fmt: skip

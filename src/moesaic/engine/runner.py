@@ -68,8 +68,11 @@ class Runner:
     @torch.inference_mode()
     def launch(self, step: Step) -> Flight:
         """Queues a step behind whatever runs."""
+        meter = self.model.meter
         if self.graphs and self.graphs.fits(step):
+            meter.steps += self.graphs.metered
             return Flight(step, self.sample(step.chunks, *self.graphs.run(step), fleeting=True))
+        meter.steps += meter.on
         inputs = make_input(step, self.pool, self.feed)
         hidden_TD = self.model(inputs)
         prompt = self.prompt_logprobs(step, inputs.attention.spans, hidden_TD)

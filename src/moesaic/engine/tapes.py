@@ -80,7 +80,9 @@ class Frame:
 
 
 class DecodeTapes:
-    """`run` replaces the model's forward pass for steps that only decode."""
+    """`run` replaces the model's forward pass for steps that only decode. metered: as in `DecodeGraphs`."""
+
+    metered = False
 
     def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int) -> None:
         """most: rows of the largest step.  length: longest context in tokens."""

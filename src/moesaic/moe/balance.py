@@ -31,15 +31,17 @@ class LoadMeter:
     """Counts choices per expert; off until started, since it may cost an operation per layer and step.
 
     always: count although it is off: a step that is recorded to be played again cannot know.
+    steps: how many were counted; whoever runs them keeps it.
     """
 
     def __init__(self, experts: Sequence[int], device: torch.device | None = None) -> None:
         """experts: the number of experts of each mixture layer, in layer order."""
         self.counts = [torch.zeros(count, dtype=torch.int64, device=device) for count in experts]
         self.on = self.always = False
+        self.steps = 0
 
     def start(self) -> None:
-        self.on = True
+        self.on, self.steps = True, 0
         for counts_E in self.counts:
             counts_E.zero_()
 

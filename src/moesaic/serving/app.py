@@ -74,7 +74,7 @@ def make_app(state: State, keys: Keys) -> ASGIApp:
     gate: ASGIApp = Gate(Router(table, redirect_slashes=False), keys, state.session.metrics, [e.path for e in TABLE])
     if state.config.cors_origin:
         return CORSMiddleware(gate, allow_origins=state.config.cors_origin, allow_methods=["GET", "POST"],
-                              allow_headers=["authorization", "content-type"])  # fmt: skip
+                              allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])  # fmt: skip
     return gate
 
 

@@ -15,6 +15,10 @@ MAX_MESSAGE = 256 << 20
 HIGH_WATER = 64 << 20
 """Bytes that a reader may lag behind before the writer waits for it."""
 
+ROOM = 64 << 10
+"""Bytes that a reader has room for from the beginning; a longer message makes more. The package would take a mebibyte,
+fill it from one end to the other before it begins anew, and look like a leak for tens of thousands of requests."""
+
 Message = list[Any]
 
 
@@ -24,7 +28,8 @@ class Unpacker:
     def __init__(self) -> None:
         import msgpack
 
-        self._unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, max_buffer_size=MAX_MESSAGE)
+        self._unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, read_size=ROOM,
+                                          max_buffer_size=MAX_MESSAGE)  # fmt: skip
 
     def feed(self, data: bytes) -> Iterator[Message]:
         self._unpacker.feed(data)

@@ -89,8 +89,8 @@ class Walker:
             self.channel.send(["broken", number, str(error)])
 
 
-def main(descriptor: int) -> int:
-    die_with_parent()
+def main(descriptor: int, parent: int) -> int:
+    die_with_parent(parent)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -109,4 +109,4 @@ def main(descriptor: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesaic.config import helper_environment
-from moesaic.engine.grammar import Guide, available
+from moesaic.engine.grammar import Guide, available, field_of
 from moesaic.errors import CapacityError, MoesaicError, RequestError, UnsupportedError
 from moesaic.serving.frames import Channel, Message
 
@@ -52,7 +53,7 @@ REMEMBERED = 1024
 
 
 def too_slow(kind: str) -> RequestError:
-    return RequestError("takes too long to be followed", where=kind,
+    return RequestError("takes too long to be followed", where=field_of(kind),
                         remedy="Simplify it: fewer repetitions inside repetitions, fewer alternatives.")  # fmt: skip
 
 
@@ -65,7 +66,7 @@ class Helper:
 
     def __init__(self, path: Path, vocab: int, blame: Callable[[str], None]) -> None:
         ours, theirs = socket.socketpair()
-        argv = [sys.executable, "-m", "moesaic.serving.guide_worker", str(theirs.fileno())]
+        argv = [sys.executable, "-m", "moesaic.serving.guide_worker", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
                                             start_new_session=True, env=helper_environment())  # fmt: skip
@@ -148,19 +149,22 @@ class Helper:
 
 
 class Walk:
-    """The guide of one answer."""
+    """The guide of one answer. field: of the request, that the grammar came from."""
 
-    def __init__(self, helper: Helper, number: int) -> None:
-        self.helper, self.number, self.waited, self.tokens = helper, number, 0.0, 0
+    def __init__(self, helper: Helper, number: int, field: str) -> None:
+        self.helper, self.number, self.field, self.waited, self.tokens = helper, number, field, 0.0, 0
         weakref.finalize(self, helper.close, number).atexit = False
 
     def allowed_W(self) -> npt.NDArray[np.int32]:
         began = time.monotonic()
         found = self.helper.mask(self.number)
         self.waited += time.monotonic() - began
+        if not found.any():
+            raise RequestError("leads to where nothing may follow", where=self.field,
+                               remedy="Correct it: what it asks for cannot be written.")  # fmt: skip
         if self.waited > ALLOWANCE + ALLOWANCE_EACH * self.tokens:
             self.helper.blame(self.helper.walks.get(self.number, ""))
-            raise too_slow("response_format")
+            raise too_slow(self.field)
         return found
 
     def accept(self, token: int) -> None:
@@ -290,7 +294,7 @@ class Guides:
             guide = next(self.numbers)
             helper.walks[guide] = entry.digest
             helper.ask(["open", guide, number, sorted(stops)], guide)
-            return Walk(helper, guide)
+            return Walk(helper, guide, field_of(entry.grammar[0]))
 
         return make
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from moesaic.serving.errors import HTTPError, invalid, unsupported
+from moesaic.serving.keywords import check_keywords
 from moesaic.serving.options import ServeConfig
 
 ENFORCED = frozenset({
@@ -57,6 +58,7 @@ def children(node: Any, at: str, depth: int) -> list[tuple[Any, str, int]]:
         if key == "pattern":
             check_regex(value, f"{at}.{key}")
         found += nested(key, value, f"{at}.{key}", depth)
+    check_keywords(node, ENFORCED, at)
     return found
 
 
@@ -87,6 +89,8 @@ def check_regex(pattern: Any, where: str) -> str:
 def check_choices(texts: list[str], limits: ServeConfig) -> str:
     if sum(len(text.encode("utf-8", "replace")) for text in texts) > limits.max_schema:
         raise invalid("choice", f"the texts have more than {limits.max_schema} bytes")
+    if any("\0" in text for text in texts):
+        raise invalid("choice", "a text cannot hold the character of code 0")
     return json.dumps(list(dict.fromkeys(texts)))
 
 

@@ -16,6 +16,12 @@ FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 WHOLE = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
+REASONS = {
+    "completions": ("stop", "length", "error"), "rejected": ("queue_full", "invalid"),
+    "aborts": ("disconnect", "timeout", "slow_reader", "shutdown", "error"),
+}  # fmt: skip
+"""Series that are there from the beginning: the first of a kind would else be no increase, and raise no alarm."""
+
 
 class Metrics:
     """A registry of its own, so that several servers in one process do not share counts."""
@@ -36,6 +42,9 @@ class Metrics:
         self.completions = counter("completions", "Completions that ended, by reason", "reason")
         self.aborted = counter("aborts", "Completions that were cut off, by reason", "reason")
         self.rejected = counter("rejected", "Requests that were not taken, by reason", "reason")
+        for made, name in ((self.completions, "completions"), (self.aborted, "aborts"), (self.rejected, "rejected")):
+            for reason in REASONS[name]:
+                made.labels(reason)
         self.prompt = counter("prompt_tokens", "Tokens of prompts taken")
         self.generated = counter("generated_tokens", "Tokens sent to clients")
         self.stale = counter("stale_scrapes", "Scrapes that show an earlier state of the engine, busy in a long step")

@@ -13,6 +13,8 @@ from moesaic.errors import OptionError
 
 SOURCES = ("flag", "environment", "file")
 """Where an option may come from; an earlier one wins. What none of them sets has its default."""
+HIDDEN = "<hidden>"
+"""What `--print-config` shows of a key, and what is therefore none."""
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -29,7 +31,7 @@ class ServeConfig:
     max_*: what one request may ask; max_prompt_tokens None: what fits the model.
     tool_parser, reasoning_parser: `auto` chooses by the chat template, `none` is off.
     expert_load: sample how evenly experts are used.  expert_series: one metric per expert, not only per layer.
-    log_prompts: write prompts and answers to the log.
+    log_prompts: write prompts to the log.
     """
 
     host: str = "127.0.0.1"
@@ -77,6 +79,8 @@ class ServeConfig:
             raise wrong("drain_timeout", "must be a number of seconds")
         if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in self.api_key):
             raise wrong("api_key", "must be printable ASCII without spaces")
+        if HIDDEN in self.api_key:
+            raise wrong("api_key", f"{HIDDEN} is what --print-config shows instead of a key")
 
     def keys(self) -> tuple[str, ...]:
         """All keys that are let in. Raises OptionError for a file that cannot be read, or holds none."""
@@ -118,7 +122,7 @@ class Resolved:
             for field in fields(part):
                 value = getattr(part, field.name)
                 found[field.name] = list(value) if isinstance(value, tuple) else value
-        found["api_key"] = ["<hidden>"] * len(self.serve.api_key)
+        found["api_key"] = [HIDDEN] * len(self.serve.api_key)
         return found
 
 

@@ -12,12 +12,15 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def die_with_parent() -> None:
-    """From now on the system kills this process when its parent ends: one that is busy would not notice by itself."""
+def die_with_parent(parent: int) -> None:
+    """From now on the system kills this process when its parent ends: one that is busy would not notice by itself.
+
+    parent: its process id, for it may have ended already; in a container it may well be 1, to which orphans go too.
+    """
     library = ctypes.CDLL(None, use_errno=True)
     if library.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() == 1:  # it has ended already
+    if os.getppid() != parent:  # it has ended already
         os._exit(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from typing import Any
@@ -36,7 +37,7 @@ class EngineProcess:
         """Its own session: a Ctrl-C at the terminal is for the server, which decides how to end."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        argv: list[Any] = [sys.executable, "-m", "moesaic.serving.worker", str(theirs.fileno())]
+        argv: list[Any] = [sys.executable, "-m", "moesaic.serving.worker", str(theirs.fileno()), str(os.getpid())]
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 *argv, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,

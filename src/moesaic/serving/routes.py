@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
+from moesaic.errors import RequestError
 from moesaic.serving.asking import grammar_of, sampling_of
 from moesaic.serving.chat import ChatWriter
 from moesaic.serving.completions import TextWriter
@@ -22,6 +23,7 @@ from moesaic.serving.running import Writer, stream, watched, whole
 from moesaic.serving.schema import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, Strict, TokenizeRequest
 from moesaic.serving.session import Ask, Job
 from moesaic.serving.state import State
+from moesaic.text.tokenizer import TooLongError
 
 INLINE_CHARS = 20_000
 """Text up to this long is tokenised at once (2 ms); longer text in a thread, so that nobody waits for it."""
@@ -51,6 +53,8 @@ class Call:
         media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if media != b"application/json":
             raise HTTPError(415, "the body must be JSON, with content-type: application/json", code="unsupported_media")
+        if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+            raise HTTPError(415, "the body must be sent as it is, without content-encoding", code="unsupported_media")
         raw = await self.raw(headers.get(b"content-length", b"0"))
         try:
             return kind.model_validate_json(raw)
@@ -97,7 +101,11 @@ async def encode(state: State, text: str, where: str = "prompt", *, special: boo
     def work() -> list[int]:
         return state.tokenizer.encode(text, special, max_tokens=state.max_model_len)
 
-    ids = work() if len(text) + beside <= INLINE_CHARS else await asyncio.to_thread(work)
+    try:
+        ids = work() if len(text) + beside <= INLINE_CHARS else await asyncio.to_thread(work)
+    except RequestError as error:
+        code = "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_value"
+        raise HTTPError(400, f"{where}: {error.what}. {error.remedy}", param=where, code=code) from None
     if not text or not ids:
         raise invalid(where, "is empty")
     return ids
@@ -140,7 +148,7 @@ async def chat(call: Call) -> None:
     job = state.session.submit([Ask(prompt, state.params(chosen, prompt), grammar)])
 
     def parser() -> Any:
-        return state.reader.parser(text, tools)
+        return state.reader.parser(text, tools, grammar[0] if grammar else None)
 
     writer = ChatWriter(request, state.name(request.model), state.tokenizer, job.index, prompt, parser)
     await respond(call, request, job, writer)

@@ -1,7 +1,8 @@
 """The engine's process: reads messages between steps, computes, writes one message per step.
 
-Started by `process.py` as `python -m moesaic.serving.worker FD`, FD being its end of a socket pair. It leaves when the
-other side does; signals are the server's business, so that a whole group can be told to stop and still drain.
+Started by `process.py` as `python -m moesaic.serving.worker FD PARENT`: its end of a socket pair, and the process that
+has the other. It leaves when the other side does; signals are the server's business, so that a whole group can be told
+to stop and still drain.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moesaic.engine")
 COUNT_PART = 0.01
-"""The part of the time that goes, at most, into steps that count the experts' choices. Such a step is made kernel by
-kernel, without tape or graph, and may take several times as long as its neighbours: so it is time that is rationed, not
-steps, and what a step costs extra cannot exceed the whole of it."""
+"""The part of the time that goes, at most, into steps that are made to count the experts' choices. On a CPU such a step
+is made kernel by kernel, without tape, and may take several times as long as its neighbours: so it is time that is
+rationed, not steps, and what a step costs extra cannot exceed the whole of it. CUDA graphs count by themselves."""
 
 TIDY_IDLE, TIDY_BUSY = 1.0, 30.0
 """Seconds between two times that freed memory is given back: some milliseconds, best where nobody waits."""
@@ -49,7 +50,7 @@ class Worker:
         self.lost_steps = 0
         self.meter = self.engine.runner.model.meter
         self.meter.start()
-        self.counted, self.count_again = 0, 0.0  # steps; when the next one may be
+        self.count_again = 0.0  # when the next step may be counted
         self.tidied = time.perf_counter()
         layers = self.engine.runner.model.spec.layers  # draft layers are metered after them, and do not run
         self.mixtures = [layer.index for layer in layers if isinstance(layer.mlp, MoESpec)]
@@ -124,7 +125,7 @@ class Worker:
                 raise RuntimeError(f"{self.lost_steps} steps failed one after another") from error
         if self.meter.on:
             ended = time.perf_counter()
-            self.counted, self.count_again = self.counted + 1, ended + (ended - began) * (1 / COUNT_PART - 1)
+            self.count_again = ended + (ended - began) * (1 / COUNT_PART - 1)
         self.say(deltas)
 
     def say(self, deltas: list[Delta]) -> None:
@@ -140,9 +141,13 @@ class Worker:
             "preemptions": stats.preemptions, "near_ties": stats.near_ties,
             "prefix_queried": blocks.queried, "prefix_hits": blocks.hits,
             "kv_blocks": blocks.num_blocks - 1, "kv_blocks_used": blocks.num_blocks - 1 - blocks.available,
-            "resident": resident_bytes(), "counted_steps": self.counted,
-            "experts": [[at, list(load.counts)] for at, load in zip(self.mixtures, self.meter.loads(), strict=False)],
+            "resident": resident_bytes(), "counted_steps": self.meter.steps if self.experts else 0,
+            "experts": self.loads() if self.experts else [],
         }  # fmt: skip
+
+    def loads(self) -> list[list[Any]]:
+        """[layer, choices of each expert] of every mixture layer."""
+        return [[at, list(load.counts)] for at, load in zip(self.mixtures, self.meter.loads(), strict=False)]
 
     def flush(self) -> str | None:
         """Forgets the prefix cache; why not, if it cannot."""
@@ -219,8 +224,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def main(descriptor: int) -> int:
-    die_with_parent()
+def main(descriptor: int, parent: int) -> int:
+    die_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="moesaic engine: %(message)s")
@@ -254,4 +259,4 @@ def serve(channel: Channel, start: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

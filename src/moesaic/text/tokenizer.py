@@ -255,8 +255,12 @@ def _utf8_size(text: str) -> int:
         ) from error
 
 
+class TooLongError(RequestError):
+    """Text of more tokens than may be."""
+
+
 def _too_long(count: str, limit: int) -> RequestError:
-    return RequestError(
+    return TooLongError(
         f"the prompt has {count} tokens, and at most {limit} fit", where="prompt", remedy="Shorten the prompt."
     )
 

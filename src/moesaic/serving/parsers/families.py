@@ -11,7 +11,7 @@ from moesaic.config import one_of
 from moesaic.serving.parsers.base import Parser, Plain
 from moesaic.serving.parsers.harmony import Harmony
 from moesaic.serving.parsers.named import TOOL_CALL, glm_calls, qwen_calls, schemas_of
-from moesaic.serving.parsers.think import BEGIN, CALLS, Read, Think, deepseek_calls
+from moesaic.serving.parsers.think import BEGIN, CALLS, Read, Think, Unsure, deepseek_calls
 from moesaic.text.chat import ChatTemplate
 
 MARKS = {"gpt-oss": "<|channel|>", "deepseek": CALLS[0], "glm": "<arg_key>", "qwen": TOOL_CALL[0]}
@@ -48,8 +48,12 @@ class Reader:
         """Whether answers are read by their special tokens, which must then be in the text."""
         return self.reasoning is not None or (tools and self.tools is not None)
 
-    def parser(self, prompt: str, tools: Sequence[Mapping[str, Any]] | None) -> Parser:
-        """For one answer. prompt: the rendered one, which may have opened the reasoning already.  tools: read calls."""
+    def parser(self, prompt: str, tools: Sequence[Mapping[str, Any]] | None, form: str | None = None) -> Parser:
+        """For one answer. prompt: the rendered one, which may have opened the reasoning already.  tools: read calls.
+        form: the kind of grammar that the answer is held to from its first token; JSON is an answer, whatever it says.
+        """
+        if form in ("json_schema", "json_object"):
+            return Plain()
         family = self.tools if tools is not None else None
         if self.reasoning == "gpt-oss" or family == "gpt-oss":
             return Harmony(tools=family == "gpt-oss", reasoning=self.reasoning == "gpt-oss")
@@ -62,4 +66,5 @@ class Reader:
             "glm": (*TOOL_CALL, partial(glm_calls, schemas=schemas)),
         }
         opened = self.reasoning == "think" and prompt.rstrip().endswith(BEGIN)
-        return Think(opened, blocks[family] if family else None, think=self.reasoning == "think")
+        found = Think(opened, blocks[family] if family else None, think=self.reasoning == "think")
+        return Unsure(found) if opened and form is not None else found

@@ -62,6 +62,34 @@ class Think:
         return [Part("content", whole)] if calls is None else calls
 
 
+class Unsure:
+    """An answer held to a form, after a prompt that has opened the reasoning: reasoning only if that ends.
+
+    The form may leave no room for an end; its text is then the answer.
+    """
+
+    def __init__(self, parser: Think) -> None:
+        self.parser, self.text, self.sure = parser, "", False
+
+    @property
+    def reasoning(self) -> bool:
+        return self.sure and self.parser.reasoning
+
+    def push(self, text: str) -> Sequence[Part]:
+        if self.sure:
+            return self.parser.push(text)
+        seen = max(0, len(self.text) - len(END))
+        self.text += text
+        self.sure = self.text.find(END, seen) >= 0
+        return self.parser.push(self.text) if self.sure else ()
+
+    def end(self) -> Sequence[Part]:
+        if self.sure:
+            return self.parser.end()
+        self.parser.reasoning = self.parser.fresh = False
+        return [*self.parser.push(self.text), *self.parser.end()]
+
+
 # --- DeepSeek --------------------------------------------------------------------------------------------------------
 
 CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
