@@ -29,7 +29,10 @@ def describe(*packages: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with a mark where source files differ from it."""
+    """The checkout's commit, with a mark where source files differ from it. MOESAIC_COMMIT names it for a copy that has
+    no history of its own."""
+    if given := os.environ.get("MOESAIC_COMMIT"):
+        return given
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         changed = subprocess.run(["git", "status", "--porcelain", "src"], cwd=ROOT, capture_output=True, text=True)
