@@ -8,11 +8,13 @@ import pytest
 
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import LayerPlan, MixtureNeed, ModelPlan, PerPhase, Refusal, Wishes
+from moesaic.contracts.scheme import SCHEMES, Scheme
 from moesaic.contracts.spec import ModelSpec
 from moesaic.errors import OptionError
 from moesaic.hardware import GPUS
 from moesaic.models.build import refused as as_error
 from moesaic.models.build import spec_of
+from moesaic.models.hold import hold
 from moesaic.planning.chain import Chain, Parts, build
 from moesaic.planning.mixture import find
 from moesaic.planning.plan import plan
@@ -20,6 +22,7 @@ from moesaic.planning.verify import verify
 from scripts import plan_fixtures, plan_golden
 from tests.planning_product import model
 from tests.planning_support import CATALOGUE, HYPOTHETICAL, need, path_of, roles
+from tests.small_models import MODELS
 
 TRTLLM = replace(HYPOTHETICAL, experts="flashinfer_trtllm")
 
@@ -244,3 +247,18 @@ def test_flashinfer_trtllm_on_an_h100_is_an_error_that_names_what_works() -> Non
     assert isinstance(error, OptionError)
     assert "compute capability 100 to 103, not 90" in str(error)
     assert "Works here: --experts" in str(error)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("name", ["heads with norms", "latent"])
+def test_a_gpu_alone_has_a_deterministic_plan_for_every_scheme_that_can_have_one(name: str, scheme: Scheme) -> None:
+    """Of our own kernels: packages may be missing."""
+    spec = spec_of(MODELS[name]) if not scheme.quantized else hold(spec_of(MODELS[name]), scheme)
+    own = [each for each in CATALOGUE if each.backend.startswith("triton") or each.op == "dispatch"]
+    made = plan(spec, GPUS["h100"], own, Wishes(deterministic=True))
+    if not scheme.activation.by_row:
+        assert isinstance(made, Refusal)
+        assert "--deterministic forbids" in made.what
+        return
+    assert isinstance(made, ModelPlan), made
+    assert {cell.path.stage("experts").kernel for layer in made.layers for cell in layer.cells} == {"triton_invariant"}

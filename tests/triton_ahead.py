@@ -110,7 +110,9 @@ def encoded(tokens: int, size: int, encoding: Encoding) -> Rows:
     return encode(meta(tokens, size), encoding, static_scale(encoding))
 
 
-def experts(name: str, tokens: int, shape: tuple[int, int, int, int] = (128, 2048, 768, 8), oai: bool = False) -> None:
+def experts(name: str, tokens: int, shape: tuple[int, int, int, int] = (128, 2048, 768, 8), oai: bool = False,
+            invariant: bool = False) -> None:  # fmt: skip
+    from moesaic.kernels import triton_invariant
     from moesaic.kernels._triton.experts import experts
 
     (count, hidden, width, top_k), scheme = shape, SCHEMES[name]
@@ -119,7 +121,8 @@ def experts(name: str, tokens: int, shape: tuple[int, int, int, int] = (128, 204
     w = ExpertWeights(weight(scheme, (width, width), hidden, count), weight(scheme, (hidden,), width, count),
                       activation, scheme.activation, static_scale(scheme.activation), biases)  # fmt: skip
     ids = meta(tokens, top_k, dtype=torch.int32)
-    experts(encoded(tokens, hidden, scheme.activation), w, ids, meta(tokens, top_k, dtype=torch.float32))
+    call = triton_invariant.experts if invariant else experts
+    call(encoded(tokens, hidden, scheme.activation), w, ids, meta(tokens, top_k, dtype=torch.float32))
 
 
 def linear_quant(name: str, tokens: int) -> None:
@@ -191,6 +194,7 @@ def invariant(name: str) -> None:
         x, w = encoded(48, 2048, scheme.activation), weight(scheme, (4096, 512, 512), 2048)
         backend.linear_quant(x, w)
         backend.linear_terms(x, w)
+    experts(name, 48, invariant=True)
     backend.gate(meta(48, 2048), meta(128, 2048, dtype=torch.float32), None, None, RouterSpec(128, 8, "softmax", "w"))
     q, batch = meta(48, 32, 128), batch_of(3, 16)
     backend.attend_encode(q, pool_of(GROUPED, False), batch, GROUPED, Softmax(0.1), scheme.activation)

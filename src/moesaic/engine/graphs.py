@@ -4,7 +4,7 @@ A graph works on fixed addresses: a step writes its few integers there and repla
 captured one; rows that are padding have an empty context, choose no expert, and write to slot 0, which belongs to
 nobody. The greedy choice is part of the graph: where every row is greedy nothing else runs.
 
-Legend: B rows of a graph, R rows of a step, W blocks of the longest context, D hidden size, V vocabulary.
+Legend: B rows of a graph, R rows of a step, F fields, W blocks of the longest context, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.step import StepInput
 from moesaic.models.decoder import Decoder
 
-NUMBERS = 4
-"""INT64 per row: token, position, slot, length of the context; two entries of the buffer each. The table follows."""
+FIELDS = ("token", "waits", "place", "position", "slot", "length")
+"""INT64 per row. A token that the step before has yet to choose is 0, waits 1, and is looked up at its place."""
+NUMBERS = len(FIELDS) + 3
+"""INT64 of a row: the fields, each of all rows together, then spans (row, 1, length of the context) row by row."""
 
 
 def sizes(most: int) -> list[int]:
@@ -52,35 +54,47 @@ class Staging:
     Two of them take turns: one is filled while the other's copy may still wait for the device.
     """
 
-    def __init__(self, rows: int, width: int) -> None:
-        self.pinned = torch.zeros(rows, width, dtype=torch.int32, pin_memory=torch.cuda.is_available())
-        self.all = self.pinned.numpy()
-        self.numbers, self.tables = self.all[:, : 2 * NUMBERS].view(np.int64), self.all[:, 2 * NUMBERS :]
-        self.held: list[tuple[list[int], int]] = [([], 0)] * rows
+    def __init__(self, most: int, blocks: int) -> None:
+        """most: rows.  blocks: entries of a table."""
+        pinned = torch.cuda.is_available()
+        self.pinned = torch.zeros(most * (2 * NUMBERS + blocks), dtype=torch.int32, pin_memory=pinned)
+        fields_FB, spans_B3, tables_BW = views(self.pinned, most)
+        self.fields, self.spans, self.tables = fields_FB.numpy(), spans_B3.numpy(), tables_BW.numpy()
+        self.spans[:, 0], self.spans[:, 1] = range(most), 1
+        self.held: list[tuple[list[int], int]] = [([], 0)] * most
         self.copied = torch.cuda.Event() if torch.cuda.is_available() else None
 
     def fill(self, step: Step, size: int, block: int, feed: Feed) -> Tensor:
-        """[size, width]; rows behind the step's are padding."""
+        """What a graph of `size` rows reads; rows behind the step's are padding."""
         if self.copied is not None:
             self.copied.synchronize()
         rows = []
         for i, (request, start, _, _) in enumerate(step.chunks):
             blocks, used = request.blocks, start // block + 1
-            rows.append((feed.token(request, start), start, blocks[start // block] * block + start % block, start + 1))
+            token, slot = feed.token(request, start), blocks[start // block] * block + start % block
+            rows.append((max(token, 0), token < 0, max(-1 - token, 0), start, slot, start + 1))
             held, count = self.held[i]
             if held is not blocks:  # a list of blocks only grows; what lies behind a context is not read
                 count = 0
             if count < used:
                 self.tables[i, count:used] = blocks[count:used]
                 self.held[i] = blocks, used
-        self.numbers[: len(rows)] = rows
-        self.numbers[len(rows) : size] = 0
-        return self.pinned[:size]
+        self.fields[:, : len(rows)] = np.array(rows, dtype=np.int64).T
+        self.fields[:, len(rows) : size] = 0
+        self.spans[:size, 2] = self.fields[-1, :size]
+        return self.pinned[: self.pinned.numel() - (len(self.tables) - size) * self.tables.shape[1]]
 
-    def send(self, rows: Tensor, onto: Tensor) -> None:
-        onto.copy_(rows, non_blocking=True)
+    def send(self, integers: Tensor, onto: Tensor) -> None:
+        onto[: len(integers)].copy_(integers, non_blocking=True)
         if self.copied is not None:
             self.copied.record()
+
+
+def views(integers: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of INT32 storage: fields INT64 [F, most], spans INT64 [most, 3], tables INT32 [most, W]."""
+    numbers, fields = integers[: 2 * NUMBERS * most].view(torch.int64), len(FIELDS) * most
+    tables_BW = integers[2 * NUMBERS * most :].view(most, -1)
+    return numbers[:fields].view(-1, most), numbers[fields:].view(most, 3), tables_BW
 
 
 class DecodeGraphs:
@@ -97,9 +111,10 @@ class DecodeGraphs:
         progress: show a bar; kernels that were never compiled on this machine take a while."""
         self.model, self.pool, self.feed, self.most = model, pool, feed, most
         blocks = -(-length // pool.block_size)
-        width = 2 * NUMBERS + blocks + blocks % 2  # rows begin where an INT64 may
-        self.rows_BX = torch.zeros(most, width, dtype=torch.int32, device=feed.device)
-        self.staging, self.turn = [Staging(most, width) for _ in range(2)], 0
+        self.integers = torch.zeros(most * (2 * NUMBERS + blocks), dtype=torch.int32, device=feed.device)
+        self.fields_FB, self.spans_B3, self.tables_BW = views(self.integers, most)
+        self.spans_B3[:, 0], self.spans_B3[:, 1] = torch.arange(most), 1
+        self.staging, self.turn = [Staging(most, blocks) for _ in range(2)], 0
         self.captured: dict[int, Captured] = {}
         self.capture_all(only or sizes(most), progress and sys.stderr.isatty())
 
@@ -122,14 +137,11 @@ class DecodeGraphs:
 
     def forward(self, size: int) -> tuple[Tensor, Tensor | None]:
         """(scores [B, V], the greedy choice) of the rows whose integers lie in the buffer."""
-        rows_BX = self.rows_BX[:size]
-        tokens_B, positions_B, slots_B, lengths_B = rows_BX.view(torch.int64)[:, :NUMBERS].t().contiguous().unbind(0)
-        numbers, ones = torch.arange(size, device=rows_BX.device), torch.ones_like(lengths_B)
-        spans_S3 = torch.stack([numbers, ones, lengths_B], 1)
-        table_BW = rows_BX[:, 2 * NUMBERS :]
-        spans = (Span(0, 1, table_BW.shape[1] * self.pool.block_size),) * size  # the longest that may come
-        batch = AttentionBatch(spans, size, table_BW, self.pool.block_size, spans_S3)
-        step = StepInput(self.feed.resolve(tokens_B), positions_B, slots_B, batch, self.pool, live_T=lengths_B)
+        token_B, waits_B, place_B, position_B, slot_B, length_B = self.fields_FB[:, :size].unbind(0)
+        spans = (Span(0, 1, self.tables_BW.shape[1] * self.pool.block_size),) * size  # the longest that may come
+        batch = AttentionBatch(spans, size, self.tables_BW[:size], self.pool.block_size, self.spans_B3[:size])
+        tokens_B = torch.addcmul(token_B, waits_B, self.feed.chosen_R.index_select(0, place_B))
+        step = StepInput(tokens_B, position_B, slot_B, batch, self.pool, live_T=length_B)
         with self.model.meter.counting():
             scores_BV = self.model.scores(self.model(step))
         return scores_BV, pick(self.model.ops, scores_BV)
@@ -142,7 +154,7 @@ class DecodeGraphs:
         count = len(step.chunks)
         size = min(size for size in self.captured if size >= count)
         staging, self.turn = self.staging[self.turn], 1 - self.turn
-        staging.send(staging.fill(step, size, self.pool.block_size, self.feed), self.rows_BX[:size])
+        staging.send(staging.fill(step, size, self.pool.block_size, self.feed), self.integers)
         captured = self.captured[size]
         captured.graph.replay()
         packed = captured.packed_2B
