@@ -12,7 +12,7 @@ failed=0
 {
 	nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 	"$PY" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-	git rev-parse HEAD 2>/dev/null
+	echo "${MOESAIC_COMMIT:-$(git rev-parse HEAD 2>/dev/null)}"
 } | tee "$OUT/machine.txt"
 "$PY" -m pytest -m gpu -p no:benchmark -n "$WORKERS" --timeout 600 --durations=10 tests/test_triton_*.py 2>&1 | tee "$OUT/tests.log" || failed=1
 # Compiling takes a processor, not the GPU: all schemes at once, before anything is timed.

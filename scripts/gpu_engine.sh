@@ -94,7 +94,7 @@ run() {
 {
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
     "$PYTHON" -c "import torch, triton; print('torch', torch.__version__, 'triton', triton.__version__)"
-    git rev-parse HEAD
+    echo "${MOESAIC_COMMIT:-$(git rev-parse HEAD)}"
     for name in xdist hypothesis pytest_timeout; do has $name && echo "has $name" || echo "no $name"; done
 } 2>&1 | tee "$OUT/stages.log"
 [ $# -gt 0 ] || compile_ahead &

@@ -34,7 +34,7 @@ done
 	nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 	"$PY" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 	"$CUDA_HOME/bin/nvcc" --version | tail -1
-	git rev-parse HEAD 2>/dev/null
+	echo "${MOESAIC_COMMIT:-$(git rev-parse HEAD 2>/dev/null)}"
 } 2>&1 | tee "$OUT/machine.txt"
 step() { # seconds, log, then the command
 	echo "== $2, after $((SECONDS - began)) s"
