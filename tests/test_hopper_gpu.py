@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ pytest.importorskip("triton")
 
 from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import Activation
-from moesaic.kernels import hopper, hopper_invariant, reference, triton
-from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile
+from moesaic.kernels import hopper, reference, triton
+from moesaic.kernels._hopper.variants import PAIRS, Tile
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, with_tile
 from tests.triton_support import in_double
@@ -21,7 +20,6 @@ from tests.triton_support import in_double
 pytestmark = pytest.mark.gpu
 OAI = Activation("swiglu_oai")
 OTHERS = {
-    "int4_g32 FP32 scales": Scheme("", WeightFormat("int4", 32, "float32"), Encoding("bf16")),
     "int4_g64 fp8_token": Scheme("", WeightFormat("int4", 64, "bfloat16"), Encoding("fp8_token")),
 }
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
@@ -82,28 +80,6 @@ def test_layer(name: str, tokens: int) -> None:
                       "two roundings in between, and codes a step apart")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "fp8_channel", "mxfp8", "mxfp4", "nvfp4", "wna16", "w4afp8"])
-def test_tiles_agree(name: str) -> None:
-    """A row's bits depend on whether warps or groups of warps multiply, and on nothing else of a tile."""
-    layer = Layer.of(EVERY[name], 500, (16, 1024, 512, 4), Tile(8))
-    outs = {height: hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights, tile=height) for height in TILES}
-    for kind in ([each for each in TILES if TILES[each].narrow], [each for each in TILES if not TILES[each].narrow]):
-        for one, other in pairwise(kind):
-            assert torch.equal(outs[one], outs[other]), (one, other)
-
-
-@pytest.mark.parametrize("name", [name for name in KNOWN if SCHEMES[name].activation.by_row])
-def test_rows_in_other_batches(name: str) -> None:
-    """Of `hopper_invariant`: the same bits alone, in tens, and among 600."""
-    layer = Layer.of(SCHEMES[name], 600, (16, 1024, 512, 4), Tile(8), "holes")
-    rows = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale)
-    whole = hopper_invariant.experts(rows, layer.w, layer.ids, layer.weights)
-    for part in (slice(0, 1), slice(3, 4), slice(5, 15), slice(40, 240), slice(599, 600)):
-        rows = hopper.encode_later(layer.x[part], layer.scheme.activation, layer.scale)
-        alone = hopper_invariant.experts(rows, layer.w, layer.ids[part], layer.weights[part])
-        assert torch.equal(alone, whole[part]), part
-
-
 @pytest.mark.parametrize("tile", [Tile(8), Tile(32, 2, 1), Tile(128, 2, 1)])
 @pytest.mark.parametrize("name", ["fp8", "fp8_channel", "w4afp8"])
 def test_sums_in_fp32(name: str, tile: Tile) -> None:
@@ -111,7 +87,7 @@ def test_sums_in_fp32(name: str, tile: Tile) -> None:
     from moesaic.kernels._hopper import launch
 
     layer = with_tile(Layer.of(SCHEMES[name], 128, (2, 7168, 128, 1), tile), tile)
-    layer.x[:, 3584:] = -layer.x[:, :3584] * (1 + 2**-5)
+    layer.x[:, 3584:] = -layer.x[:, :3584] * (1 + 2**-6)
     for each in (part for part in layer.w.w13.parts.values() if part.dim() == 3 and part.shape[-1] > 1):
         half = each.shape[-1] // 2
         each[..., half:] = each[..., :half].clone()

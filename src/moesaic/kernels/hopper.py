@@ -28,8 +28,7 @@ CONTRACTS = (
     Contract(
         "experts", "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
         formats=frozenset(FORMATS), encodings=frozenset(encoding for _, encoding in PAIRS), pairs=PAIRS,
-        forms=frozenset(WeightFormat("int4", group, scale) for group in (32, 64, 128)
-                        for scale in ("bfloat16", "float32")),
+        forms=frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128)),
         activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
         limits=Limits(hidden_multiple=32, width_multiple=32),
     ),
