@@ -85,9 +85,10 @@ class Gates:
         for layer, own in zip(self.layers, self.own, strict=True):
             layer.route = own
 
-    def route(self, index: int, x_TD: Tensor, ops: Ops) -> Routing:
+    def route(self, index: int, x_TD: Tensor, ops: Ops, live_T: Tensor | None = None,
+              counts_E: Tensor | None = None) -> Routing:  # fmt: skip
         router = self.own[index]
-        routing = router(x_TD, ops)
+        routing = router(x_TD, ops, live_T, counts_E)
         wanted_TA = torch.stack([self.choices[text].ids[index][position] for text, position in self.at])
         turned_T = (routing.ids_TA.long().sort(-1).values != wanted_TA.sort(-1).values).any(-1)
         rows = turned_T.nonzero()[:, 0].tolist()

@@ -98,7 +98,8 @@ def test_deterministic_builds_use_invariant_ops_only(dtype: str) -> None:
     made = plan_here(spec, local_cpu(), dtype, Wishes(deterministic=True))
     chosen = [(choice.op, choice.chosen, choice.rejected) for choices in made.ops.values() for choice in choices]
     for layer in made.layers:
-        chosen += [("experts", cell.path.stage("experts").kernel, cell.rejected) for cell in layer.cells]
+        for role in ("route", "experts"):
+            chosen += [(role, cell.path.stage(role).kernel, cell.rejected) for cell in layer.cells]
     assert {op for op, _, _ in chosen} >= {"linear", "route", "experts", "attend_paged"}
     for op, backend, rejected in chosen:
         contracts = import_module(f"moesaic.kernels.{backend}").CONTRACTS
