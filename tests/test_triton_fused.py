@@ -95,15 +95,6 @@ def test_gate(spec: RouterSpec) -> None:
     support.check_narrow_gate(spec, 9, 192)
 
 
-@pytest.mark.parametrize("spec", [RouterSpec(40, 3, "softmax", "w"), RouterSpec(16, 4, "softmax_topk", "w"),
-                                  RouterSpec(33, 2, "sigmoid", "w", "b", scale=2.5)], ids=str)  # fmt: skip
-def test_gate_of_several_programs(spec: RouterSpec) -> None:
-    """Blocks of tokens, tiles of experts that are not full, parts of the sum; twice, over the same counters."""
-    for tokens in (1, 17, 17):
-        support.check_gate(spec, tokens, 320, torch.bfloat16)
-    support.check_narrow_gate(spec, 17, 320)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_top_two(dtype: torch.dtype) -> None:
     for rows, vocab in ((0, 100), (1, 1), (6, 9001)):

@@ -105,24 +105,6 @@ class Target:
     parts: dict[str, Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class Parts:
-    """FP32 parts of the context [T, H, splits, V], and the logarithms of their sums of exponentials [T, H, splits].
-
-    done: counters, where the last program of a row's joins its parts.
-    """
-
-    part: Tensor
-    lse: Tensor
-    done: Tensor | None
-
-    @staticmethod
-    def of(q: Tensor, out_THV: Tensor, splits: int, done: Tensor | None = None) -> Parts:
-        tokens, heads, size = out_THV.shape
-        part = q.new_empty(tokens, heads, splits, size, dtype=torch.float32)
-        return Parts(part, q.new_empty(tokens, heads, splits, dtype=torch.float32), done)
-
-
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
                  window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
     q = q_THK if q_THK.stride(-1) == 1 else q_THK.contiguous()
@@ -144,8 +126,7 @@ def decode(q: Tensor, kv: Heads, batch: AttentionBatch, how: Softmax, target: Ta
     splits = max(1, min(PROGRAMS // programs, cdiv(batch.longest, 2 * tile["BL"]), MOST_SPLITS))
     alone = splits * min(tile["RB"], repeat) * kv.value_dim <= MOST_JOINED and programs <= COUNTERS
     if ends(tile, repeat, kv.value_dim, target.encoding) and (splits == 1 or alone):
-        parts = Parts.of(q, target.out, splits, counters(q.device)) if splits > 1 else None
-        attend(q, kv, Tables.of(batch), how, tile, target, parts)
+        attend(q, kv, Tables.of(batch), how, tile, target, in_parts_of(q, target, splits), 0, counters(q.device))
     else:
         in_parts(q, kv, Tables.of(batch), how, tile, splits, target)
 
@@ -174,27 +155,42 @@ def prefill_tile(kv: Heads, repeat: int, longest: int) -> dict[str, int]:
             "num_stages": 2}  # fmt: skip
 
 
+Parts = tuple[Tensor, Tensor]
+"""FP32 parts of the context [T, H, splits, V], and the logarithms of their sums of exponentials [T, H, splits]."""
+
+
+def in_parts_of(q: Tensor, target: Target, splits: int) -> Parts | None:
+    """Room for parts; None where there is only one."""
+    tokens, heads, size = target.out.shape
+    if splits == 1:
+        return None
+    part = q.new_empty(tokens, heads, splits, size, dtype=torch.float32)
+    return part, q.new_empty(tokens, heads, splits, dtype=torch.float32)
+
+
 def in_parts(q: Tensor, kv: Heads, tables: Tables, how: Softmax, tile: dict[str, int], splits: int, target: Target,
              chunk: int = 0) -> None:  # fmt: skip
     """Contexts shared out over programs, then joined. The sequences' rows are those of the target, in order."""
-    parts = Parts.of(q, target.out, splits)
-    attend(q, kv, tables, how, tile, Target(target.out), parts, chunk)
-    merge(parts.part, parts.lse, how, target)
+    tokens, heads, size = target.out.shape
+    part = q.new_empty(tokens, heads, splits, size, dtype=torch.float32)
+    lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
+    attend(q, kv, tables, how, tile, Target(target.out), (part, lse), chunk)
+    merge(part, lse, how, target)
 
 
 def attend(q: Tensor, kv: Heads, tables: Tables, how: Softmax, tile: dict[str, int], target: Target,
-           parts: Parts | None = None, chunk: int = 0) -> None:  # fmt: skip
-    """parts: where the context is shared out."""
-    heads, splits = q.shape[1], 1 if parts is None else parts.lse.shape[2]
-    repeat = heads // kv.kv_heads
+           parts: Parts | None = None, chunk: int = 0, done: Tensor | None = None) -> None:  # fmt: skip
+    """parts: where the context is shared out.  done: counters, where the last program then joins them."""
+    heads, (part, lse) = q.shape[1], parts or (None, None)
+    splits, repeat = 1 if lse is None else lse.shape[2], heads // kv.kv_heads
     queries, blocks = cdiv(tables.longest, tile["BM"] // tile["RB"]), cdiv(repeat, tile["RB"])
     given = emitting(target.encoding, target.parts or {}, heads * kv.value_dim, 1)
     del given["BG"]
     attention_kernel[(queries, kv.kv_heads * blocks, tables.sequences * splits)](
-        q, q.stride(0), q.stride(1), sinks_ptr=how.sinks_H, out_ptr=target.out,
-        part_ptr=parts and parts.part, lse_ptr=parts and parts.lse, done_ptr=parts and parts.done, splits=splits,
-        scale=how.scale, HEADS=heads, R=repeat, WINDOW=how.window or 0, SPLIT=parts is not None, CHUNK=chunk, **tile,
-        **kv.arguments(), **tables.arguments(), **given, **options(q.device),
+        q, q.stride(0), q.stride(1), sinks_ptr=how.sinks_H, out_ptr=target.out, part_ptr=part, lse_ptr=lse,
+        done_ptr=None if parts is None else done, splits=splits, scale=how.scale, HEADS=heads, R=repeat,
+        WINDOW=how.window or 0, SPLIT=parts is not None, CHUNK=chunk, **tile, **kv.arguments(), **tables.arguments(),
+        **given, **options(q.device),
     )  # fmt: skip
 
 

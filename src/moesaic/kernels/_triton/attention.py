@@ -144,30 +144,6 @@ def put_row(y, t, first, count, out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr
 
 
 @triton.jit
-def with_sink(top, total, acc, sink):
-    """(sum of exponentials, weighted values) beside a logit that carries no value."""
-    peak = tl.maximum(top, sink)
-    return total * tl.exp2(top - peak) + tl.exp2(sink - peak), acc * tl.exp2(top - peak)[:, None]
-
-
-@triton.jit
-def positions(length, first, split, splits, WINDOW: tl.constexpr, QUERIES: tl.constexpr, BL: tl.constexpr,
-              SPLIT: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """begin, end of a program whose first query is at position `first`."""
-    begin, end = 0, tl.minimum(length, first + QUERIES)
-    if WINDOW > 0:
-        begin = tl.maximum(0, first - WINDOW + 1) // BL * BL
-    if CHUNK > 0:
-        begin = tl.maximum(begin, split * CHUNK)
-        end = tl.minimum(end, split * CHUNK + CHUNK)
-    elif SPLIT:
-        share = tl.cdiv(tl.cdiv(end - begin, splits), BL) * BL
-        begin += split * share
-        end = tl.minimum(end, begin + share)
-    return begin, end
-
-
-@triton.jit
 def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_token, v_head, tail_ptr, bytes_ptr,
                      exponents_at, table_ptr, table_stride, spans_ptr, sinks_ptr, out_ptr, part_ptr, lse_ptr,
                      done_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, start, count, length, splits, scale,
@@ -200,7 +176,16 @@ def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_to
     q1 = keys(q_row, row_ok[:, None], 0, D1, K, False)
     q2 = keys(q_row, row_ok[:, None], D1, D2, K, False) if D2 > 0 else None
     first = tl.program_id(0) * (BM // RB)
-    begin, end = positions(length, length - count + first, split, splits, WINDOW, BM // RB, BL, SPLIT, CHUNK)
+    begin, end = 0, tl.minimum(length, length - count + first + BM // RB)
+    if WINDOW > 0:
+        begin = tl.maximum(0, length - count + first - WINDOW + 1) // BL * BL
+    if CHUNK > 0:
+        begin = tl.maximum(begin, split * CHUNK)
+        end = tl.minimum(end, split * CHUNK + CHUNK)
+    elif SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, splits), BL) * BL
+        begin += split * share
+        end = tl.minimum(end, begin + share)
     groups: tl.constexpr = HEADS // R
     key_bytes = None if bytes_ptr is None else bytes_ptr + exponents_at + g
     value_bytes = None if bytes_ptr is None else bytes_ptr + exponents_at + groups + g
@@ -209,24 +194,28 @@ def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_to
     top, total, acc = fold(q1, q2, at_M, row_ok, kv, tail_ptr, key_bytes, value_bytes, table_row, begin, end, scale,
                            BLOCK, WINDOW, K, V, D1, D2, BV, SHARED, FP8, BM, BL)  # fmt: skip
     if sinks_ptr is not None and not SPLIT:
-        total, acc = with_sink(top, total, acc, tl.load(sinks_ptr + head, row_ok, 0.0).to(tl.float32) * LOG2E)
+        sink = tl.load(sinks_ptr + head, row_ok, 0.0).to(tl.float32) * LOG2E
+        peak = tl.maximum(top, sink)
+        total = total * tl.exp2(top - peak) + tl.exp2(sink - peak)
+        acc = acc * tl.exp2(top - peak)[:, None]
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     row, v = (token * HEADS + head) * splits, tl.arange(0, BV)[None, :]
-    mine, some, t = g * R + part * RB, tl.minimum(RB, R - part * RB), (s * 0 + start).to(tl.int64)
+    ENDS: tl.constexpr = (done_ptr is not None) or (ENCODING != "bf16")
     if SPLIT:
         tl.store(part_ptr + (row + split)[:, None] * V + v, acc, row_ok[:, None] & (v < V))
         lse = top + tl.log2(tl.where(total == 0, 1.0, total))
         tl.store(lse_ptr + row + split, tl.where(total == 0, float("-inf"), lse), row_ok)
-        if done_ptr is not None:  # noqa: SIM102 (known when compiled; the other one is not)
-            if last_of(done_ptr + s * tl.num_programs(1) + tl.program_id(1), splits):
-                acc = joined(part_ptr, lse_ptr, sinks_ptr, row, head, row_ok, splits, V, BM, BV)
-                put_row(acc, t, mine, some, out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS, V, BM, BV,
-                        ENCODING, STATIC, S)  # fmt: skip
-    elif ENCODING != "bf16":
-        put_row(acc, t, mine, some, out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS, V, BM, BV, ENCODING,
-                STATIC, S)  # fmt: skip
-    else:
+    elif not ENDS:
         tl.store(out_ptr + row[:, None] * V + v, acc.to(out_ptr.dtype.element_ty), row_ok[:, None] & (v < V))
+    if ENDS:
+        mine, some, t = g * R + part * RB, tl.minimum(RB, R - part * RB), start.to(tl.int64)
+        if not SPLIT:
+            put_row(acc, t, mine, some, out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS, V, BM, BV,
+                    ENCODING, STATIC, S)  # fmt: skip
+        elif last_of(done_ptr + s * tl.num_programs(1) + tl.program_id(1), splits):
+            y = joined(part_ptr, lse_ptr, sinks_ptr, row, head, row_ok, splits, V, BM, BV)
+            put_row(y, t, mine, some, out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS, V, BM, BV,
+                    ENCODING, STATIC, S)  # fmt: skip
 
 
 @triton.jit

@@ -39,19 +39,6 @@ def wide_product(x, w, acc, EXACT: tl.constexpr, NARROW: tl.constexpr):
 
 
 @triton.jit
-def wide_tile(x_row, w_row, m_ok, n_ok, begin, end, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-              EXACT: tl.constexpr, NARROW: tl.constexpr):  # fmt: skip
-    """FP32 [BM, BN] over begin <= k < end. x_row, w_row: pointers to the beginnings of rows, [BM, 1] and [BN, 1]."""
-    acc = tl.zeros([BM, BN], tl.float32)
-    for k0 in range(begin, end, BK):
-        k = k0 + tl.arange(0, BK)[None, :]
-        x = tl.load(x_row + k, m_ok[:, None] & (k < K), 0.0).to(tl.float32)
-        w = tl.load(w_row + k, n_ok[:, None] & (k < K), 0.0).to(tl.float32)
-        acc = wide_product(x, w, acc, EXACT, NARROW)
-    return acc
-
-
-@triton.jit
 def wide_kernel(x_ptr, x_stride, w_ptr, w_stride, bias_ptr, y_ptr, M, N, K, share, BM: tl.constexpr, BN: tl.constexpr,
                 BK: tl.constexpr, EXACT: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
@@ -62,7 +49,12 @@ def wide_kernel(x_ptr, x_stride, w_ptr, w_stride, bias_ptr, y_ptr, M, N, K, shar
     if PDL:
         prefetch(w_ptr + n.to(tl.int64) * w_stride + begin, n < N, end - begin, 64 if NARROW else 32, 8)
     wait(PDL)
-    acc = wide_tile(x_row, w_row, m < M, n < N, begin, end, K, BM, BN, BK, EXACT, NARROW)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k0 in range(begin, end, BK):
+        k = k0 + tl.arange(0, BK)[None, :]
+        x = tl.load(x_row + k, (m < M)[:, None] & (k < K), 0.0).to(tl.float32)
+        w = tl.load(w_row + k, (n < N)[:, None] & (k < K), 0.0).to(tl.float32)
+        acc = wide_product(x, w, acc, EXACT, NARROW)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, (n < N) & (part == 0), 0.0).to(tl.float32)[None, :]
     at = (part * M + m.to(tl.int64))[:, None] * N + n[None, :]
@@ -82,7 +74,8 @@ def wide_terms(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None, fixed: bool = 
     x = x if x.stride(1) == 1 else x.contiguous()
     (m, k), n = x.shape, w_ND.shape[0]
     bm, bn = (16, 32) if fixed else (min(max(power(m), 16), 64), 32 if m <= 64 else 64)
-    share = share_of((1 if fixed else max(1, cdiv(m, bm))) * cdiv(n, bn), k)
+    tiles = (1 if fixed else max(1, cdiv(m, bm))) * cdiv(n, bn)
+    share = cdiv(cdiv(k, max(1, min(PROGRAMS // tiles, MOST_PARTS, k // (2 * STEP)))), STEP) * STEP
     parts = cdiv(k, share)
     y = x.new_empty(parts, m, n, dtype=torch.float32)
     if m:
@@ -92,8 +85,3 @@ def wide_terms(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None, fixed: bool = 
             **options(x.device),
         )  # fmt: skip
     return y
-
-
-def share_of(tiles: int, k: int) -> int:
-    """Elements of K per program."""
-    return cdiv(cdiv(k, max(1, min(PROGRAMS // tiles, MOST_PARTS, k // (2 * STEP)))), STEP) * STEP
