@@ -72,11 +72,6 @@ def test_tables_of_blocks(view: KVView, how: dict[str, Any], fp8: bool) -> None:
     support.check_blocks(view, 4, (7, 40, 20), (1, 11, 20), how, fp8)
 
 
-def test_heads_of_several_programs() -> None:
-    """The second of them has fewer; both join their own parts."""
-    support.check_blocks(KVView(1, 272, 0, 256), 40, (13, 1, 270), (1, 1, 1), {"sinks": True}, False)
-
-
 @pytest.mark.parametrize("encoding", [PLAIN, *EMITTED], ids=str)
 def test_attend_encode(encoding: Encoding) -> None:
     support.check_attend_encode(encoding, KVView(2, 32, 64, 32), 8, (5, 130, 1), True)

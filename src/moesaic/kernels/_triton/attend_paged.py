@@ -12,15 +12,12 @@ from moesaic.contracts.scheme import Encoding
 from moesaic.errors import UnsupportedError
 from moesaic.kernels._triton.attention import attention_kernel, merge_kernel
 from moesaic.kernels._triton.emit import GROUPS, emitting
-from moesaic.kernels._triton.last import COUNTERS, counters
 from moesaic.kernels._triton.launch import cdiv, power
 from moesaic.kernels._triton.pdl import options
 from moesaic.kernels.ops import AttentionBatch, KVView, Softmax
 
 PROGRAMS = 264
 MOST_SPLITS = 32
-MOST_JOINED = 1 << 15
-"""Elements of parts that one program joins: more are better read by many, whatever the launch costs."""
 PLAIN = Encoding("bf16")
 
 
@@ -124,21 +121,10 @@ def decode(q: Tensor, kv: Heads, batch: AttentionBatch, how: Softmax, target: Ta
     tile = decode_tile(kv, repeat)
     programs = sequences * kv.kv_heads * cdiv(repeat, tile["RB"])
     splits = max(1, min(PROGRAMS // programs, cdiv(batch.longest, 2 * tile["BL"]), MOST_SPLITS))
-    alone = splits * min(tile["RB"], repeat) * kv.value_dim <= MOST_JOINED and programs <= COUNTERS
-    if ends(tile, repeat, kv.value_dim, target.encoding) and (splits == 1 or alone):
-        attend(q, kv, Tables.of(batch), how, tile, target, in_parts_of(q, target, splits), 0, counters(q.device))
+    if splits == 1 and target.encoding == PLAIN:
+        attend(q, kv, Tables.of(batch), how, tile, target.out)
     else:
         in_parts(q, kv, Tables.of(batch), how, tile, splits, target)
-
-
-def ends(tile: dict[str, int], repeat: int, size: int, encoding: Encoding) -> bool:
-    """Whether the program that has a tile's heads can also encode them: they are whole groups, and nothing is shared
-    with heads of other programs."""
-    if encoding.name == "bf16":
-        return True
-    alone = encoding.name != "fp8_token" and (encoding.name != "nvfp4" or encoding.static)
-    count = min(tile["RB"], repeat)
-    return alone and repeat % count == 0 and count * size % GROUPS[encoding.name] == 0
 
 
 def decode_tile(kv: Heads, repeat: int) -> dict[str, int]:
@@ -155,42 +141,26 @@ def prefill_tile(kv: Heads, repeat: int, longest: int) -> dict[str, int]:
             "num_stages": 2}  # fmt: skip
 
 
-Parts = tuple[Tensor, Tensor]
-"""FP32 parts of the context [T, H, splits, V], and the logarithms of their sums of exponentials [T, H, splits]."""
-
-
-def in_parts_of(q: Tensor, target: Target, splits: int) -> Parts | None:
-    """Room for parts; None where there is only one."""
-    tokens, heads, size = target.out.shape
-    if splits == 1:
-        return None
-    part = q.new_empty(tokens, heads, splits, size, dtype=torch.float32)
-    return part, q.new_empty(tokens, heads, splits, dtype=torch.float32)
-
-
 def in_parts(q: Tensor, kv: Heads, tables: Tables, how: Softmax, tile: dict[str, int], splits: int, target: Target,
              chunk: int = 0) -> None:  # fmt: skip
     """Contexts shared out over programs, then joined. The sequences' rows are those of the target, in order."""
-    tokens, heads, size = target.out.shape
-    part = q.new_empty(tokens, heads, splits, size, dtype=torch.float32)
-    lse = q.new_empty(tokens, heads, splits, dtype=torch.float32)
-    attend(q, kv, tables, how, tile, Target(target.out), (part, lse), chunk)
+    rows, heads = len(target.out), q.shape[1]
+    part = q.new_empty(rows, heads, splits, kv.value_dim, dtype=torch.float32)
+    lse = q.new_empty(rows, heads, splits, dtype=torch.float32)
+    attend(q, kv, tables, how, tile, part, lse, chunk)
     merge(part, lse, how, target)
 
 
-def attend(q: Tensor, kv: Heads, tables: Tables, how: Softmax, tile: dict[str, int], target: Target,
-           parts: Parts | None = None, chunk: int = 0, done: Tensor | None = None) -> None:  # fmt: skip
-    """parts: where the context is shared out.  done: counters, where the last program then joins them."""
-    heads, (part, lse) = q.shape[1], parts or (None, None)
-    splits, repeat = 1 if lse is None else lse.shape[2], heads // kv.kv_heads
+def attend(q: Tensor, kv: Heads, tables: Tables, how: Softmax, tile: dict[str, int], out: Tensor,
+           lse: Tensor | None = None, chunk: int = 0) -> None:  # fmt: skip
+    """lse: of parts of the context [T, H, splits], where it is shared out; `out` then holds the parts."""
+    heads, splits = q.shape[1], 1 if lse is None else lse.shape[2]
+    repeat = heads // kv.kv_heads
     queries, blocks = cdiv(tables.longest, tile["BM"] // tile["RB"]), cdiv(repeat, tile["RB"])
-    given = emitting(target.encoding, target.parts or {}, heads * kv.value_dim, 1)
-    del given["BG"]
     attention_kernel[(queries, kv.kv_heads * blocks, tables.sequences * splits)](
-        q, q.stride(0), q.stride(1), sinks_ptr=how.sinks_H, out_ptr=target.out, part_ptr=part, lse_ptr=lse,
-        done_ptr=None if parts is None else done, splits=splits, scale=how.scale, HEADS=heads, R=repeat,
-        WINDOW=how.window or 0, SPLIT=parts is not None, CHUNK=chunk, **tile, **kv.arguments(), **tables.arguments(),
-        **given, **options(q.device),
+        q, q.stride(0), q.stride(1), sinks_ptr=how.sinks_H, out_ptr=out, lse_ptr=lse, splits=splits, scale=how.scale,
+        heads=heads, R=repeat, WINDOW=how.window or 0, SPLIT=lse is not None, CHUNK=chunk, **tile, **kv.arguments(),
+        **tables.arguments(), **options(q.device),
     )  # fmt: skip
 
 
@@ -202,8 +172,7 @@ def merge(part: Tensor, lse: Tensor, how: Softmax, target: Target) -> None:
     whole = encoding.name == "fp8_token" or (encoding.name == "nvfp4" and not encoding.static)
     count = power(heads) if whole else max(1, step // size, 1024 // wide)
     count = min(count, power(heads))
-    given = emitting(encoding, target.parts or {}, heads * size, 1)
-    del given["BG"]
+    given = emitting(encoding, target.parts or {}, heads * size, max(1, count * size // step))
     merge_kernel[(tokens, cdiv(heads, count))](
         part, lse, how.sinks_H, target.out, splits, HEADS=heads, V=size, BH=count, BV=wide,
         num_warps=min(16, max(1, count * wide // 256)), **given, **options(part.device),
@@ -220,4 +189,4 @@ def joins(encoding: Encoding, heads: int, size: int) -> bool:
 
 def prefill(q: Tensor, kv: Heads, tables: Tables, how: Softmax, out: Tensor) -> None:
     """Sequences of several rows each, the last positions of their contexts."""
-    attend(q, kv, tables, how, prefill_tile(kv, q.shape[1] // kv.kv_heads, tables.longest), Target(out))
+    attend(q, kv, tables, how, prefill_tile(kv, q.shape[1] // kv.kv_heads, tables.longest), out)

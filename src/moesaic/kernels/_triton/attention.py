@@ -3,8 +3,8 @@
 A tile's rows are (query, head) pairs of one kv head: few heads and many queries of a prompt, or many heads and one
 query of a decoding sequence, fill the same tensor-core tile. Keys are read as two pieces of power-of-two width (512
 and 64 for a latent cache); where the value is the first piece of the key, it is read once.
-A context may be shared out over several programs: in `splits` equal parts, or, for results that depend on nothing but
-the context, at fixed positions (CHUNK). The last of the programs joins their results, or `merge_kernel` does.
+A context may be shared out over several programs, whose results `merge_kernel` joins: in `splits` equal parts, or, for
+results that depend on nothing but the context, at fixed positions (CHUNK).
 
 An FP8 cache (formats/kv.py) is decoded in registers; powers of two multiply the scores, and the weights of the values,
 both exactly.
@@ -19,7 +19,6 @@ import triton.language as tl
 
 from moesaic.kernels._triton.bits import TINY_E4M3, e4m3, e8m0, to_operand
 from moesaic.kernels._triton.emit import emit_row
-from moesaic.kernels._triton.last import last_of
 from moesaic.kernels._triton.pdl import wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,9 +26,7 @@ LOWEST = tl.constexpr(-1.0e38)
 LIFT = tl.constexpr(TINY_E4M3.value**-0.5)
 """The root of what decoded E4M3 operands are too small by; applied twice, so that nothing overflows in between."""
 TURN = tl.constexpr(8)
-"""Parts of a context that are loaded at once to be joined."""
-NOWHERE = tl.constexpr(1 << 20)
-"""A group of elements behind the end of every row."""
+"""Parts of a context that `merge_kernel` loads at once."""
 
 
 @triton.jit
@@ -99,64 +96,16 @@ def fold(q1, q2, at_M, row_ok, kv, tail_ptr, key_bytes, value_bytes, table_row, 
 
 
 @triton.jit
-def joined(part_ptr, lse_ptr, sinks_ptr, row, h, ok, splits, V: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr):
-    """[BH, BV]: the parts of heads h, weighted by their sums of exponentials, added in order.
-
-    row: of each head's first part.
-    """
-    v = tl.arange(0, BV)[None, :]
-    peak = tl.full([BH], LOWEST, tl.float32)
-    for first in range(0, splits, TURN):
-        for j in tl.static_range(TURN):
-            found = ok & (first + j < splits)
-            peak = tl.maximum(peak, tl.load(lse_ptr + row + first + j, found, float("-inf"), cache_modifier=".cg"))
-    total = tl.zeros([BH], tl.float32)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + h, ok, 0.0).to(tl.float32) * LOG2E
-        peak = tl.maximum(peak, sink)
-        total = tl.exp2(sink - peak)
-    y = tl.zeros([BH, BV], tl.float32)
-    for first in range(0, splits, TURN):
-        for j in tl.static_range(TURN):
-            found = ok & (first + j < splits)
-            lse = tl.load(lse_ptr + row + first + j, found, float("-inf"), cache_modifier=".cg")
-            weight = tl.exp2(lse - peak)
-            at = part_ptr + (row + first + j)[:, None] * V + v
-            y += tl.load(at, (weight > 0)[:, None] & (v < V), 0.0, cache_modifier=".cg") * weight[:, None]
-            total += weight
-    return y / tl.where(total == 0, 1.0, total)[:, None]
-
-
-@triton.jit
-def put_row(y, t, first, count, out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS: tl.constexpr,
-            V: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, ENCODING: tl.constexpr, STATIC: tl.constexpr,
-            S: tl.constexpr):  # fmt: skip
-    """Stores heads first .. first + count of token t, of a tile [BH, BV], and encodes them where they are."""
-    v, h = tl.arange(0, BV)[None, :], tl.arange(0, BH)
-    y = y.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (t * HEADS + first + h)[:, None] * V + v, y, (h < count)[:, None] & (v < V))
-    if ENCODING != "bf16":
-        BG: tl.constexpr = BH * V // S
-        i = tl.arange(0, BG)
-        g = tl.where(i < count * V // S, first * V // S + i, NOWHERE)
-        emit_row(tl.reshape(y.to(tl.float32), [BG, S]), t, g, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS * V,
-                 ENCODING, STATIC, BG, S)  # fmt: skip
-
-
-@triton.jit
 def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_token, v_head, tail_ptr, bytes_ptr,
-                     exponents_at, table_ptr, table_stride, spans_ptr, sinks_ptr, out_ptr, part_ptr, lse_ptr,
-                     done_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, start, count, length, splits, scale,
-                     HEADS: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                     D1: tl.constexpr, D2: tl.constexpr, BV: tl.constexpr, SHARED: tl.constexpr, FP8: tl.constexpr,
-                     WINDOW: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, SPLIT: tl.constexpr,
-                     CHUNK: tl.constexpr, ENCODING: tl.constexpr, STATIC: tl.constexpr, S: tl.constexpr,
-                     PDL: tl.constexpr):  # fmt: skip
+                     exponents_at, table_ptr, table_stride, spans_ptr, sinks_ptr, out_ptr, lse_ptr, start, count,
+                     length, splits, scale, heads, BLOCK: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+                     V: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BV: tl.constexpr, SHARED: tl.constexpr,
+                     FP8: tl.constexpr, WINDOW: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr,
+                     SPLIT: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows start..start + count of a sequence, its last positions of `length`; from spans_ptr where there are many.
 
-    SPLIT: part and lse hold a part per program; with done_ptr, the last program of a row joins them. bytes_ptr: the
-    rows' bytes, exponents from exponents_at on. tail_ptr: the rows as BF16, where keys end in that.
-    ENCODING: of the rows [T, HEADS x V] that come out, if not `bf16`; each program then has one query.
+    SPLIT: out and lse hold a part per program. bytes_ptr: the rows' bytes, exponents from exponents_at on.
+    tail_ptr: the rows as BF16, where keys end in that.
     """
     BLOCKS: tl.constexpr = (R + RB - 1) // RB
     g, part = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
@@ -186,7 +135,7 @@ def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_to
         share = tl.cdiv(tl.cdiv(end - begin, splits), BL) * BL
         begin += split * share
         end = tl.minimum(end, begin + share)
-    groups: tl.constexpr = HEADS // R
+    groups = heads // R
     key_bytes = None if bytes_ptr is None else bytes_ptr + exponents_at + g
     value_bytes = None if bytes_ptr is None else bytes_ptr + exponents_at + groups + g
     kv = (k_ptr + g * k_head, k_token, v_ptr + g * v_head, v_token)
@@ -199,37 +148,49 @@ def attention_kernel(q_ptr, q_token, q_head, k_ptr, k_token, k_head, v_ptr, v_to
         total = total * tl.exp2(top - peak) + tl.exp2(sink - peak)
         acc = acc * tl.exp2(top - peak)[:, None]
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    row, v = (token * HEADS + head) * splits, tl.arange(0, BV)[None, :]
-    ENDS: tl.constexpr = (done_ptr is not None) or (ENCODING != "bf16")
+    row = (token * heads + head) * splits + split
+    v = tl.arange(0, BV)[None, :]
+    tl.store(out_ptr + row[:, None] * V + v, acc.to(out_ptr.dtype.element_ty), row_ok[:, None] & (v < V))
     if SPLIT:
-        tl.store(part_ptr + (row + split)[:, None] * V + v, acc, row_ok[:, None] & (v < V))
         lse = top + tl.log2(tl.where(total == 0, 1.0, total))
-        tl.store(lse_ptr + row + split, tl.where(total == 0, float("-inf"), lse), row_ok)
-    elif not ENDS:
-        tl.store(out_ptr + row[:, None] * V + v, acc.to(out_ptr.dtype.element_ty), row_ok[:, None] & (v < V))
-    if ENDS:
-        mine, some, t = g * R + part * RB, tl.minimum(RB, R - part * RB), start.to(tl.int64)
-        if not SPLIT:
-            put_row(acc, t, mine, some, out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS, V, BM, BV,
-                    ENCODING, STATIC, S)  # fmt: skip
-        elif last_of(done_ptr + s * tl.num_programs(1) + tl.program_id(1), splits):
-            y = joined(part_ptr, lse_ptr, sinks_ptr, row, head, row_ok, splits, V, BM, BV)
-            put_row(y, t, mine, some, out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS, V, BM, BV,
-                    ENCODING, STATIC, S)  # fmt: skip
+        tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), lse), row_ok)
 
 
 @triton.jit
 def merge_kernel(part_ptr, lse_ptr, sinks_ptr, out_ptr, splits, data_ptr, scale_ptr, exact_ptr, top_ptr,
                  HEADS: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BV: tl.constexpr, ENCODING: tl.constexpr,
-                 STATIC: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """BH heads of a token per program.
+                 STATIC: tl.constexpr, BG: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """BH heads of a token per program: parts of the context, weighted by their sums of exponentials, added in order.
 
     ENCODING: of the rows [T, HEADS x V] that come out, if not `bf16`; BH x V is then BG x S.
     """
     t = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * BH
-    h = first + tl.arange(0, BH)
+    h, v = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BV)
+    ok = h < HEADS
+    row = (t * HEADS + h) * splits
     wait(PDL)
-    y = joined(part_ptr, lse_ptr, sinks_ptr, (t * HEADS + h) * splits, h, h < HEADS, splits, V, BH, BV)
-    put_row(y, t, first, tl.minimum(BH, HEADS - first), out_ptr, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS, V, BH,
-            BV, ENCODING, STATIC, S)  # fmt: skip
+    peak = tl.full([BH], LOWEST, tl.float32)
+    for first in range(0, splits, TURN):
+        for j in tl.static_range(TURN):
+            lse = tl.load(lse_ptr + row + first + j, ok & (first + j < splits), float("-inf"))
+            peak = tl.maximum(peak, lse)
+    total = tl.zeros([BH], tl.float32)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + h, ok, 0.0).to(tl.float32) * LOG2E
+        peak = tl.maximum(peak, sink)
+        total = tl.exp2(sink - peak)
+    y = tl.zeros([BH, BV], tl.float32)
+    for first in range(0, splits, TURN):
+        for j in tl.static_range(TURN):
+            lse = tl.load(lse_ptr + row + first + j, ok & (first + j < splits), float("-inf"))
+            weight = tl.exp2(lse - peak)
+            seen = (weight > 0)[:, None] & (v < V)[None, :]
+            y += tl.load(part_ptr + (row + first + j)[:, None] * V + v[None, :], seen, 0.0) * weight[:, None]
+            total += weight
+    y = y / tl.where(total == 0, 1.0, total)[:, None]
+    y = y.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (t * HEADS + h)[:, None] * V + v[None, :], y, ok[:, None] & (v < V)[None, :])
+    if ENCODING != "bf16":
+        g = tl.program_id(1) * BG + tl.arange(0, BG)
+        emit_row(tl.reshape(y.to(tl.float32), [BG, S]), t, g, data_ptr, scale_ptr, exact_ptr, top_ptr, HEADS * V,
+                 ENCODING, STATIC, BG, S)  # fmt: skip
