@@ -105,7 +105,6 @@ def profile(engine: Engine, steps: int) -> dict[str, Any]:
     taken, waited = shares(spans)
     count, busy = Counter(name for _, _, name in spans), sum(taken.values())
     window = max(end for _, end, _ in spans) - min(begin for begin, _, _ in spans)
-    steps += 1  # the one that was ahead when the window began is in it
     top = sorted(taken, key=lambda name: -taken[name] - waited[name])[:SHOWN]
     each = {name: [round(n / steps, 1) for n in (count[name], taken[name], waited[name])] for name in top}
     return {"busy_ms": busy / steps / 1e3, "idle_in_profile": 1 - busy / window, "kernels": round(len(spans) / steps),
