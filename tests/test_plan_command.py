@@ -270,7 +270,9 @@ def test_a_dispatcher_is_demanded_for_one_phase_and_refused_for_another(tmp_path
         refused = parsed(*on, "--dispatch", wish, code=4)["refusal"]
         assert refused["where"] == "layer 3, prefill"
         reasons = {each["candidate"]: each["reason"] for each in refused["reasons"]}
-        assert reasons["deepep_low_latency"] == "takes at most 128 tokens per rank, not 8192"
+        found = re.fullmatch(r"takes at most 128 tokens per rank, not (\d+)", reasons["deepep_low_latency"])
+        assert found is not None
+        assert int(found[1]) > 128, "the first of the prefill's cells, which measured times divide, that is too long"
         assert refused["nearest"] == "--dispatch decode=deepep_low_latency,prefill=deepep"
     out = planned(*on, "--dispatch", "prefill=deepep_low_latency", code=4)
     assert out.split("candidate")[1].split()[1] == "deepep_low_latency", "what was asked for is first"

@@ -18,6 +18,7 @@ from moesaic.contracts.plan import (
     MixturePath,
     ModelPlan,
     PerPhase,
+    Phase,
     Refusal,
     Wishes,
 )
@@ -164,7 +165,8 @@ class Planner:
             nearest = f"--two-layouts (a second copy of the experts, {more:.1f} GiB on a rank, of each such layer)"
         for way in ways if nearest is None else ():
             if works := self.paths(block, replace(self.wishes, **way)):
-                nearest = " ".join(option(name, works) for name in way)
+                phases = [need.phase for need in self.needs(block)]
+                nearest = " ".join(option(name, phases, works) for name in way)
                 break
         return replace(refusal, kind="not_built" if known else "impossible", nearest=nearest)
 
@@ -272,11 +274,16 @@ def layouts(needs: Sequence[MixtureNeed], each: Sequence[Options]) -> list[Rejec
     return unique(found)
 
 
-def option(name: str, works: Sequence[MixturePath]) -> str:
-    """The option that demands what these paths have, of decode and prefill."""
-    stages = [path.stage(DEMANDS[name]) for path in works]  # type: ignore[arg-type]
-    got = [stage.encoding if name in ("wire", "router_dtype") else stage.kernel for stage in stages]
-    return f"--{name.replace('_', '-')} {got[0] if len(set(got)) == 1 else PerPhase(*got)}"
+def option(name: str, phases: Sequence[Phase], works: Sequence[MixturePath]) -> str:
+    """The option that demands what these paths have. A phase whose cells have different kernels stays free."""
+    flag, got = f"--{name.replace('_', '-')}", {"decode": set[str](), "prefill": set[str]()}
+    for phase, path in zip(phases, works, strict=True):
+        stage = path.stage(DEMANDS[name])  # type: ignore[arg-type]
+        got[phase].add(stage.encoding if name in ("wire", "router_dtype") else stage.kernel)
+    each = [names.copy().pop() if len(names) == 1 else None for names in got.values()]
+    if not any(each):
+        return f"no {flag}"
+    return f"{flag} {each[0] if each[0] == each[1] else PerPhase(*each)}"
 
 
 def derived(block: LayerSpec, made: LayerPlan) -> Iterator[str]:
