@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moesaic.commands._tune import merged, word_of
+from moesaic.commands._tune import adapts, merged, word_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TABLES = ROOT / "benchmarks" / "results", ROOT / "src" / "moesaic" / "assets" / "tuning"
@@ -35,11 +35,11 @@ def table_of(result: dict[str, Any]) -> dict[str, Any]:
                 "width": width, "top_k": top_k, "tokens": each["tokens"]}  # fmt: skip
         row = rows.setdefault(tuple(head.values()), {**head, "ms": {}})
         row["ms"][each["backend"]] = float(f"{each['ms']:.5g}")
-        if each["parameters"]:
+        if each["parameters"] and not adapts(each["backend"]):
             row.setdefault("parameters", {})[each["backend"]] = each["parameters"]
     used = {name for row in rows.values() for name in row["ms"]}
-    versions = {name: f"{package} {result['versions'][package]}" for name, package in DISTRIBUTIONS.items()}
-    packages = {name: made for name, made in versions.items() if name in used}
+    known = {name: package for name, package in DISTRIBUTIONS.items() if name in used}
+    packages = {name: f"{package} {result['versions'][package]}" for name, package in known.items()}
     return {"device": word_of(result["device"]), "packages": packages, "rows": list(rows.values())}
 
 

@@ -236,3 +236,11 @@ def test_tables_are_merged_row_by_row() -> None:
     )
     again = merged(made, {**new, "rows": [row(3, a=9.0)]})
     assert [each["tokens"] for each in again["rows"]] == [1, 3]
+
+
+def test_parameters_of_a_kernel_that_adapts_are_left_to_it() -> None:
+    times = {Candidate("hopper", (("tile", 8),)): 0.2, Candidate("hopper", (("tile", 64),)): 0.1,
+             Candidate("deep_gemm", (("height", 64),)): 0.3}  # fmt: skip
+    row = row_of(16, times)
+    assert row["ms"] == {"hopper": 0.1, "deep_gemm": 0.3}
+    assert row["parameters"] == {"deep_gemm": {"height": 64}}

@@ -18,6 +18,7 @@ from moesaic.commands._measure import Candidate, Case, Inputs, candidates, ops_o
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.spec import ModelSpec, MoESpec
 from moesaic.hardware import GPUS, Hardware
+from moesaic.kernels.registry import backends
 from moesaic.planning.needs import blocks_of, experts_scheme
 
 Row = dict[str, Any]
@@ -113,9 +114,14 @@ def row_of(tokens: int, times: dict[Candidate, float]) -> Row:
     for candidate in sorted(times, key=lambda each: times[each]):
         if candidate.backend not in ms:
             ms[candidate.backend] = float(f"{times[candidate]:.5g}")
-            if candidate.parameters:
+            if candidate.parameters and not adapts(candidate.backend):
                 parameters[candidate.backend] = dict(candidate.parameters)
     return {"tokens": tokens, "ms": ms} | ({"parameters": parameters} if parameters else {})
+
+
+def adapts(backend: str) -> bool:
+    """Whether a kernel chooses its parameters in each call, better than a plan can for all calls of a cell."""
+    return getattr(backends().get(backend), "ADAPTS", False)
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

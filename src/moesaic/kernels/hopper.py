@@ -30,13 +30,15 @@ CONTRACTS = (
         formats=frozenset(FORMATS), encodings=frozenset(encoding for _, encoding in PAIRS), pairs=PAIRS,
         forms=frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128)),
         activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
-        limits=Limits(hidden_multiple=32, width_multiple=32),
+        limits=Limits(hidden_multiple=64, width_multiple=64),
     ),
 )  # fmt: skip
 MOST_EXPERTS = 512
 """As prepare.cuh has it."""
 TUNABLE = {"tile": tuple(TILES)}
-"""What `moesaic bench tune` tries."""
+"""What measurements try."""
+ADAPTS = True
+"""Plans leave the tile to each call: one for all numbers of tokens of a cell would be wrong for most of them."""
 
 
 def worth(rows: float, tile: int) -> bool:
@@ -101,7 +103,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, tile:
     if count > MOST_EXPERTS:
         raise UnsupportedError(f"{count} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
                                remedy="Use more ranks, or --experts triton.")  # fmt: skip
-    ids, plain = ids_TA.contiguous(), x.parts.get("plain")
+    ids, plain = ids_TA.to(torch.int32).contiguous(), x.parts.get("plain")
     if not rows:
         return ids.new_empty(len(ids), w.w2.shape[-2], dtype=x.dtype)
     variant = launch.fitted(chosen(x, w, rows, count, tile), w)
@@ -112,7 +114,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, tile:
         else:
             stored, routed = launch.prepare(variant, plain, ids, w, x.parts.get("scale"))
         _, y_RD, _ = launch.multiply(variant, stored, w, routed)
-        return launch.combine(variant, y_RD, ids, weights_TA.contiguous())
+        return launch.combine(variant, y_RD, ids, weights_TA.float().contiguous())
 
 
 def chosen(x: Rows, w: ExpertWeights, rows: int, count: int, tile: int) -> Variant:

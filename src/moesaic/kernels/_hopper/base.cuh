@@ -131,7 +131,7 @@ DEVICE u64 tile_descriptor(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | ((u64)1 << 16) | ((u64)64 << 32) | ((u64)1 << 62);
 }
 
-// --- products of a warp: w [16, K] x^T of eight rows, onto d (see product.cuh for who holds what) ---
+// --- products of a warp: w [16, K] x^T of eight rows, onto d (see room.cuh for who holds what) ---
 
 DEVICE void multiply_bf16(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

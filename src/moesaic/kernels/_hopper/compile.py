@@ -13,6 +13,7 @@ import site
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def machine_code(defines: Mapping[str, int], sizes: Iterable[int]) -> bytes:
     options = (*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(defines.items())))
     made_from = "\0".join((repr(version()), *options, *(f"{name}\n{text}" for name, text in sorted(headers.items()))))
     path = cache_folder() / "hopper" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.cubin"
-    if path.exists():
+    with suppress(OSError):
         return path.read_bytes()
     code = compiled(headers, options)
     keep(path, code)
@@ -79,9 +80,12 @@ def keep(path: Path, code: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, made = tempfile.mkstemp(prefix="building-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        os.replace(made, path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(code)
+            os.replace(made, path)
+        finally:
+            Path(made).unlink(missing_ok=True)
     except OSError as error:
         print(f"moesaic: kernels cannot be kept in {path.parent}: {error}", file=sys.stderr)
 

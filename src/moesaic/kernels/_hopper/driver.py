@@ -46,13 +46,13 @@ def library() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """A driver function. Raises UnsupportedError with the driver's own word for what went wrong."""
+    """A driver function. Raises RuntimeError, as torch does for faults of a device, with the driver's word for it."""
     status = getattr(library(), name)(*arguments)
     if status:
         text = ctypes.c_char_p()
         library().cuGetErrorString(status, ctypes.byref(text))
         said = text.value.decode() if text.value else f"error {status}"
-        raise UnsupportedError(f"{name}: {said}", where="the CUDA driver")
+        raise RuntimeError(f"the CUDA driver, {name}: {said}")
 
 
 class Module:

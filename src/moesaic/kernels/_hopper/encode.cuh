@@ -5,7 +5,7 @@
 #pragma once
 #include "decode.cuh"
 
-// Encodings, as launch.py numbers them.
+// Encodings, as variants.py numbers them.
 #define PLAIN 0
 #define TENSOR 1          // E4M3, one scale that is given
 #define TENSOR_DYNAMIC 2  // ... that spans all rows

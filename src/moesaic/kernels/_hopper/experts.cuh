@@ -165,6 +165,7 @@ DEVICE void consume(const Arguments &a) {
         if (!item.phase) return;
         if (item.phase == 2) {
             u8 *space = (NARROW ? room.encoding : (u8 *)room.chunk) + 256 * ENCODED * me.warp;
+            if (BY_ROW && !NARROW) group_sync<2, CONSUMERS>();  // who finishes the item before may still read `chunk`
             if (BY_ROW) encode_part(a, item, 0, a.width, wait_for_scale(a, item), space, me.warp, 8, me.lane);
         } else {
             const Weight &weight = item.phase == 1 ? a.first : a.second;
