@@ -6,7 +6,7 @@ operands in the tensor core's documentation, so that the sources' own function i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -172,7 +172,3 @@ def check_together(layer: Layer, rows: Rows, y: Tensor, hidden: Tensor, at: Tens
     full[now] = both[now].double()
     kept = (layer.weights * (layer.ids >= 0)).double()
     assert_rows_close(out, (full.view(tokens, top_k, -1) * kept[..., None]).sum(1), LIMIT, "sum")
-
-
-def with_tile(layer: Layer, tile: Tile) -> Layer:
-    return replace(layer, tile=tile)

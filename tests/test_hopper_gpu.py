@@ -14,7 +14,7 @@ from moesaic.contracts.spec import Activation
 from moesaic.kernels import hopper, reference, triton
 from moesaic.kernels._hopper.variants import PAIRS, Tile
 from tests.compare import assert_rows_close
-from tests.hopper_support import Layer, check_layer, with_tile
+from tests.hopper_support import Layer, check_layer
 from tests.triton_support import in_double
 
 pytestmark = pytest.mark.gpu
@@ -86,7 +86,7 @@ def test_sums_in_fp32(name: str, tile: Tile) -> None:
     """7168 terms that cancel: the FP8 tensor core's own adder would be far off."""
     from moesaic.kernels._hopper import launch
 
-    layer = with_tile(Layer.of(SCHEMES[name], 128, (2, 7168, 128, 1), tile), tile)
+    layer = Layer.of(SCHEMES[name], 128, (2, 7168, 128, 1), tile)
     layer.x[:, 3584:] = -layer.x[:, :3584] * (1 + 2**-6)
     for each in (part for part in layer.w.w13.parts.values() if part.dim() == 3 and part.shape[-1] > 1):
         half = each.shape[-1] // 2
