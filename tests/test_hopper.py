@@ -20,7 +20,7 @@ from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper import launch
+from moesaic.kernels._hopper import launch, single
 from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, Variant, tile_for, variant_of, with_tile
 from moesaic.kernels.ops import ExpertWeights
 
@@ -96,7 +96,7 @@ def declared_fields(struct: str) -> list[str]:
 def test_arguments_lie_as_the_sources_have_them() -> None:
     """The same fields in the same order and of the same sizes."""
     kinds = {"Weight": launch.WeightC, "Rows": launch.RowsC, "Arguments": launch.Arguments, "Maps": launch.Maps,
-             "Preparation": launch.Preparation}  # fmt: skip
+             "Preparation": launch.Preparation, "Single": single.SingleC}  # fmt: skip
     lines = ['#include "values.cuh"']
     for name, kind in kinds.items():
         lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "{name}");')

@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 
 from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import Activation
-from moesaic.kernels import hopper, reference, triton
+from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper.variants import PAIRS, Tile
 from tests.compare import assert_rows_close
-from tests.hopper_support import Layer, check_layer
+from tests.hopper_support import Layer, check_layer, check_single
 from tests.triton_support import in_double
 
 pytestmark = pytest.mark.gpu
@@ -67,6 +67,23 @@ def test_released_shapes(name: str) -> None:
         check_layer(Layer.of(scheme, tokens, (8, width, width, 4), tile, "holes", OAI))
 
 
+@pytest.mark.parametrize("name", [name for name, each in EVERY.items() if each.weight.group in (0, 128)])
+def test_a_token_alone(name: str) -> None:
+    """Usual sizes, sizes that are odd multiples of 64, an odd number of choices, choices of padding; biases."""
+    scheme = EVERY[name]
+    four = scheme.weight.name in ("int4", "mxfp4", "nvfp4")
+    odd = 1280 if four else 1408
+    for shape in ((16, 512, 256, 4), (32, 2048, 768, 8), (16, 7168, 2048, 8), (8, 1024, 512, 1), (8, 768, odd, 6)):
+        check_single(Layer.of(scheme, 1, shape, Tile(8)))
+    layer = Layer.of(scheme, 1, (64, 1024 if four else 960, 768 if four else 704, 7), Tile(8))
+    layer.ids[0, ::3] = -1
+    check_single(layer)
+    layer.ids.fill_(-1)
+    check_single(layer)
+    size = 2816 if four else 2880
+    check_single(Layer.of(scheme, 1, (8, size, size, 4), Tile(8), activation=OAI))
+
+
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("tokens", [1, 19, 515])
 def test_layer(name: str, tokens: int) -> None:
@@ -78,6 +95,18 @@ def test_layer(name: str, tokens: int) -> None:
     assert torch.equal(out, hopper.experts(later, layer.w, layer.ids, layer.weights))
     assert_rows_close(out, triton.experts(rows, layer.w, layer.ids, layer.weights).double(), 2**-4,
                       "two roundings in between, and codes a step apart")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if SCHEMES[name].activation.by_row])
+def test_rows_in_other_batches(name: str) -> None:
+    """Of `hopper_invariant`: the same bits alone, in tens, and among 600."""
+    layer = Layer.of(SCHEMES[name], 600, (16, 1024, 512, 4), Tile(8), "holes")
+    rows = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale)
+    whole = hopper_invariant.experts(rows, layer.w, layer.ids, layer.weights)
+    for part in (slice(0, 1), slice(3, 4), slice(5, 15), slice(40, 240), slice(599, 600)):
+        rows = hopper.encode_later(layer.x[part], layer.scheme.activation, layer.scale)
+        alone = hopper_invariant.experts(rows, layer.w, layer.ids[part], layer.weights[part])
+        assert torch.equal(alone, whole[part]), part
 
 
 @pytest.mark.parametrize("tile", [Tile(8), Tile(32, 2, 1), Tile(128, 2, 1)])

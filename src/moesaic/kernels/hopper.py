@@ -97,26 +97,31 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, tile:
 
     Raises UnsupportedError for more than MOST_EXPERTS experts on a rank.
     """
-    from moesaic.kernels._hopper import launch
+    variant = variant_of(w.w13.form, x.encoding, TILES[tile or 8])
+    if not tile:
+        variant = with_tile(variant, tile_for(variant, ids_TA.numel(), w.w13.shape[0]))
+    return run(variant, x, w, ids_TA, weights_TA)
 
-    count, rows = w.w13.shape[0], ids_TA.numel()
+
+def run(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    """`experts`, by a certain variant."""
+    from moesaic.kernels._hopper import launch, single
+
+    count = w.w13.shape[0]
     if count > MOST_EXPERTS:
         raise UnsupportedError(f"{count} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
                                remedy="Use more ranks, or --experts triton.")  # fmt: skip
     ids, plain = ids_TA.to(torch.int32).contiguous(), x.parts.get("plain")
-    if not rows:
+    if not ids.numel():
         return ids.new_empty(len(ids), w.w2.shape[-2], dtype=x.dtype)
-    variant = launch.fitted(chosen(x, w, rows, count, tile), w)
+    variant, weights = launch.fitted(variant, w), weights_TA.float().contiguous()
+    given: Rows | Tensor = x if plain is None else plain
+    if plain is None and x.encoding.name in ("mxfp8", "nvfp4"):
+        given = Rows(x.encoding, {**x.parts, "exact": exact(x)}, x.dtype)
+    static = None if plain is None else x.parts.get("scale")
     with torch.cuda.device(ids.device):
-        if plain is None:
-            parts = {**x.parts, "exact": exact(x)} if x.encoding.name in ("mxfp8", "nvfp4") else x.parts
-            stored, routed = launch.prepare(variant, Rows(x.encoding, parts, x.dtype), ids, w)
-        else:
-            stored, routed = launch.prepare(variant, plain, ids, w, x.parts.get("scale"))
+        if single.serves(variant, w, *ids.shape, launch.processors(torch.cuda.current_device())):
+            return single.single(variant, given, w, ids, weights, static)[0]
+        stored, routed = launch.prepare(variant, given, ids, w, static)
         _, y_RD, _ = launch.multiply(variant, stored, w, routed)
-        return launch.combine(variant, y_RD, ids, weights_TA.float().contiguous())
-
-
-def chosen(x: Rows, w: ExpertWeights, rows: int, count: int, tile: int) -> Variant:
-    variant = variant_of(w.w13.form, x.encoding, TILES[tile] if tile else TILES[8])
-    return variant if tile else with_tile(variant, tile_for(variant, rows, count))
+        return launch.combine(variant, y_RD, ids, weights)

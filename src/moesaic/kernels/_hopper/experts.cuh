@@ -13,9 +13,9 @@ DEVICE int row_in_tile(const Consumer &me, int m) { return (8 * m + me.warp) * 1
 
 DEVICE int element_of_h(const Consumer &me, int m) { return (8 * m + me.warp) * 8 + lane_row(me.lane); }
 
-DEVICE float joined(const Arguments &a, float gate, float up) {
+DEVICE float joined(float limit, float alpha, float gate, float up) {
     float slope = 1.0f;
-    if (a.alpha != 0.0f) gate = fminf(gate, a.limit), up = fminf(fmaxf(up, -a.limit), a.limit) + 1.0f, slope = a.alpha;
+    if (alpha != 0.0f) gate = fminf(gate, limit), up = fminf(fmaxf(up, -limit), limit) + 1.0f, slope = alpha;
     return __fdividef(gate, 1.0f + __expf(-gate * slope)) * up;
 }
 
@@ -125,7 +125,7 @@ DEVICE void finish_tile(const Arguments &a, const Item &item, int slot, const Co
                 float x_scale = ROW_SCALES ? room.row_scale[slot][begin + local] : 1.0f;
                 float first = sums[m][at] * (factor[m][0] * x_scale) + bias[m][0], second = sums[m][at + 2] * (factor[m][1] * x_scale) + bias[m][1];
                 if (item.phase == 1) {
-                    room.chunk[local][element_of_h(me, m)] = joined(a, first, second);
+                    room.chunk[local][element_of_h(me, m)] = joined(a.limit, a.alpha, first, second);
                 } else {
                     u16 *to = (u16 *)room.chunk[local] + row_in_tile(me, m);
                     u32 pair = bf16_pair(first, second);

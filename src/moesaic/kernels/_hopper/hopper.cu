@@ -1,5 +1,6 @@
 #include "experts.cuh"
 #include "prepare.cuh"
+#include "single.cuh"
 
 static_assert(sizeof(Room) <= ROOM_LIMIT, "fewer stages are needed: Variant.stages");
 

@@ -29,8 +29,9 @@ template <int N> DEVICE void multiply_word(float *sums, const u32 *a, const XPar
     for (int j = 0; j < N / 8; j++) multiply(sums + 4 * j, a, word_of(x.of[j], first), word_of(x.of[j], first + 1));
 }
 
-// Few products in a row would wait for one another: they take turns at two sums.
-#define TURNS (MOST <= 16 && STACK == 1 ? 2 : 1)
+// Few products in a row would wait for one another: they take turns at two sums, but where all heights of tiles must add up in
+// one order.
+#define TURNS (MOST <= 16 && STACK == 1 && !ONE_ORDER ? 2 : 1)
 
 template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, int stages) {
     constexpr int PARTS = BY_WORD ? 8 : 2;                        // of a stage: chunks of all lanes, or a half of a lane's own

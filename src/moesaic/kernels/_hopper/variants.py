@@ -42,7 +42,8 @@ class Tile:
 @dataclass(frozen=True)
 class Variant:
     """form, encoding: numbers as the sources have them.  codes: rows that come encoded hold E4M3 codes.  group: of INT4
-    scales.  aligned: rows of scales along K begin at multiples of `scale_bytes`.  See `defines`."""
+    scales.  aligned: rows of scales along K begin at multiples of `scale_bytes`.  one_order: all tiles of up to NARROW
+    rows add up in the same order.  See `defines`."""
 
     form: int
     encoding: int
@@ -53,6 +54,7 @@ class Variant:
     group: int = 128
     wide_scales: bool = False
     aligned: bool = True
+    one_order: bool = False
 
     @property
     def eight_bit(self) -> bool:
@@ -119,6 +121,7 @@ class Variant:
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,
             "WIDE_SCALES": int(self.wide_scales), "ALIGNED_SCALES": int(self.aligned),
+            "ONE_ORDER": int(self.one_order),
         }  # fmt: skip
 
 
