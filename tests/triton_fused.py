@@ -192,7 +192,7 @@ def check_gate(spec: RouterSpec, tokens: int, hidden: int, dtype: torch.dtype) -
     logits = wide_terms(x, w, logit_bias).sum(0)
     exact = x.double() @ w.double().T + logit_bias.double()
     if tokens:
-        assert worst(logits, exact) < LATE * 4
+        assert worst(logits, exact) < LATE
     live = (torch.arange(tokens, device=device()) % 3 != 1).long() * 7
     counts = torch.full((spec.experts,), 5, device=device())
     ids, weights = triton.gate(x, w, logit_bias, bias, spec, live, counts)

@@ -3,6 +3,10 @@
 The library's FP32 product of a few rows takes longer than all the rest of routing. Here an FP32 weight is two TF32
 numbers, upper and lower bits; rows that come in BF16 are TF32 numbers as they are, so two products are FP32's equal but
 for the last bits. FP32 rows take three (Triton's `tf32x3`). K is shared out over programs; whoever reads adds up.
+
+A tensor core cuts the low bits off a sum each time it adds to it, always towards zero: over thousands of terms that is
+many times the error of FP32's own additions, which round. So it adds up one step of K at a time, the products of the
+lower bits first, while the sum is small; steps are added to one another outside.
 Letters: M rows of x, N of w, P parts of K.
 """
 
@@ -25,17 +29,20 @@ MOST_PARTS = 16
 
 @triton.jit
 def wide_product(x, w, acc, EXACT: tl.constexpr, NARROW: tl.constexpr):
-    """acc + x w^T in FP32. EXACT: x holds numbers that TF32 holds; NARROW: both hold numbers that BF16 holds."""
+    """acc + x w^T in FP32. EXACT: x holds numbers that TF32 holds.
+
+    NARROW: both hold numbers that BF16 holds, and the result will be rounded to it.
+    """
     if WIDE:
         return tl.dot(x, tl.trans(w), acc)
     elif NARROW:
         return tl.dot(x.to(tl.bfloat16), tl.trans(w.to(tl.bfloat16)), acc)
     elif EXACT:
         upper = (w.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of mantissa
-        acc = tl.dot(x, tl.trans(upper), acc, input_precision="tf32")
-        return tl.dot(x, tl.trans(w - upper), acc, input_precision="tf32")
+        step = tl.dot(x, tl.trans(w - upper), input_precision="tf32")
+        return acc + tl.dot(x, tl.trans(upper), step, input_precision="tf32")
     else:
-        return tl.dot(x, tl.trans(w), acc, input_precision="tf32x3")
+        return tl.dot(x, tl.trans(w), acc, input_precision="tf32x3")  # which adds acc outside, too
 
 
 @triton.jit
