@@ -153,8 +153,6 @@ def test_rows_of_deep_gemm_in_other_batches(
 def test_humming(name: str, hum: None, record: Record) -> None:
     scheme = (PAIRED | OTHERS)[name]
     for tokens, how in ((0, ""), *CASES):
-        record.products.clear()
-        record.joined.clear()
         support.check_humming(scheme, tokens, SMALL, how, record)
 
 
@@ -162,8 +160,6 @@ def test_humming(name: str, hum: None, record: Record) -> None:
                                   "int4+fp8_token", "mxfp4+bf16"])  # fmt: skip
 def test_humming_at_other_shapes(name: str, hum: None, record: Record) -> None:
     for tokens, shape, activation in ((61, LARGE, None), (5, TINY, OAI), (1031, SMALL, OAI)):
-        record.products.clear()
-        record.joined.clear()
         given = {"activation": activation} if activation else {}
         support.check_humming(PAIRED[name], tokens, shape, "holes", record, **given)
 
@@ -216,8 +212,13 @@ GRAPHED = [("deep_gemm", SCHEMES["bf16"]), ("deep_gemm", SCHEMES["fp8"]),
 
 
 @pytest.mark.parametrize(("backend", "scheme"), GRAPHED, ids=str)
-def test_a_graph_follows_new_rows_routings_and_weights(backend: str, scheme: Scheme) -> None:
-    """Rows, ids and weights of the sum are written into what was captured; then the layer is loaded anew."""
+def test_a_graph_follows_new_rows_routings_and_weights(backend: str, scheme: Scheme, record: Record) -> None:
+    """Rows, ids and weights of the sum are written into what was captured; then the layer is loaded anew.
+
+    Its output is held against a fresh call's on a copy of the new weights, and that call's stages against FP64: from
+    end to end nothing can be asked of FP64, since where BF16 rounds the first product at all, NVFP4 scales and codes of
+    the rows between go a step apart, and 2% to 8% of such a row is another.
+    """
     module = {"deep_gemm": deep_gemm, "humming": humming}[backend]
     usable(module)
     w, _, ids, weights = support.layer(scheme, 40, SMALL)
@@ -235,11 +236,13 @@ def test_a_graph_follows_new_rows_routings_and_weights(backend: str, scheme: Sch
         humming.unpack(w)
     for each in (plain.w13, plain.w2):
         fill(each, 1.5)
-    fresh = reference.experts(triton.encode(x, scheme.activation), plain, ids, weights)
+    fresh = copy.deepcopy(plain)
     if backend == "humming":
         humming.pack(plain, w)
     graph.replay()
-    assert_rows_close(out, fresh.double(), 2**-5, "the new weights; two roundings and codes a step apart")
+    given = (triton.encode(x, scheme.activation), ids, weights)
+    same = support.fresh_call(module, fresh, given, record)
+    assert_rows_close(out, same.double(), 2**-6, "the new weights")
 
 
 @pytest.mark.parametrize("module", [deep_gemm, humming], ids=["deep_gemm", "humming"])

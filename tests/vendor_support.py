@@ -14,19 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.contracts.scheme import Encoding, Scheme
+from moesaic.contracts.scheme import Scheme
 from moesaic.contracts.spec import SILU, Activation
-from moesaic.formats import encodings
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import deep_gemm, humming, reference, triton
 from moesaic.kernels.ops import ExpertWeights
+from tests.code_checks import HALF, LIMIT, activated, check_codes
 from tests.compare import assert_rows_close
 from tests.triton_support import device, expert_weights, some_ids, static_scale
 
-LIMIT = 2**-7
-FLIPPED = 1e-3
-"""Of codes, how many may be a step away where the value before differs in its last bits."""
 _TRIED: dict[str, str | None] = {}
 
 
@@ -101,15 +98,6 @@ def products_of(values: Tensor, w: QuantTensor, ids: Tensor) -> Tensor:
     return reference.expert_products(values, w, ids, None)
 
 
-def check_codes(mine: Tensor, wide: Tensor, encoding: Encoding, what: str) -> None:
-    """Decoded rows against those of the reference; wide: what was encoded, in FP64."""
-    theirs = encodings.encode(wide.float().cpu(), encoding).decode().double()
-    assert_rows_close(mine, theirs, LIMIT, what)
-    off = (mine.cpu().double() - theirs).abs() > 1e-5 * theirs.abs()  # scales may differ in their last bit
-    flipped = off.double().mean().item()
-    assert encoding.name == "bf16" or flipped <= FLIPPED, f"{what}: {flipped:.2%} of codes differ"
-
-
 def scaled(y: Tensor, top: Tensor | None, row: Tensor | None, at: Tensor, tokens_of: Tensor) -> Tensor:
     """Results of a product with the scales that it did not know of. top: of its segments, [E, S]."""
     y = y.double()
@@ -127,15 +115,17 @@ def check_between(record: Record, w: ExpertWeights, y: Tensor, at: Tensor, extra
     extras: tensor-wide scales, scales of rows, the number of each row's token.
     """
     wide = scaled(y, extras[0], extras[1], at, extras[2])
+    size, roundings = wide.abs(), sum(each is not None for each in extras[:2])
     if w.biases:
-        wide = wide + w.biases[0].double()[at.long()]
-    wide = reference.activate(wide, w.activation)
+        bias, roundings = w.biases[0].double()[at.long()], roundings + 1
+        wide, size = wide + bias, size + bias.abs()
+    wide, off = activated(wide, roundings * HALF * size, w.activation)
     rows, scale = record.joined[0]
     if rows.dtype == torch.float32:  # encoded by another kernel, which is tested bit for bit
         assert_rows_close(rows[used], wide, 1e-5, "activation")
     else:
-        mine = decoded(rows[used], None if scale is None else scale[used])
-        check_codes(mine, wide, w.between, "activation and codes")
+        scale = None if scale is None else scale[used]
+        check_codes(rows[used], scale, wide, off, w.between, "activation and codes")
 
 
 def check_sum(out: Tensor, y: Tensor, routed: Tensor, ids: Tensor, weights: Tensor) -> None:
@@ -148,11 +138,7 @@ def check_sum(out: Tensor, y: Tensor, routed: Tensor, ids: Tensor, weights: Tens
 
 def check_deep_gemm(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int], how: str, record: Record,
                     activation: Activation = SILU) -> None:  # fmt: skip
-    from moesaic.kernels._triton.place import place
-
     w, rows, ids, weights = layer(scheme, tokens, shape, how, activation)
-    flat, top_k = ids.flatten(), shape[3]
-    routed = torch.where(flat >= 0)[0]
     for height in (0, *deep_gemm.HEIGHTS):
         record.products.clear()
         record.joined.clear()
@@ -160,18 +146,28 @@ def check_deep_gemm(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int
         if not tokens:
             assert out.shape == (0, shape[1])
             return
-        (first, y1), (second, y2) = record.products
-        at = place(ids, shape[0], first[4]).place_R[routed].long()
-        moved = (first[0], first[1]) if "scale" in rows.parts else (first[0],)
-        for mine, given in zip(moved, rows.parts.values(), strict=True):
-            assert torch.equal(mine[at].double(), given[routed // top_k].double()), "rows are moved as they are"
-        values = decoded(first[0][at], None if first[1] is None else first[1][at])
-        assert_rows_close(y1[at], products_of(values, w.w13, flat[routed]), LIMIT, "first product")
-        check_between(record, w, y1[at], flat[routed], (None, None, routed // top_k), at)
-        values = decoded(second[0][at], None if second[1] is None else second[1][at])
-        assert_rows_close(y2[at], products_of(values, w.w2, flat[routed]), LIMIT, "second product")
-        bias = w.biases[1].double()[flat[routed].long()] if w.biases else 0.0
-        check_sum(out, y2[at].double() + bias, routed, ids, weights)
+        stages_of_deep_gemm(record, w, (rows, ids, weights), out)
+
+
+def stages_of_deep_gemm(record: Record, w: ExpertWeights, given: tuple[Rows, Tensor, Tensor], out: Tensor) -> None:
+    """given: rows, ids, weights of the one call that was recorded."""
+    from moesaic.kernels._triton.place import place
+
+    rows, ids, weights = given
+    flat, top_k = ids.flatten(), ids.shape[1]
+    routed = torch.where(flat >= 0)[0]
+    (first, y1), (second, y2) = record.products
+    at = place(ids, w.w13.shape[0], first[4]).place_R[routed].long()
+    moved = (first[0], first[1]) if "scale" in rows.parts else (first[0],)
+    for mine, part in zip(moved, rows.parts.values(), strict=True):
+        assert torch.equal(mine[at].double(), part[routed // top_k].double()), "rows are moved as they are"
+    values = decoded(first[0][at], None if first[1] is None else first[1][at])
+    assert_rows_close(y1[at], products_of(values, w.w13, flat[routed]), LIMIT, "first product")
+    check_between(record, w, y1[at], flat[routed], (None, None, routed // top_k), at)
+    values = decoded(second[0][at], None if second[1] is None else second[1][at])
+    assert_rows_close(y2[at], products_of(values, w.w2, flat[routed]), LIMIT, "second product")
+    bias = w.biases[1].double()[flat[routed].long()] if w.biases else 0.0
+    check_sum(out, y2[at].double() + bias, routed, ids, weights)
 
 
 def check_slots(scheme: Scheme, shape: tuple[int, int, int, int], counts: list[int], record: Record) -> None:
@@ -189,21 +185,27 @@ def check_slots(scheme: Scheme, shape: tuple[int, int, int, int], counts: list[i
     for (x, scale), y, weight in ((first[:2], y1, w.w13), (second[:2], y2, w.w2)):
         values = decoded(x[used], None if scale is None else scale[used])
         assert_rows_close(y[used], products_of(values, weight, at), LIMIT, "product of slots")
-    wide = reference.activate(y1[used].double(), w.activation)
+    both = y1[used].double()
+    wide, off = activated(both, torch.zeros_like(both), w.activation)
     mine, scale = record.joined[0]
-    check_codes(decoded(mine[used], None if scale is None else scale[used]), wide, w.between, "activation of slots")
+    check_codes(mine[used], None if scale is None else scale[used], wide, off, w.between, "activation of slots")
     assert torch.equal(out[used], y2[used])
 
 
 def check_humming(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int], how: str, record: Record,
                   activation: Activation = SILU) -> None:  # fmt: skip
     w, rows, ids, weights = layer(scheme, tokens, shape, how, activation)
-    plain, there = plain_of(w), humming.pack(w)
-    out = humming.experts(rows, there, ids, weights)
-    if not tokens:
-        assert out.shape == (0, shape[1])
-        return
-    flat, top_k = ids.flatten(), shape[3]
+    if tokens:
+        fresh_call(humming, w, (rows, ids, weights), record)
+    else:
+        assert humming.experts(rows, humming.pack(w), ids, weights).shape == (0, shape[1])
+
+
+def stages_of_humming(record: Record, w: ExpertWeights, plain: ExpertWeights, given: tuple[Rows, Tensor, Tensor],
+                      out: Tensor) -> None:  # fmt: skip
+    """w, plain: the weights packed or not, and their `plain_of` from before. given: as above."""
+    rows, ids, weights = given
+    flat, top_k = ids.flatten(), ids.shape[1]
     routed = torch.where(flat >= 0)[0]
     at, owner = flat[routed], routed // top_k
     (first, y1), (second, y2) = record.products
@@ -215,6 +217,20 @@ def check_humming(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int],
     last = scaled(y2[routed], w.w2.parts.get("global_scale"), row_of(record, w), at, routed)
     bias = w.biases[1].double()[at.long()] if w.biases else 0.0
     check_sum(out, last + bias, routed, ids, weights)
+
+
+def fresh_call(module: ModuleType, w: ExpertWeights, given: tuple[Rows, Tensor, Tensor], record: Record) -> Tensor:
+    """The layer, every stage of it held against FP64. w: plain; packed by this where the backend packs."""
+    record.products.clear()
+    record.joined.clear()
+    if module is humming:
+        plain, there = plain_of(w), humming.pack(w)
+        out = humming.experts(given[0], there, *given[1:])
+        stages_of_humming(record, w, plain, given, out)
+    else:
+        out = deep_gemm.experts(given[0], w, *given[1:])
+        stages_of_deep_gemm(record, w, given, out)
+    return out
 
 
 def row_of(record: Record, w: ExpertWeights) -> Tensor | None:
