@@ -175,9 +175,9 @@ def check_together(layer: Layer, rows: Rows, y: Tensor, hidden: Tensor, at: Tens
 
 
 def check_single(layer: Layer) -> None:
-    """A token alone: activated rows against FP64; then their codes, as the twin makes them, through the second product."""
+    """A token alone: activated rows against FP64; then their codes, as the twin makes them, multiplied in FP64."""
     w, how, ids, v = layer.w, layer.scheme.activation, layer.ids, layer.variant
-    assert single.serves(v, w, *ids.shape, launch.processors(0))
+    assert single.serves(v, w, ids, launch.processors(0))
     rows, columns = layer.rows(), w.w2.columns
     out, wide = single.single(v, rows, w, ids, layer.weights)
     if how.by_row:

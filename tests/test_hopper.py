@@ -68,6 +68,10 @@ def check_code(name: str, tile: int, folder: Path) -> None:
     threads = (96 if TILES[tile].narrow else 128) + 256
     assert registers * threads * TILES[tile].blocks <= 65536
     assert stack <= 256, "registers spill"
+    if alone := re.search(r"Function single:\s*REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage", image, folder)):
+        registers, stack = map(int, alone.groups())
+        assert (registers * 512 <= 65536, stack) == (True, 0)
+    assert (alone is not None) == (tile == 8 and SCHEMES[name].weight.group in (0, 128))
     text = dump("-sass", image, folder)
     body = text[text.index("Function : experts") :]
     wanted = "HMMA" if TILES[tile].narrow else WIDE.get(name, "HGMMA")

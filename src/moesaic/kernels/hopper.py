@@ -120,7 +120,7 @@ def run(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA:
         given = Rows(x.encoding, {**x.parts, "exact": exact(x)}, x.dtype)
     static = None if plain is None else x.parts.get("scale")
     with torch.cuda.device(ids.device):
-        if single.serves(variant, w, *ids.shape, launch.processors(torch.cuda.current_device())):
+        if single.serves(variant, w, ids, launch.processors(torch.cuda.current_device())):
             return single.single(variant, given, w, ids, weights, static)[0]
         stored, routed = launch.prepare(variant, given, ids, w, static)
         _, y_RD, _ = launch.multiply(variant, stored, w, routed)

@@ -1,4 +1,4 @@
-"""A token alone: its experts in one launch (single.cuh). Letters: A experts per token, D hidden size, I expert width."""
+"""A token alone: its experts in one launch (single.cuh). A: experts per token, D: hidden size, I: expert width."""
 
 from __future__ import annotations
 
@@ -76,10 +76,13 @@ def room_of(variant: Variant, w: ExpertWeights, top_k: int, blocks: int) -> Room
     return Room(units, shared_tiles, ring, fixed + ring * stage)
 
 
-def serves(variant: Variant, w: ExpertWeights, tokens: int, top_k: int, blocks: int) -> bool:
-    """Whether a call is one for this kernel: it needs scales that can be copied as they lie, and room for all of h. It adds
-    up in an order of its own."""
-    if tokens != 1 or variant.tile != TILES[8] or variant.one_order or not variant.aligned or (variant.form == 5 and variant.group < 128):
+def serves(variant: Variant, w: ExpertWeights, ids_TA: Tensor, blocks: int) -> bool:
+    """Whether a call is one for this kernel, which adds up in an order of its own: it needs room for all of h, and scales
+    that can be copied as they lie."""
+    tokens, top_k = ids_TA.shape
+    if tokens != 1 or variant.tile != TILES[8] or variant.one_order or not variant.aligned:
+        return False
+    if variant.form == 5 and variant.group < 128:
         return False
     return room_of(variant, w, top_k, blocks).ring >= 2
 
@@ -106,10 +109,10 @@ def single(variant: Variant, x: Rows | Tensor, w: ExpertWeights, ids_1A: Tensor,
 
     x: a row that is encoded, or a plain one (static: the scale of a static encoding). ids INT32, weights FP32.
     """
-    rows = x if isinstance(x, Rows) else None
-    source = x if rows is None else rows.parts.get("exact", rows.data)
+    encoded = isinstance(x, Rows)
+    source = x.parts.get("exact", x.data) if isinstance(x, Rows) else x
     source = source if is_aligned(source) else source.contiguous()
-    scales = static if rows is None else scales_of(variant, rows)
+    scales = scales_of(variant, x) if isinstance(x, Rows) else static
     device = torch.cuda.current_device()
     blocks, top_k = processors(device), ids_1A.shape[1]
     room = room_of(variant, w, top_k, blocks)
@@ -125,7 +128,7 @@ def single(variant: Variant, x: Rows | Tensor, w: ExpertWeights, ids_1A: Tensor,
         weight_values(variant, w.w2, w.biases[1] if w.biases else None, 0), source.data_ptr(),
         None if scales is None else scales.data_ptr(), None if between is None else between.data_ptr(),
         ids_1A.data_ptr(), weights_1A.data_ptr(), wide.data_ptr(), out.data_ptr(),
-        scales.stride(1) if scales is not None and scales.dim() == 2 else 0, rows is not None, top_k, experts,
+        scales.stride(1) if scales is not None and scales.dim() == 2 else 0, encoded, top_k, experts,
         source.shape[1], x_width, w.w2.columns, h_width, hidden, room.units, room.ring,
         room.shared_tiles, next(_calls) % MEETINGS, w.activation.limit, w.activation.alpha if oai else 0.0,
     )  # fmt: skip
