@@ -20,21 +20,36 @@
 // The scale of a row needs the whole row (or all rows) first.
 #define BY_ROW (ENCODING == TENSOR_DYNAMIC || ENCODING == TOKEN || ENCODING == NV4_DYNAMIC)
 
-DEVICE float e2m1_rounded(float x) {  // to nearest, ties to the even code, saturating; NaN gives 0
-    float a = fabsf(x), r = 0.0f;
-    if (a > 0.25f) r = 0.5f;
-    if (a >= 0.75f) r = 1.0f;
-    if (a > 1.25f) r = 1.5f;
-    if (a >= 1.75f) r = 2.0f;
-    if (a > 2.5f) r = 3.0f;
-    if (a >= 3.5f) r = 4.0f;
-    if (a > 5.0f) r = 6.0f;
-    return copysignf(r, x);
+// To nearest, ties to the even code, saturating; NaN gives 0. Codes are 0.5 apart below 2, then 1, from 4 on 2: adding and
+// subtracting 2^22 times what such a step is of the first one leaves whole steps.
+DEVICE float e2m1_rounded(float x) {
+    float a = fminf(fabsf(x), 6.0f);
+    float steps = __int_as_float((max(__float_as_int(a), 0x3F800000) & 0x7F800000) + (22 << 23));
+    float r = __fsub_rn(__fadd_rn(a, steps), steps);
+    return x == x ? copysignf(r, x) : 0.0f;
 }
 
 DEVICE float scale_of_row(float amax) {
     if (ENCODING == NV4_DYNAMIC) return fmaxf(__fdiv_rn(amax, 448.0f * 6.0f), 1.17549435e-38f);
     return __fdiv_rn(amax, 448.0f);
+}
+
+// What 1 / d is rounded to, for d that is neither tiny nor huge: the compiler's own steps without its branch, behind which
+// nothing could be done at the same time.
+DEVICE float reciprocal(float d) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));
+    return __fmaf_rn(y, __fmaf_rn(-d, y, 1.0f), y);
+}
+
+DEVICE bool is_odd(float x) { return (((u32)__float_as_int(x) >> 23 & 255) - 67u) > 120u; }  // not within 2^-60 .. 2^60
+
+// x / d as IEEE rounds it, by steps like the compiler's. odd: becomes true where they may not serve.
+DEVICE float quotient(float x, float d, float inverse, bool &odd) {
+    odd |= is_odd(d) || (is_odd(x) && x != 0.0f);
+    float q = __fmul_rn(x, inverse);
+    q = __fmaf_rn(__fmaf_rn(-d, q, x), inverse, q);
+    return __fmaf_rn(__fmaf_rn(-d, q, x), inverse, q);
 }
 
 // x / d, rounded as IEEE has it (0 where d is 0), for many x. A rounded reciprocal and one correction give it (Markstein
@@ -44,7 +59,7 @@ struct Divisor {
     float by, inverse, lift;
     DEVICE_MEMBER void set(float d) {
         lift = d < 0x1p-90f ? 0x1p96f : d > 0x1p90f ? 0x1p-96f : 1.0f;
-        by = d * lift, inverse = d == 0.0f ? 0.0f : __frcp_rn(by);
+        by = d * lift, inverse = d == 0.0f ? 0.0f : reciprocal(by);
     }
     DEVICE_MEMBER float operator()(float x) const {
         x *= lift;
@@ -76,6 +91,7 @@ template <int R, int C> DEVICE void divide(float (&v)[R][C], const float (&by)[R
 // found here. Of ROWS8 they are rounded when they are stored.
 template <int R, int C> DEVICE void encode_elements(float (&v)[R][C], float (&scale)[R]) {
     float amax[R];
+    bool odd = false;
 #pragma unroll
     for (int r = 0; r < R; r++) {
         amax[r] = 0.0f;
@@ -85,7 +101,10 @@ template <int R, int C> DEVICE void encode_elements(float (&v)[R][C], float (&sc
     if (ENCODING == GROUP128) {
         largest_of<32>(amax);
 #pragma unroll
-        for (int r = 0; r < R; r++) scale[r] = __fdiv_rn(amax[r], 448.0f);
+        for (int r = 0; r < R; r++) scale[r] = quotient(amax[r], 448.0f, 1.0f / 448.0f, odd);
+        if (odd)
+#pragma unroll
+            for (int r = 0; r < R; r++) scale[r] = __fdiv_rn(amax[r], 448.0f);
     }
     if (ENCODING == MX8) {
         largest_of<32 / C>(amax);
@@ -105,8 +124,12 @@ template <int R, int C> DEVICE void encode_elements(float (&v)[R][C], float (&sc
         float block[R], by[R];
         largest_of<16 / C>(amax);
 #pragma unroll
+        for (int r = 0; r < R; r++) block[r] = quotient(quotient(amax[r], 6.0f, 1.0f / 6.0f, odd), scale[r], reciprocal(scale[r]), odd);
+        if (odd)
+#pragma unroll
+            for (int r = 0; r < R; r++) block[r] = __fdiv_rn(__fdiv_rn(amax[r], 6.0f), scale[r]);
+#pragma unroll
         for (int r = 0; r < R; r++) {
-            block[r] = __fdiv_rn(__fdiv_rn(amax[r], 6.0f), scale[r]);
             block[r] = e4m3_values(e4m3_pair(block[r], 0.0f)).x;
             by[r] = block[r] * scale[r];
         }

@@ -13,10 +13,31 @@ DEVICE int row_in_tile(const Consumer &me, int m) { return (8 * m + me.warp) * 1
 
 DEVICE int element_of_h(const Consumer &me, int m) { return (8 * m + me.warp) * 8 + lane_row(me.lane); }
 
+// gate -> the activated gate times up. alpha 0: SiLU.
 DEVICE float joined(float limit, float alpha, float gate, float up) {
     float slope = 1.0f;
     if (alpha != 0.0f) gate = fminf(gate, limit), up = fminf(fmaxf(up, -limit), limit) + 1.0f, slope = alpha;
     return __fdividef(gate, 1.0f + __expf(-gate * slope)) * up;
+}
+
+// The same for many, a step of all of them at a time.
+template <int R, int C> DEVICE void join_all(const Arguments &a, float (&gate)[R][C], float (&up)[R][C]) {
+    float below[R][C], slope = 1.0f;
+    if (a.alpha != 0.0f) {
+        slope = a.alpha;
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int i = 0; i < C; i++) gate[r][i] = fminf(gate[r][i], a.limit), up[r][i] = fminf(fmaxf(up[r][i], -a.limit), a.limit) + 1.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int i = 0; i < C; i++) below[r][i] = 1.0f + __expf(-gate[r][i] * slope);
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int i = 0; i < C; i++) gate[r][i] = __fdividef(gate[r][i], below[r][i]) * up[r][i];
 }
 
 // The rows of a chunk that a warp takes: one in eight.
@@ -103,6 +124,37 @@ DEVICE void emit_y(const Arguments &a, const Item &item, int begin, int slot, co
     }
 }
 
+// The first rows of the sums into shared memory, from row `begin` of the tile on: as h, or as y. Which of them is asked once,
+// and everything is computed before anything is stored: else each element would wait for the one before.
+template <bool FIRST>
+DEVICE void put_chunk(const Arguments &a, int begin, int slot, const Consumer &me, const float (&sums)[STACK][HALF], const float (&factor)[STACK][2], const float (&bias)[STACK][2]) {
+    constexpr int MINE = CHUNK / 4;
+    float x_scale[MINE], first[STACK][MINE], second[STACK][MINE];
+#pragma unroll
+    for (int i = 0; i < MINE; i++) x_scale[i] = ROW_SCALES ? room.row_scale[slot][begin + i / 2 * 8 + 2 * (me.lane % 4) + i % 2] : 1.0f;
+#pragma unroll
+    for (int m = 0; m < STACK; m++)
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int at = i / 2 * 4 + i % 2;
+            first[m][i] = sums[m][at] * (factor[m][0] * x_scale[i]) + bias[m][0], second[m][i] = sums[m][at + 2] * (factor[m][1] * x_scale[i]) + bias[m][1];
+        }
+    if (FIRST) join_all(a, first, second);
+#pragma unroll
+    for (int m = 0; m < STACK; m++)
+#pragma unroll
+        for (int i = 0; i < MINE; i++) {
+            int local = i / 2 * 8 + 2 * (me.lane % 4) + i % 2;
+            if (FIRST) {
+                room.chunk[local][element_of_h(me, m)] = first[m][i];
+            } else {
+                u16 *to = (u16 *)room.chunk[local] + row_in_tile(me, m);
+                u32 pair = bf16_pair(first[m][i], second[m][i]);
+                to[0] = (u16)pair, to[8] = (u16)(pair >> 16);
+            }
+        }
+}
+
 // A chunk of rows at a time goes through shared memory. The sums move up by a chunk, so that one piece of code serves all.
 DEVICE void finish_tile(const Arguments &a, const Item &item, int slot, const Consumer &me, float (&sums)[STACK][HALF]) {
     const Weight &weight = item.phase == 1 ? a.first : a.second;
@@ -117,21 +169,10 @@ DEVICE void finish_tile(const Arguments &a, const Item &item, int slot, const Co
 #pragma unroll 1
     for (int begin = 0; begin < item.count; begin += CHUNK) {
         group_sync<2, CONSUMERS>();  // the chunk before has been read
-#pragma unroll
-        for (int m = 0; m < STACK; m++)
-#pragma unroll
-            for (int i = 0; i < CHUNK / 4; i++) {
-                int local = i / 2 * 8 + 2 * (me.lane % 4) + i % 2, at = i / 2 * 4 + i % 2;
-                float x_scale = ROW_SCALES ? room.row_scale[slot][begin + local] : 1.0f;
-                float first = sums[m][at] * (factor[m][0] * x_scale) + bias[m][0], second = sums[m][at + 2] * (factor[m][1] * x_scale) + bias[m][1];
-                if (item.phase == 1) {
-                    room.chunk[local][element_of_h(me, m)] = joined(a.limit, a.alpha, first, second);
-                } else {
-                    u16 *to = (u16 *)room.chunk[local] + row_in_tile(me, m);
-                    u32 pair = bf16_pair(first, second);
-                    to[0] = (u16)pair, to[8] = (u16)(pair >> 16);
-                }
-            }
+        if (item.phase == 1)
+            put_chunk<true>(a, begin, slot, me, sums, factor, bias);
+        else
+            put_chunk<false>(a, begin, slot, me, sums, factor, bias);
 #pragma unroll
         for (int m = 0; m < STACK; m++)
 #pragma unroll

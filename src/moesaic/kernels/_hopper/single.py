@@ -77,8 +77,8 @@ def room_of(variant: Variant, w: ExpertWeights, top_k: int, blocks: int) -> Room
 
 
 def serves(variant: Variant, w: ExpertWeights, ids_TA: Tensor, blocks: int) -> bool:
-    """Whether a call is one for this kernel, which adds up in an order of its own: it needs room for all of h, and scales
-    that can be copied as they lie."""
+    """Whether a call is one for this kernel, which adds up in an order of its own: it needs room for all of h, and
+    scales that can be copied as they lie."""
     tokens, top_k = ids_TA.shape
     if tokens != 1 or variant.tile != TILES[8] or variant.one_order or not variant.aligned:
         return False
