@@ -18,6 +18,8 @@ from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels.ops import AttentionBatch, ExpertWeights, HeadNorms, KVView, Latent, Softmax
 
+ON_GPU = ("triton", "triton_invariant", "hopper")
+"""Backends whose encoded rows are Triton's (`_triton/encode.py`)."""
 FAKES: dict[str, Callable[..., Any]] = {}
 """Op -> its fake."""
 
@@ -36,7 +38,7 @@ def linear(backend: str, x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = Non
 def encode(backend: str, x_TD: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Rows:
     if encoding.name == "bf16":
         return Rows(encoding, {"data": x_TD}, x_TD.dtype)
-    if not backend.startswith("triton"):
+    if backend not in ON_GPU:
         return encodings.encode(x_TD, encoding, scale)
     from moesaic.kernels._triton.emit import parts_for
 

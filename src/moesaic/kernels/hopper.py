@@ -1,10 +1,11 @@
-"""Expert layers on Hopper in one kernel, written in CUDA C++ (`_hopper/`), for all pairs of formats that it multiplies.
+"""Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, and attention of sequences that decode.
 
-A call is three launches: rows are sorted by expert while they are encoded; both products, the activation and the
-encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read as they
-are stored.
+A call of `experts` is three launches: rows are sorted by expert while they are encoded; both products, the activation
+and the encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read as
+they are stored.
 E4M3 rows of many tokens meet the FP8 tensor cores; everything else is multiplied as the BF16 or FP16 numbers that codes
-stand for.
+stand for, for all pairs of formats that tensor cores multiply.
+Attention over heads is one launch; prompts, latents and sizes that it does not have are left to Triton.
 
 NVRTC, which comes with torch, compiles a kernel at its first use; it is kept in the cache folder (`MOESAIC_CACHE`).
 
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract, Limits, path_of
-from moesaic.contracts.scheme import Encoding, WeightFormat
+from moesaic.contracts.scheme import ENCODINGS as ROWS
+from moesaic.contracts.scheme import FORMATS as WEIGHTS
+from moesaic.contracts.scheme import KV_FORMATS, Encoding, WeightFormat
 from moesaic.errors import UnsupportedError
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Variant, tile_for, variant_of, with_tile
 from moesaic.kernels.exact import exact
-from moesaic.kernels.ops import ExpertWeights
+from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Softmax, Span
 
 CONTRACTS = (
     Contract(
@@ -31,6 +34,13 @@ CONTRACTS = (
         forms=frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128)),
         activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
         limits=Limits(hidden_multiple=64, width_multiple=64),
+    ),
+    *(
+        Contract(
+            op, "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
+            formats=frozenset(WEIGHTS), encodings=frozenset(ROWS), sinks=True, heads_only=True, arch=(90, 90),
+            package="triton", versions=">=3.6,<3.8", path=path_of(op), kv=frozenset(KV_FORMATS),
+        ) for op in ("attend_paged", "attend_encode")
     ),
 )  # fmt: skip
 MOST_EXPERTS = 512
@@ -47,13 +57,13 @@ def worth(rows: float, tile: int) -> bool:
 
 
 def probe() -> str | None:
-    """Multiplies rows of two experts. None where the result is right."""
+    """Multiplies rows of two experts, and attends to two positions. None where the results are right."""
     if not torch.cuda.is_available():
         return "finds no CUDA device"
     if torch.cuda.get_device_capability() != (9, 0):
         return "is for Hopper GPUs only"
     try:
-        return None if tried() else "computes wrong results on this machine"
+        return None if tried() and attended() else "computes wrong results on this machine"
     except UnsupportedError as error:
         return f"cannot be used: {error!s:.300}"
     except Exception as failure:  # whatever a compiler or driver raises, it is a reason, not a crash
@@ -77,6 +87,16 @@ def tried() -> bool:
     gate, up = torch.tensor([0.25, 1.0, 0.0, 1.0], device="cuda"), torch.tensor([0.5, 1.0, 0.0, 1.0], device="cuda")
     want = torch.nn.functional.silu(gate) * up * 64 * torch.tensor([0.5, 2.0, 0.0, 2.0], device="cuda")
     return bool(((y - want[:, None]).abs() <= 2**-7 * want[:, None]).all())
+
+
+def attended() -> bool:
+    """Two values, of equal keys, whose mean is 2.5."""
+    view, how = KVView(1, 64, 64, 64), Softmax(0.125)
+    pool = torch.ones(2, 128, dtype=torch.bfloat16, device="cuda")
+    pool[0, 64:], pool[1, 64:] = 1.0, 4.0
+    batch = AttentionBatch.of((Span(0, 1, 2),), 1, torch.tensor([[1, 0]], device="cuda"))
+    y = attend_paged(pool[:1, None, :64], pool, batch, view, how.scale)
+    return bool((y == 2.5).all())
 
 
 def encode_later(x_TD: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Rows:
@@ -125,3 +145,17 @@ def run(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA:
         stored, routed = launch.prepare(variant, given, ids, w, static)
         _, y_RD, _ = launch.multiply(variant, stored, w, routed)
         return launch.combine(variant, y_RD, ids, weights)
+
+
+def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,
+                 window: int | None = None, sinks_H: Tensor | None = None) -> Tensor:  # fmt: skip
+    from moesaic.kernels._hopper import attend
+
+    return attend.attend_paged(q_THK, pool_PW, batch, view, Softmax(scale, window, sinks_H))
+
+
+def attend_encode(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, how: Softmax,
+                  encoding: Encoding, scale: Tensor | None = None) -> Rows:  # fmt: skip
+    from moesaic.kernels._hopper import attend
+
+    return attend.attend_encode(q_THK, pool_PW, batch, view, how, encoding, scale)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTRACTS", "encode_later", "experts", "probe"]
 CONTRACTS: tuple[Contract, ...] = tuple(
-    replace(each, backend="hopper_invariant", batch_invariant=True, rank=57) for each in hopper.CONTRACTS
+    replace(each, backend="hopper_invariant", batch_invariant=True, rank=57)
+    for each in hopper.CONTRACTS
+    if each.op == "experts"
 )
 
 

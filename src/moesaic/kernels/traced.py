@@ -27,7 +27,7 @@ from moesaic.contracts.scheme import Encoding, WeightFormat
 from moesaic.contracts.spec import Activation, RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.fakes import FAKES
+from moesaic.kernels.fakes import FAKES, ON_GPU
 from moesaic.kernels.ops import (
     AttentionBatch,
     ExpertWeights,
@@ -159,9 +159,9 @@ def rows_of(backend: str, encoding: Encoding, parts: Sequence[Tensor], dtype: to
 
 
 def part_names(backend: str, encoding: Encoding) -> list[str]:
-    """Of rows in an encoding, as the backend leaves them. Triton's have one part more (`_triton/encode.py`)."""
+    """Of rows in an encoding, as the backend leaves them. On a GPU they have one part more (`_triton/encode.py`)."""
     names = PARTS.get(encoding.name, ["data", "scale"])
-    return [*names, "exact"] if backend.startswith("triton") and encoding.name in ("mxfp8", "nvfp4") else names
+    return [*names, "exact"] if backend in ON_GPU and encoding.name in ("mxfp8", "nvfp4") else names
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -27,7 +27,7 @@ OPTIONS = (f"--gpu-architecture={ARCH}", "--std=c++17")
 
 @cache
 def sources() -> dict[str, str]:
-    """The files of this folder by name; `hopper.cu` includes the others."""
+    """The files of this folder by name; a `.cu` is compiled, and includes the others."""
     folder = Path(__file__).parent
     files = (path for path in sorted(folder.iterdir()) if path.suffix in (".cuh", ".cu"))
     return {path.name: path.read_text(encoding="utf-8") for path in files}
@@ -62,15 +62,16 @@ def version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def machine_code(defines: Mapping[str, int], sizes: Iterable[int]) -> bytes:
+def machine_code(defines: Mapping[str, int], sizes: Iterable[int] = (), main: str = "hopper.cu") -> bytes:
     """The kernels for one set of compile-time constants. sizes: numbers of columns that products come in."""
-    headers = {**sources(), "wgmma.cuh": wgmma.header(sizes, bool(defines["ROWS8"]))}
+    headers = {**sources(), "wgmma.cuh": wgmma.header(sizes, bool(defines.get("ROWS8")))}
     options = (*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(defines.items())))
-    made_from = "\0".join((repr(version()), *options, *(f"{name}\n{text}" for name, text in sorted(headers.items()))))
+    texts = (f"{name}\n{text}" for name, text in sorted(headers.items()))
+    made_from = "\0".join((repr(version()), main, *options, *texts))
     path = cache_folder() / "hopper" / f"{hashlib.sha256(made_from.encode()).hexdigest()[:24]}.cubin"
     with suppress(OSError):
         return path.read_bytes()
-    code = compiled(headers, options)
+    code = compiled(headers, options, main)
     keep(path, code)
     return code
 
@@ -90,13 +91,13 @@ def keep(path: Path, code: bytes) -> None:
         print(f"moesaic: kernels cannot be kept in {path.parent}: {error}", file=sys.stderr)
 
 
-def compiled(headers: Mapping[str, str], options: tuple[str, ...]) -> bytes:
-    """Raises UnsupportedError with the compiler's own words."""
+def compiled(headers: Mapping[str, str], options: tuple[str, ...], main: str = "hopper.cu") -> bytes:
+    """`main`, which may include the other ones. Raises UnsupportedError with the compiler's own words."""
     library, program = nvrtc(), ctypes.c_void_p()
-    names = [name for name in headers if name != "hopper.cu"]
+    names = [name for name in headers if name != main]
     texts = (ctypes.c_char_p * len(names))(*(headers[name].encode() for name in names))
     includes = (ctypes.c_char_p * len(names))(*(name.encode() for name in names))
-    check(library.nvrtcCreateProgram(ctypes.byref(program), headers["hopper.cu"].encode(), b"hopper.cu", len(names),
+    check(library.nvrtcCreateProgram(ctypes.byref(program), headers[main].encode(), main.encode(), len(names),
                                      texts, includes))  # fmt: skip
     try:
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

@@ -14,7 +14,8 @@ import torch
 
 from moesaic.errors import UnsupportedError
 
-_SERIALIZATION, _SHARED_LIMIT = 6, 8  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, CU_FUNC_ATTRIBUTE_MAX_...
+_CLUSTER, _SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, ..._PROGRAMMATIC_STREAM_SERIALIZATION
+_SHARED_LIMIT, _LARGE_CLUSTERS = 8, 14  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, ..._NON_PORTABLE_CLUSTER_...
 _UINT8, _SWIZZLE_128B, _PROMOTE_256B = 0, 3, 3
 
 
@@ -64,13 +65,15 @@ class Module:
         call("cuModuleLoadData", ctypes.byref(self.handle), image)
         self.functions: dict[str, ctypes.c_void_p] = {}
 
-    def function(self, name: str, shared: int = 0) -> ctypes.c_void_p:
-        """shared: bytes of dynamic shared memory that it will be launched with."""
+    def function(self, name: str, shared: int = 0, large_clusters: bool = False) -> ctypes.c_void_p:
+        """shared: bytes of dynamic shared memory that it will be launched with. large_clusters: of up to 16 blocks."""
         if name not in self.functions:
             found = ctypes.c_void_p()
             call("cuModuleGetFunction", ctypes.byref(found), self.handle, name.encode())
             if shared:
                 call("cuFuncSetAttribute", found, _SHARED_LIMIT, shared)
+            if large_clusters:
+                call("cuFuncSetAttribute", found, _LARGE_CLUSTERS, 1)
             self.functions[name] = found
         return self.functions[name]
 
@@ -82,12 +85,17 @@ class Module:
         return value.value
 
 
-def launch(function: ctypes.c_void_p, grid: int, block: int, arguments: Sequence[Any], shared: int = 0) -> None:
-    """In one dimension; it may begin before the kernel in front of it has ended: the kernels wait themselves."""
-    early = _Attribute(id=_SERIALIZATION)
-    early.value[0] = 1
+def launch(function: ctypes.c_void_p, grid: int, block: int, arguments: Sequence[Any], shared: int = 0,
+           cluster: int = 1) -> None:  # fmt: skip
+    """In one dimension; it may begin before the kernel in front of it has ended: the kernels wait themselves.
+
+    cluster: neighbouring blocks that run together.
+    """
+    attributes = (_Attribute * 2)(_Attribute(id=_SERIALIZATION), _Attribute(id=_CLUSTER))
+    attributes[0].value[0] = 1
+    attributes[1].value[:3] = cluster, 1, 1
     stream = torch.cuda.current_stream().cuda_stream
-    config = _Config((grid, 1, 1), (block, 1, 1), shared, stream, ctypes.pointer(early), 1)
+    config = _Config((grid, 1, 1), (block, 1, 1), shared, stream, attributes, 2 if cluster > 1 else 1)
     pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
     call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
 
