@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py [--sweep]
 
-Blocks of 16 positions lie anywhere in the pool. floor of decoding = bytes of the contexts read once / read bandwidth;
-of prompts = products / BF16 peak. Prompts of latent attention take the plain path: keys and values are given.
+Of decoding, every backend that is for this GPU. Blocks of 16 positions lie anywhere in the pool. floor of decoding =
+bytes of the contexts read once / read bandwidth; of prompts = products / BF16 peak. Prompts of latent attention take
+the plain path: keys and values are given.
 --sweep: other tiles too, for whoever tunes them; nothing is written.
 """
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import gpu
-from moesaic.kernels import triton
+from moesaic.kernels import hopper, triton
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
 
 VIEWS = {
@@ -29,6 +30,7 @@ VIEWS = {
     "MLA absorbed 128 x 576": (KVView(1, 576, 0, 512), 128),
     "MLA absorbed 16 x 576": (KVView(1, 576, 0, 512), 16),
 }
+BACKENDS = {"triton": triton, "hopper": hopper}
 DECODES = ((1, 1024), (1, 16384), (16, 2048), (64, 1024), (64, 4096), (256, 1024))
 PROMPTS = ((1, 2048), (1, 8192), (2, 4096), (4, 1024))
 BLOCK = 16
@@ -54,17 +56,20 @@ def pools(view: KVView, slots: int, fp8: bool) -> list[torch.Tensor]:
     return [one.clone() for _ in range(min(32, -(-gpu.CACHE // one.nbytes)))]
 
 
-def measure(name: str, sequences: int, length: int, decode: bool, fp8: bool = False) -> dict[str, Any]:
+def measure(name: str, sequences: int, length: int, decode: bool, fp8: bool = False,
+            backend: str = "triton") -> dict[str, Any]:  # fmt: skip
     view, heads = VIEWS[name]
     count = 1 if decode else length
     batch = batch_of(sequences, length, count)
     each = pools(view, sequences * -(-length // BLOCK) * BLOCK, fp8)
     q = torch.randn(sequences * count, heads, view.key_dim, device="cuda").bfloat16()
     calls: list[Callable[[], object]] = [
-        lambda pool=pool: triton.attend_paged(q, pool, batch, view, 0.1) for pool in (each if decode else each[:1])
+        lambda pool=pool: BACKENDS[backend].attend_paged(q, pool, batch, view, 0.1)
+        for pool in (each if decode else each[:1])
     ]
     work = sequences * count * length * heads * (view.key_dim + view.value_dim) * (2 if decode else 1)
     floor = max(sequences * length * each[0].shape[1] * each[0].itemsize / gpu.READ, work / gpu.BF16) * 1e3
+    name = name if backend == "triton" else f"{name}, {backend}"
     return row(name, "decode" if decode else "prompt", sequences, length, gpu.time_calls(calls), floor, fp8)
 
 
@@ -112,9 +117,9 @@ def main() -> None:
     report = gpu.Report("attention", {"what": "attention"})
     print("| attention | phase | cache | sequences | length | ms | floor ms | floor / time |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, (sequences, length), decode, fp8 in cases():
-        about = {"what": name, "sequences": sequences, "length": length}
-        if row := report.measure("rows", about, partial(measure, name, sequences, length, decode, fp8)):
+    for name, (sequences, length), decode, fp8, backend in cases():
+        about = {"what": name, "sequences": sequences, "length": length, "backend": backend}
+        if row := report.measure("rows", about, partial(measure, name, sequences, length, decode, fp8, backend)):
             show(row)
     for length in (2048, 8192):
         if row := report.measure("rows", {"length": length}, partial(measure_plain, length)):
@@ -122,11 +127,14 @@ def main() -> None:
     report.end()
 
 
-def cases() -> Iterator[tuple[str, tuple[int, int], bool, bool]]:
-    """What, sequences and their length, whether decoding, whether the cache is FP8."""
+def cases() -> Iterator[tuple[str, tuple[int, int], bool, bool, str]]:
+    """What, sequences and their length, whether decoding, whether the cache is FP8, by which backend."""
+    here = [name for name in BACKENDS if name == "triton" or torch.cuda.get_device_capability() == (9, 0)]
     for name in VIEWS:
-        yield from ((name, sizes, True, fp8) for fp8 in (False, True) for sizes in DECODES)
-        yield from ((name, sizes, False, False) for sizes in PROMPTS if name.startswith("GQA"))
+        heads = name.startswith("GQA")
+        for backend in here if heads else here[:1]:
+            yield from ((name, sizes, True, fp8, backend) for fp8 in (False, True) for sizes in DECODES)
+        yield from ((name, sizes, False, False, "triton") for sizes in PROMPTS if heads)
 
 
 if __name__ == "__main__":
