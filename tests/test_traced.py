@@ -52,7 +52,8 @@ TRITON: tuple[Case, ...] = (
     ("latent", "mxfp8", "bf16", "triton"), ("latent, whole queries", "nvfp4", "fp8", "triton"),
     ("heads with norms", "fp8", "bf16", "triton_invariant"),
 )  # fmt: skip
-FUSED = {"heads with norms": {"gate", "store_heads"}, "latent": {"gate", "store_latent", "attend_latent"}}
+FUSED = {"heads with norms": {"gate", "store_heads", "experts_terms"},
+         "latent": {"gate", "store_latent", "attend_latent", "experts_terms"}}  # fmt: skip
 """Of a Triton plan; the steps must call them."""
 
 

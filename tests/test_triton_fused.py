@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from moesaic.contracts.scheme import SCHEMES, Encoding
 from moesaic.contracts.spec import RouterSpec
 from moesaic.kernels.ops import KVView
+from moesaic.kernels.registry import backends
 from tests import triton_fused as support
 from tests.test_kernels import ROUTERS
 
@@ -44,6 +45,18 @@ def where(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_add_norm_encode(encoding: Encoding) -> None:
     for tokens, size, terms, residual in ((0, 96, 0, True), (1, 96, 3, True), (5, 288, 0, False), (3, 160, 1, False)):
         support.check_add_norm_encode(encoding, tokens, size, terms, residual)
+
+
+@pytest.mark.parametrize("encoding", [PLAIN, *EMITTED], ids=str)
+def test_the_norm_of_experts(encoding: Encoding) -> None:
+    for tokens, size, top_k, onto in ((0, 96, 2, False), (1, 288, 8, False), (5, 96, 3, True), (4, 160, 1, False)):
+        support.check_norm_of_experts(encoding, tokens, size, top_k, onto)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "wna16"])
+def test_experts_terms(name: str) -> None:
+    for tokens in (0, 1, 5):
+        support.check_experts_terms(SCHEMES[name], tokens, (6, 128, 128, 3))
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp8", "nvfp4", "wna16"])
@@ -105,6 +118,25 @@ def test_add_norm_encode_on_gpu(encoding: Encoding) -> None:
     for tokens, size in ((1, 2048), (64, 7168), (300, 2880), (4096, 2048)):
         for terms, residual in ((0, True), (4, True), (3, False)):
             support.check_add_norm_encode(encoding, tokens, size, terms, residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoding", [PLAIN, *EMITTED], ids=str)
+def test_the_norm_of_experts_on_gpu(encoding: Encoding) -> None:
+    for tokens, size, top_k in ((1, 2048, 8), (64, 7168, 8), (300, 2880, 4), (17, 4096, 22)):
+        for onto in (False, True):
+            support.check_norm_of_experts(encoding, tokens, size, top_k, onto)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+@pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp8", "nvfp4", "wna16"])
+def test_experts_terms_on_gpu(name: str, backend: str) -> None:
+    module = backends()[backend]
+    if backend == "hopper" and (reason := module.probe()):
+        pytest.skip(reason)
+    for tokens in (0, 1, 64, 300):
+        support.check_experts_terms(SCHEMES[name], tokens, (32, 1024, 512, 6), module)
 
 
 @pytest.mark.gpu

@@ -39,6 +39,7 @@ from moesaic.models.build import spec_of
 from moesaic.models.decoder import Decoder
 from moesaic.models.dummy import fill_model
 from moesaic.models.hold import hold
+from moesaic.moe.layer import MoELayer
 from moesaic.planning.plan import plan
 from tests.compare import row_errors
 from tests.planning_support import CATALOGUE
@@ -130,9 +131,24 @@ def check(name: str, scheme: str, kv: str) -> None:
     wide = decoder(plain, torch.float64, "reference", Wishes())
     fused = {op for op in triton.FUSED if hasattr(model.kernels.ops, op)}
     assert {"gate", "add_norm_encode", "top_two", "store_heads", "store_latent"} <= fused
+    cells = [(block.mlp, cell) for block in model.blocks if isinstance(block.mlp, MoELayer) for cell in block.mlp.cells]
+    assert cells
+    assert all(layer.leaves(cell) == (cell.phase == "decode") for layer, cell in cells)
     alike(model, twin)
     alike(model, wide)
     for what, (mine, theirs, exact) in steps((model, twin, wide)):
         cost, error = row_errors(theirs, exact).max().item(), row_errors(mine, exact).max().item()
         print(f"{name}, {scheme}, {kv}, {what}: {error:.4f} ({cost:.4f})")
         assert error < 1.5 * cost + LIMIT, what
+
+
+def test_a_deterministic_layer_adds_up_for_itself() -> None:
+    """Its experts are the invariant ones, whose sum is their own; the norms are the same fused ones."""
+    spec = hold(spec_of(MODELS["heads with norms"]), SCHEMES["fp8"])
+    known = [each for each in CATALOGUE if each.backend in ("triton", "triton_invariant", "local", "gate")]
+    made = plan(spec, GPUS["h100"], known, Wishes(deterministic=True), "bfloat16")
+    assert isinstance(made, ModelPlan), made
+    model = Decoder(spec, Kernels(made), torch.empty(0, dtype=torch.bfloat16, device="meta"), 128, one_path=True)
+    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoELayer)]
+    assert layers
+    assert all(layer.sums and not layer.leaves(cell) for layer in layers for cell in layer.cells)

@@ -28,7 +28,7 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme
 from moesaic.contracts.spec import SILU, Activation, RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.ops import AttentionBatch, ExpertWeights, HeadNorms, KVView, Latent, Softmax, Span
+from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, HeadNorms, KVView, Latent, Softmax, Span
 
 PRODUCTS = r"(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)\S*?\.(e4m3|bf16|tf32|kind::\w+)\b"
 LIKE = torch.empty(0, dtype=torch.bfloat16, device="meta")
@@ -163,6 +163,10 @@ def fused(tokens: int, name: str) -> None:
     encoding, static, angle = scheme.activation, static_scale(scheme.activation), meta(tokens, 64, dtype=torch.float32)
     terms, hidden = meta(4, tokens, 2048, dtype=torch.float32), meta(tokens, 2048)
     _, rows, _ = add_norm_encode(terms, hidden, meta(2048), 1e-6, encoding, static)
+    results, ids = meta(tokens * 8, 2048), meta(tokens, 8, dtype=torch.int32)
+    for onto in (None, hidden):
+        of_experts = ExpertTerms(results, ids, meta(tokens, 8, dtype=torch.float32), onto)
+        add_norm_encode(of_experts, hidden, meta(2048), 1e-6, encoding, static)
     x = linear_terms(rows, weight(scheme, (4096, 512, 512), 2048))
     norms = HeadNorms(meta(128), meta(128), 1e-6, False, torch.bfloat16)
     q = store_heads(x, norms, (angle, angle), pool_of(GROUPED, False), meta(tokens, dtype=torch.int64), GROUPED)

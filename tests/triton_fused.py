@@ -11,8 +11,20 @@ from moesaic.contracts.scheme import Encoding, Scheme
 from moesaic.contracts.spec import KVParts, RouterSpec
 from moesaic.formats import kv
 from moesaic.kernels import reference, reference_fused, triton
-from moesaic.kernels.ops import AttentionBatch, HeadNorms, KVView, Latent, Softmax, Span
-from tests.triton_support import BF16, close, device, in_double, randn, same_codes, static_scale, weight, worst
+from moesaic.kernels.ops import AttentionBatch, ExpertTerms, HeadNorms, KVView, Latent, Softmax, Span
+from tests.triton_support import (
+    BF16,
+    close,
+    device,
+    expert_weights,
+    in_double,
+    randn,
+    same_codes,
+    some_ids,
+    static_scale,
+    weight,
+    worst,
+)  # fmt: skip
 
 LATE = 2**-20
 """Relative: an FP32 sum in another order."""
@@ -33,6 +45,51 @@ def check_add_norm_encode(encoding: Encoding, tokens: int, size: int, terms: int
         assert rows.data is y
     elif tokens:
         same_codes(rows, y, scale)
+
+
+def check_norm_of_experts(encoding: Encoding, tokens: int, size: int, top_k: int, onto: bool) -> None:
+    """The sum against FP64; and bit for bit what comes out where kernels of their own weight, add and norm. Rows of no
+    expert are NaN: nothing may look at them."""
+    from moesaic.kernels._triton.experts import combine
+
+    ids, weights = some_ids(tokens, 3 * top_k, top_k, "holes"), torch.rand(tokens, top_k, device=device())
+    y, r, w, scale = randn(tokens * top_k, size), randn(tokens, size), randn(size), static_scale(encoding)
+    y[ids.flatten() < 0] = float("nan")
+    terms = ExpertTerms(y, ids, weights, randn(tokens, size) if onto else None)
+    norm, rows, total = triton.add_norm_encode(terms, r, w, 1e-6, encoding, scale)
+    wide = ExpertTerms(y.double(), ids, weights, None if terms.onto_TD is None else terms.onto_TD.double())
+    assert worst(total, reference_fused.added_up(wide, torch.float64) + r.double()) <= 3 * 2**-9
+    summed = combine(y, ids, weights, y.new_empty(tokens, size))
+    if terms.onto_TD is not None:  # by a kernel: the interpreter rounds in a way of its own
+        summed = triton.add_norm_encode(terms.onto_TD, summed, w, 1e-6, encoding, scale)[2]
+    apart = triton.add_norm_encode(summed, r, w, 1e-6, encoding, scale)
+    assert torch.equal(total, apart[2])
+    assert torch.equal(norm, apart[0])
+    assert rows.parts.keys() == apart[1].parts.keys()
+    for name, part in rows.parts.items():
+        other = apart[1].parts[name]
+        assert torch.equal(part.view(torch.uint8), other.view(torch.uint8)) if part.dim() else part is other, name
+
+
+def check_experts_terms(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int], backend: Any = triton) -> None:
+    """Weighted and added up they are what `experts` returns, bit for bit. Where nothing is encoded on the way, each row
+    is also that of the twin."""
+    from moesaic.kernels._triton.experts import combine
+
+    experts, hidden, width, top_k = shape
+    w, ids = expert_weights(scheme, (experts, hidden, width)), some_ids(tokens, experts, top_k, "holes")
+    weights = torch.rand(tokens, top_k, device=device())
+    rows = triton.encode(randn(tokens, hidden), scheme.activation, static_scale(scheme.activation))
+    terms = backend.experts_terms(rows, w, ids, weights)
+    assert torch.equal(terms.ids_TA, ids)
+    assert torch.equal(terms.weights_TA, weights)
+    assert terms.y_RD.shape == (tokens * top_k, hidden)
+    summed = combine(terms.y_RD, ids, weights, rows.data.new_empty(tokens, hidden, dtype=BF16)) if tokens else None
+    if summed is not None:
+        assert torch.equal(summed, backend.experts(rows, w, ids, weights))
+    if scheme.activation.name == "bf16" and tokens:
+        twin, used = reference_fused.experts_terms(in_double(rows), w, ids, weights), ids.flatten() >= 0
+        close(terms.y_RD[used], twin.y_RD[used], scheme.name)
 
 
 def check_terms(scheme: Scheme, tokens: int, segments: tuple[int, ...], columns: int) -> None:

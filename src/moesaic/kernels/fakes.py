@@ -16,7 +16,7 @@ from moesaic.contracts.spec import Activation, RouterSpec
 from moesaic.formats import encodings
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.ops import AttentionBatch, ExpertWeights, HeadNorms, KVView, Latent, Softmax
+from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, HeadNorms, KVView, Latent, Softmax
 
 ON_GPU = ("triton", "triton_invariant", "hopper")
 """Backends whose encoded rows are Triton's (`_triton/encode.py`)."""
@@ -76,9 +76,11 @@ def add_rms_norm(backend: str, x_TD: Tensor, residual_TD: Tensor, w_D: Tensor, e
 
 
 @fake
-def add_norm_encode(backend: str, x: Tensor, residual_TD: Tensor | None, w_D: Tensor, eps: float, encoding: Encoding,
+def add_norm_encode(backend: str, x: Tensor | ExpertTerms, residual_TD: Tensor | None, w_D: Tensor, eps: float,
+                    encoding: Encoding,
                     scale: Tensor | None = None) -> tuple[Tensor, Rows, Tensor]:  # fmt: skip
-    y_TD, total_TD = (w_D.new_empty(x.shape[-2:]) for _ in range(2))
+    tokens = len(x.ids_TA) if isinstance(x, ExpertTerms) else x.shape[-2]
+    y_TD, total_TD = (w_D.new_empty(tokens, w_D.shape[0]) for _ in range(2))
     return y_TD, encode(backend, y_TD, encoding, scale), total_TD
 
 
@@ -113,6 +115,12 @@ def top_two(backend: str, scores_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @fake
 def experts(backend: str, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
     return x.data.new_empty(ids_TA.shape[0], w.w2.shape[-2], dtype=x.dtype)
+
+
+@fake
+def experts_terms(backend: str, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> ExpertTerms:
+    y_RD = x.data.new_empty(ids_TA.shape[0] * ids_TA.shape[1], w.w2.shape[-2], dtype=x.dtype)
+    return ExpertTerms(y_RD, ids_TA, weights_TA)
 
 
 @fake

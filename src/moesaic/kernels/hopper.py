@@ -14,6 +14,8 @@ Letters: T tokens, A experts per token, R = T A routed rows, D hidden size.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from moesaic.errors import UnsupportedError
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Variant, tile_for, variant_of, with_tile
 from moesaic.kernels.exact import exact
-from moesaic.kernels.ops import AttentionBatch, ExpertWeights, KVView, Softmax, Span
+from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, KVView, Softmax, Span
 
 CONTRACTS = (
     Contract(
@@ -117,34 +119,60 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, tile:
 
     Raises UnsupportedError for more than MOST_EXPERTS experts on a rank.
     """
+    variant, terms = multiplied(chosen(x, w, ids_TA, tile), x, w, ids_TA, weights_TA)
+    return summed(variant, terms)
+
+
+def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, tile: int = 0) -> ExpertTerms:
+    """As `experts`, but that the launch which sums a token's results is its reader's."""
+    return multiplied(chosen(x, w, ids_TA, tile), x, w, ids_TA, weights_TA)[1]
+
+
+def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int) -> Variant:
     variant = variant_of(w.w13.form, x.encoding, TILES[tile or 8])
-    if not tile:
-        variant = with_tile(variant, tile_for(variant, ids_TA.numel(), w.w13.shape[0]))
-    return run(variant, x, w, ids_TA, weights_TA)
+    return variant if tile else with_tile(variant, tile_for(variant, ids_TA.numel(), w.w13.shape[0]))
 
 
-def run(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-    """`experts`, by a certain variant."""
+def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,
+               weights_TA: Tensor) -> tuple[Variant, ExpertTerms]:  # fmt: skip
+    """What is to be weighted, and what computed it. A token alone is one term, summed already."""
     from moesaic.kernels._hopper import launch, single
 
     count = w.w13.shape[0]
     if count > MOST_EXPERTS:
         raise UnsupportedError(f"{count} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
                                remedy="Use more ranks, or --experts triton.")  # fmt: skip
-    ids, plain = ids_TA.to(torch.int32).contiguous(), x.parts.get("plain")
+    ids, weights, plain = ids_TA.to(torch.int32).contiguous(), weights_TA.float().contiguous(), x.parts.get("plain")
     if not ids.numel():
-        return ids.new_empty(len(ids), w.w2.shape[-2], dtype=x.dtype)
-    variant, weights = launch.fitted(variant, w), weights_TA.float().contiguous()
+        return variant, ExpertTerms(ids.new_empty(0, w.w2.shape[-2], dtype=x.dtype), ids, weights)
+    variant, static = launch.fitted(variant, w), None if plain is None else x.parts.get("scale")
     given: Rows | Tensor = x if plain is None else plain
     if plain is None and x.encoding.name in ("mxfp8", "nvfp4"):
         given = Rows(x.encoding, {**x.parts, "exact": exact(x)}, x.dtype)
-    static = None if plain is None else x.parts.get("scale")
     with torch.cuda.device(ids.device):
         if single.serves(variant, w, ids, launch.processors(torch.cuda.current_device())):
-            return single.single(variant, given, w, ids, weights, static)[0]
+            return variant, ExpertTerms(single.single(variant, given, w, ids, weights, static)[0], *alone(ids.device))
         stored, routed = launch.prepare(variant, given, ids, w, static)
         _, y_RD, _ = launch.multiply(variant, stored, w, routed)
-        return launch.combine(variant, y_RD, ids, weights)
+    return variant, ExpertTerms(y_RD, ids, weights)
+
+
+def summed(variant: Variant, terms: ExpertTerms) -> Tensor:
+    from moesaic.kernels._hopper import launch
+
+    tokens, top_k = terms.ids_TA.shape
+    if not tokens or not top_k:
+        return terms.y_RD.new_empty(tokens, terms.y_RD.shape[1])
+    if terms.ids_TA is alone(terms.ids_TA.device)[0]:
+        return terms.y_RD
+    with torch.cuda.device(terms.ids_TA.device):
+        return launch.combine(variant, terms.y_RD, terms.ids_TA, terms.weights_TA)
+
+
+@cache
+def alone(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and weights of one term that counts once."""
+    return torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, 1, device=device)
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,

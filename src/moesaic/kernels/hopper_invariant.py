@@ -33,4 +33,4 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Te
     mean = ids_TA.numel() / w.w13.shape[0]
     tile = next((height for height in (8, 16) if height >= mean + 4 * mean**0.5), NARROW)
     variant = replace(variant_of(w.w13.form, x.encoding, TILES[tile]), one_order=True)
-    return hopper.run(variant, x, w, ids_TA, weights_TA)
+    return hopper.summed(*hopper.multiplied(variant, x, w, ids_TA, weights_TA))

@@ -26,7 +26,7 @@ OP_NAMES = ("linear", "encode", "linear_quant", "rms_norm", "add_rms_norm", "rot
 FUSED = ("mlp", "gate", "store_latent", "attend_latent", "top_two", "linear_terms", "add_norm_encode", "store_heads",
          "attend_encode")  # fmt: skip
 """Optional ops, each equal to several of the others. A layer calls one where the plan found a backend that has it, and
-composes it otherwise."""
+composes it otherwise. `experts_terms` is part of `experts`: a backend of those has it too, or it has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +213,20 @@ class ExpertWeights:
     packing: str = "plain"
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertTerms:
+    """What `experts` leaves for its reader to add up: sum over a of weights[t, a] y[t A + a] where ids[t, a] >= 0, in
+    FP32 in the order of a, rounded to y's dtype; then, rounded once more, `onto`, where something is added to it.
+
+    y [T A, D]: an expert's result each; of ids -1 undefined.  ids INT32, weights FP32 [T, A], contiguous.
+    """
+
+    y_RD: Tensor
+    ids_TA: Tensor
+    weights_TA: Tensor
+    onto_TD: Tensor | None = None
+
+
 class Ops(Protocol):
     """The callable vocabulary. All inputs are read-only unless said; outputs are fresh tensors."""
 
@@ -306,9 +320,15 @@ class Ops(Protocol):
         """`linear_quant` left for its reader to add up, in order: FP32 terms, or a single one in x.dtype. [P, T, N]."""
         ...
 
-    def add_norm_encode(self, x: Tensor, residual_TD: Tensor | None, w_D: Tensor, eps: float, encoding: Encoding,
+    def experts_terms(self, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> ExpertTerms:
+        """`experts` left for its reader to weight and add up."""
+        ...
+
+    def add_norm_encode(self, x: Tensor | ExpertTerms, residual_TD: Tensor | None, w_D: Tensor, eps: float,
+                        encoding: Encoding,
                         scale: Tensor | None = None) -> tuple[Tensor, Rows, Tensor]:  # fmt: skip
-        """(norm, its rows encoded, sum) of x [T, D], or of terms [P, T, D], plus the residual, where there is one.
+        """(norm, its rows encoded, sum) of x [T, D], of terms [P, T, D], or of those of experts, plus the residual,
+        where there is one.
 
         The sum is rounded to w's dtype before the norm, the norm before it is encoded. Not for an encoding whose scale
         spans all rows.

@@ -113,15 +113,18 @@ def keep_best_groups(choice_TE: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-    x_TD = row_values(x)
     rows_R, places_R = torch.where(ids_TA >= 0)
-    ids_R = ids_TA[rows_R, places_R]
-    gate_up_RJ = expert_products(x_TD[rows_R], w.w13, ids_R, w.biases[0] if w.biases else None)
+    y_RD = expert_rows(x, w, rows_R, ids_TA[rows_R, places_R])
+    weighted_RD = y_RD * weights_TA[rows_R, places_R, None].to(y_RD.dtype)
+    return y_RD.new_zeros(len(ids_TA), y_RD.shape[1]).index_add_(0, rows_R, weighted_RD).to(x.dtype)
+
+
+def expert_rows(x: Rows, w: ExpertWeights, rows_R: Tensor, ids_R: Tensor) -> Tensor:
+    """What expert ids[r] makes of row rows[r] of x, not yet rounded. -> [R, D]."""
+    gate_up_RJ = expert_products(row_values(x)[rows_R], w.w13, ids_R, w.biases[0] if w.biases else None)
     # Encoded all at once: a dynamic scale that spans the tensor spans every routed row.
     hidden = encode(activate(gate_up_RJ, w.activation), w.between, w.between_scale)
-    y_RD = expert_products(row_values(hidden), w.w2, ids_R, w.biases[1] if w.biases else None)
-    weighted_RD = y_RD * weights_TA[rows_R, places_R, None].to(y_RD.dtype)
-    return torch.zeros_like(x_TD).index_add_(0, rows_R, weighted_RD).to(x.dtype)
+    return expert_products(row_values(hidden), w.w2, ids_R, w.biases[1] if w.biases else None)
 
 
 def expert_products(x_RK: Tensor, w_ENK: QuantTensor, ids_R: Tensor, bias_EN: Tensor | None) -> Tensor:

@@ -10,12 +10,13 @@ from moesaic.contracts.spec import Activation, KVParts, RouterSpec
 from moesaic.formats import kv
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.ops import AttentionBatch, HeadNorms, KVView, Latent, Softmax
+from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, HeadNorms, KVView, Latent, Softmax
 from moesaic.kernels.reference import (
     activate,
     add_rms_norm,
     attend_paged,
     encode,
+    expert_rows,
     linear,
     linear_quant,
     rms_norm,
@@ -57,7 +58,15 @@ def linear_terms(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tenso
     return linear_quant(x, w, bias_N)[None]
 
 
-def add_norm_encode(x: Tensor, residual_TD: Tensor | None, w_D: Tensor, eps: float, encoding: Encoding,
+def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> ExpertTerms:
+    rows_R, places_R = torch.where(ids_TA >= 0)
+    found_RD = expert_rows(x, w, rows_R, ids_TA[rows_R, places_R])
+    y_RD = found_RD.new_zeros(ids_TA.numel(), found_RD.shape[1], dtype=x.dtype)
+    y_RD[rows_R * ids_TA.shape[1] + places_R] = found_RD.to(x.dtype)
+    return ExpertTerms(y_RD, ids_TA, weights_TA)
+
+
+def add_norm_encode(x: Tensor | ExpertTerms, residual_TD: Tensor | None, w_D: Tensor, eps: float, encoding: Encoding,
                     scale: Tensor | None = None) -> tuple[Tensor, Rows, Tensor]:  # fmt: skip
     x_TD = added_up(x, w_D.dtype)
     y_TD, total_TD = (rms_norm(x_TD, w_D, eps), x_TD) if residual_TD is None else add_rms_norm(
@@ -65,8 +74,13 @@ def add_norm_encode(x: Tensor, residual_TD: Tensor | None, w_D: Tensor, eps: flo
     return y_TD, encode(y_TD, encoding, scale), total_TD
 
 
-def added_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Terms [P, T, D] -> their sum; rows stay what they are."""
+def added_up(x: Tensor | ExpertTerms, dtype: torch.dtype) -> Tensor:
+    """Terms [P, T, D] or of experts -> their sum; rows stay what they are."""
+    if isinstance(x, ExpertTerms):
+        y_TAD = wide(x.y_RD).unflatten(0, x.ids_TA.shape)
+        y_TAD = torch.where(x.ids_TA[..., None] >= 0, y_TAD, 0.0) * x.weights_TA[..., None].to(y_TAD.dtype)
+        y_TD = y_TAD.sum(1).to(dtype)
+        return y_TD if x.onto_TD is None else y_TD + x.onto_TD
     return wide(x).sum(0).to(dtype) if x.dim() == 3 else x
 
 

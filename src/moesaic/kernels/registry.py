@@ -145,7 +145,7 @@ class Kernels:
                 names["gate"] = gate
             key = (*names.items(), cell.parameters)
             if key not in self._bound:
-                self._bound[key] = self.bind(names, {"experts": cell.parameters})
+                self._bound[key] = self.bind(names, dict.fromkeys(("experts", "experts_terms"), cell.parameters))
             packer = backends()[names["experts"]] if cell.packed.packing != "plain" else None
             bound.append(BoundCell(cell.phase, cell.tokens, cell.path, self._bound[key], packer))
         return tuple(bound)
@@ -168,5 +168,9 @@ def bind(chosen: Mapping[str, str], parameters: Mapping[str, Parameters] = NONE)
 
 
 def own(chosen: Mapping[str, str]) -> dict[str, str]:
-    """op -> backend, without the fused ops that take the place of an op for which another backend was chosen."""
-    return {op: name for op, name in chosen.items() if chosen.get(IN_PLACE_OF.get(op, op)) == name}
+    """op -> backend, without the fused ops that take the place of an op for which another backend was chosen; with
+    `experts_terms`, which is of the contract for experts, where their backend has it."""
+    kept = {op: name for op, name in chosen.items() if chosen.get(IN_PLACE_OF.get(op, op)) == name}
+    if "experts" in kept and hasattr(backends()[kept["experts"]], "experts_terms"):
+        kept["experts_terms"] = kept["experts"]
+    return kept

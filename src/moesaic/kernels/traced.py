@@ -30,6 +30,7 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels.fakes import FAKES, ON_GPU
 from moesaic.kernels.ops import (
     AttentionBatch,
+    ExpertTerms,
     ExpertWeights,
     HeadNorms,
     KVView,
@@ -42,7 +43,7 @@ from moesaic.kernels.registry import NONE, Kernels, backends, own
 
 PLAIN = (Encoding, WeightFormat, Activation, RouterSpec, KVView)
 """Values without tensors: taken apart into their fields."""
-HELD = (QuantTensor, Rows, ExpertWeights, HeadNorms, Latent, Softmax)
+HELD = (QuantTensor, Rows, ExpertWeights, ExpertTerms, HeadNorms, Latent, Softmax)
 """Values with tensors in some of their fields."""
 KINDS = {kind.__name__: kind for kind in (*PLAIN, *HELD, AttentionBatch)}
 CHANGED = {"store_heads": (3,), "store_latent": (3,), "gate": (6,)}
@@ -149,6 +150,8 @@ def together(backend: str, op: str, args: tuple[Any, ...], out: Sequence[Tensor]
         return rows_of(backend, encoding, out, args[0].dtype)
     if op == "add_norm_encode":
         return out[0], rows_of(backend, args[4], out[2:], args[2].dtype), out[1]
+    if op == "experts_terms":
+        return ExpertTerms(out[0], args[2].contiguous(), args[3].contiguous())
     if op == "store_latent":
         return None
     return out[0] if len(out) == 1 or op == "store_heads" else tuple(out)
@@ -170,6 +173,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, Rows):
         yield from value.parts.values()
+    elif isinstance(value, ExpertTerms):  # the others are arguments
+        yield value.y_RD
     elif isinstance(value, tuple):
         for each in sorted(value, key=lambda each: isinstance(each, Rows)):
             yield from tensors_in(each)

@@ -18,6 +18,8 @@ from moesaic.kernels.ops import OP_NAMES
 FUSED = ("gate", "store_latent", "attend_latent", "top_two", "linear_terms", "add_norm_encode", "store_heads",
          "attend_encode")  # fmt: skip
 OPS = OP_NAMES + FUSED
+PARTS = ("experts_terms",)
+"""Of an op, under its contract: see `registry.own`."""
 ROW_WISE = ("rms_norm", "add_rms_norm", "rotate", "activate", "route", "top_two", "add_norm_encode", "store_heads",
             "store_latent")  # fmt: skip
 """Computed by one program per row, in either float type; the others choose tiles by the number of rows."""
@@ -56,7 +58,7 @@ def probe() -> str | None:
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    if name not in OPS:
+    if name not in OPS + PARTS:
         raise AttributeError(name)
     found: Callable[..., Any] = getattr(import_module(f"moesaic.kernels._triton.{name}"), name)
     return found

@@ -19,7 +19,7 @@ from moesaic.contracts.scheme import UNQUANTIZED, Encoding, Scheme
 from moesaic.contracts.spec import LinearSpec, MoESpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels.ops import Ops
+from moesaic.kernels.ops import ExpertTerms, Ops
 from moesaic.kernels.registry import Kernels
 
 PLAIN = Encoding("bf16")
@@ -190,10 +190,12 @@ class Norm:
             return self(x_TD), x_TD
         return self.ops.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
 
-    def encoded(self, x: Tensor, residual_TD: Tensor | None, takes: Taken | None) -> tuple[Tensor, Rows | None, Tensor]:
+    def encoded(self, x: Tensor | ExpertTerms, residual_TD: Tensor | None,
+                takes: Taken | None) -> tuple[Tensor, Rows | None, Tensor]:  # fmt: skip
         """(norm of the sum, the same encoded if a fused op did it, the sum). x: rows, or, where this norm is fused,
-        terms [P, T, D]; takes: what the norm's reader takes."""
+        terms [P, T, D] or of experts; takes: what the norm's reader takes."""
         if not self.fused:
+            assert isinstance(x, Tensor), "terms come only where norms add them up"
             h_TD, residual_TD = self.after_add(x, residual_TD)
             return h_TD, None, residual_TD
         encoding, scale = takes if takes and takes[0].by_row else (PLAIN, None)

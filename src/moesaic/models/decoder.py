@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moesaic.contracts.spec import DraftSpec, LayerSpec, MLASpec, ModelSpec, MoESpec
+from moesaic.kernels.ops import ExpertTerms
 from moesaic.kernels.registry import Kernels
 from moesaic.layers.attention import GQA
 from moesaic.layers.kv_pool import KVPool
@@ -53,9 +54,11 @@ class Block:
             else MLP(spec.mlp, kernels, like)
         )
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor | None, at: LayerInput) -> tuple[Tensor, Tensor]:
-        """(output not yet added, residual). x may be terms of rows, where norms add them up."""
-        h_TD, rows, residual_TD = self.input_norm.encoded(x_TD, residual_TD, self.attention.takes)
+    def __call__(
+        self, x: Tensor | ExpertTerms, residual_TD: Tensor | None, at: LayerInput
+    ) -> tuple[Tensor | ExpertTerms, Tensor]:
+        """(output not yet added, residual). x may be terms of rows, where norms add them up, and so may the output."""
+        h_TD, rows, residual_TD = self.input_norm.encoded(x, residual_TD, self.attention.takes)
         y_TD = self.attention(h_TD, at, rows)
         h_TD, rows, residual_TD = self.post_norm.encoded(y_TD, residual_TD, self.mlp.takes)
         if isinstance(self.mlp, MoELayer):
@@ -108,10 +111,11 @@ class Decoder:
 
     def trunk(self, x_TD: Tensor, at: LayerInput) -> Tensor:
         """The same from embedded tokens on."""
+        x: Tensor | ExpertTerms = x_TD
         residual_TD = None
         for block in self.blocks:
-            x_TD, residual_TD = block(x_TD, residual_TD, at)
-        return self.final_norm.encoded(x_TD, residual_TD, None)[0]
+            x, residual_TD = block(x, residual_TD, at)
+        return self.final_norm.encoded(x, residual_TD, None)[0]
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """FP32 logits [R, V] of normalised hidden states."""

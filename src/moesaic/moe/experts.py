@@ -11,7 +11,8 @@ from torch import Tensor
 from moesaic.contracts.scheme import Scheme
 from moesaic.contracts.spec import MoESpec
 from moesaic.formats.base import QuantTensor
-from moesaic.kernels.ops import ExpertWeights, Ops
+from moesaic.formats.encodings import Rows
+from moesaic.kernels.ops import ExpertTerms, ExpertWeights, Ops
 from moesaic.layers.linear import Sources, Stored, Taken, Together, suits
 from moesaic.moe.values import Dispatched
 
@@ -62,12 +63,20 @@ class Experts:
         return (self.scheme.activation, self.input_scale) if self.scheme.quantized else None
 
     def __call__(self, sent: Dispatched, ops: Ops) -> Tensor:
+        return ops.experts(self.rows(sent, ops), self.weights, sent.ids_TA, sent.weights_TA)
+
+    def terms(self, sent: Dispatched, ops: Ops) -> ExpertTerms:
+        """The same for the reader to weight and reduce; for ops that have it."""
+        return ops.experts_terms(self.rows(sent, ops), self.weights, sent.ids_TA, sent.weights_TA)
+
+    def rows(self, sent: Dispatched, ops: Ops) -> Rows:
+        """What came, encoded as the products take it; the weights are in order from here on."""
         if self.packer and self.weights.packing == "plain":
             self.settle()
         rows = sent.rows
         if rows is None or not suits(rows, self.takes):
             rows = ops.encode(sent.x_TD, self.scheme.activation, self.input_scale)
-        return ops.experts(rows, self.weights, sent.ids_TA, sent.weights_TA)
+        return rows
 
     def sources(self) -> Sources:
         spec, (w13, w2) = self.spec, (self.plain.w13, self.plain.w2)

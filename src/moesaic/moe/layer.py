@@ -12,6 +12,7 @@ from moesaic.contracts.plan import HELD, RUNS, MixturePath, Phase
 from moesaic.contracts.spec import MLPSpec, MoESpec
 from moesaic.errors import UnsupportedError
 from moesaic.formats.encodings import Rows
+from moesaic.kernels.ops import ExpertTerms
 from moesaic.kernels.registry import BoundCell, Kernels
 from moesaic.layers.linear import Linear, Sources, Taken
 from moesaic.moe.balance import LoadMeter
@@ -62,6 +63,7 @@ class MoELayer:
         self.route = Router(spec.router, spec.gate.inputs, getattr(torch, of.router_dtype), like)
         self.experts = Experts(spec, of.experts, like, self.cells[0].packer)
         self.shared = MLP(spec.shared, kernels, like) if spec.shared else None
+        self.sums = hasattr(kernels.ops, "add_norm_encode")
 
     @property
     def takes(self) -> Taken | None:
@@ -69,15 +71,25 @@ class MoELayer:
 
     def __call__(
         self, x_TD: Tensor, phase: Phase, live_T: Tensor | None = None, rows: Rows | None = None
-    ) -> Tensor:
-        """live_T: 0 for rows that are padding.  rows: x encoded."""
+    ) -> Tensor | ExpertTerms:
+        """[T, D], or terms of that where norms add them up. live_T: 0 for rows that are padding.  rows: x encoded."""
         cell = self.cell(phase, len(x_TD))
         dispatcher = self.dispatchers[cell.path.stage("dispatch").kernel]
         routing = self.route(x_TD, cell.ops, live_T, self.meter.counters(self.place))
         sent = dispatcher.dispatch(x_TD, routing, rows)
+        if self.leaves(cell):
+            terms = self.experts.terms(sent, cell.ops)
+            onto_TD = None if self.shared is None else self.shared(x_TD, rows=rows)
+            return ExpertTerms(terms.y_RD, terms.ids_TA, terms.weights_TA, onto_TD)
         y = self.experts(sent, cell.ops)
         y_TD = dispatcher.combine(y, sent)
         return y_TD if self.shared is None else self.shared(x_TD, y_TD, rows)
+
+    def leaves(self, cell: BoundCell) -> bool:
+        """Whether the sum over a token's experts is left to the norm behind this layer: in decoding, where a launch is
+        felt, and where nothing stands between the two, as another rank would."""
+        local = cell.path.stage("dispatch").kernel == "local"
+        return self.sums and local and cell.phase == "decode" and hasattr(cell.ops, "experts_terms")
 
     def cell(self, phase: Phase, tokens: int) -> BoundCell:
         """Of the phase's cells the first that is large enough; the last is planned for any number."""

@@ -104,16 +104,18 @@ def combine_kernel(y_ptr, ids_ptr, weights_ptr, out_ptr, D, A: tl.constexpr, BLO
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
-    tokens, top_k = ids_TA.shape
-    out = torch.empty(tokens, w.w2.shape[-2], dtype=x.dtype, device=x.data.device)
+    out = torch.empty(len(ids_TA), w.w2.shape[-2], dtype=x.dtype, device=x.data.device)
     if not ids_TA.numel():
         return out
     ids = ids_TA.contiguous()
-    blocks = blocks_of(ids, w)
-    hidden = first_product(x, w, blocks, top_k)
-    rows = encode_rows(hidden, w.between, w.between_scale, blocks.total, x.dtype)
-    y = second_product(rows, w, blocks)
-    return combine(y, ids, weights_TA.contiguous(), out)
+    return combine(expert_rows(x, w, ids), ids, weights_TA.contiguous(), out)
+
+
+def expert_rows(x: Rows, w: ExpertWeights, ids_TA: Tensor) -> Tensor:
+    """What expert ids[t, a] makes of row t, at t A + a; undefined for ids of -1. At least one row. -> [R, D]."""
+    blocks = blocks_of(ids_TA, w)
+    hidden = first_product(x, w, blocks, ids_TA.shape[1])
+    return second_product(encode_rows(hidden, w.between, w.between_scale, blocks.total, x.dtype), w, blocks)
 
 
 def blocks_of(ids_TA: Tensor, w: ExpertWeights) -> Blocks:
