@@ -73,8 +73,14 @@ def test_a_token_alone(name: str) -> None:
     scheme = EVERY[name]
     four = scheme.weight.name in ("int4", "mxfp4", "nvfp4")
     odd = 1280 if four else 1408
-    for shape in ((16, 512, 256, 4), (32, 2048, 768, 8), (16, 7168, 2048, 8), (8, 1024, 512, 1), (8, 768, odd, 6)):
+    for shape in ((16, 512, 256, 4), (32, 2048, 768, 8), (8, 1024, 512, 1), (8, 768, odd, 6)):
         check_single(Layer.of(scheme, 1, shape, Tile(8)))
+    large = Layer.of(scheme, 1, (16, 7168, 2048, 8), Tile(8))
+    check_single(large)
+    terms = hopper.experts_terms(large.rows(), large.w, large.ids, large.weights)
+    assert len(terms.y_RD) == (1 if scheme.weight.name in ("fp8_block", "fp8_tensor", "fp8_channel", "mxfp8") else 8)
+    full = (terms.y_RD.view(1, -1, 7168).double() * terms.weights_TA[..., None]).sum(1)
+    assert_rows_close(hopper.experts(large.rows(), large.w, large.ids, large.weights), full, 2**-7, "the sum")
     layer = Layer.of(scheme, 1, (64, 1024 if four else 960, 768 if four else 704, 7), Tile(8))
     layer.ids[0, ::3] = -1
     check_single(layer)

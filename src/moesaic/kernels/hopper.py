@@ -1,6 +1,6 @@
 """Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, and attention of sequences that decode.
 
-A call of `experts` is one launch for a token alone. Else it is three: rows are sorted by expert while they are encoded;
+A call of `experts` is one launch for a token alone with large weights. Else it is three: rows are sorted by expert while they are encoded;
 both products, the activation and the encoding in between run in one persistent kernel; a token's results are weighted
 and summed. Weights are read as they are stored.
 E4M3 rows of many tokens meet the FP8 tensor cores; everything else is multiplied as the BF16 or FP16 numbers that codes
@@ -150,7 +150,7 @@ def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,
     if plain is None and x.encoding.name in ("mxfp8", "nvfp4"):
         given = Rows(x.encoding, {**x.parts, "exact": exact(x)}, x.dtype)
     with torch.cuda.device(ids.device):
-        if single.serves(variant, w, ids, launch.processors(torch.cuda.current_device())):
+        if single.pays(variant, w, ids, launch.processors(torch.cuda.current_device())):
             return variant, ExpertTerms(single.single(variant, given, w, ids, weights, static)[0], *alone(ids.device))
         stored, routed = launch.prepare(variant, given, ids, w, static)
         _, y_RD, _ = launch.multiply(variant, stored, w, routed)

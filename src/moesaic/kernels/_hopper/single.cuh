@@ -349,7 +349,7 @@ DEVICE float whole(const Single &a, const Places &at, const Tiles &tiles, int ph
 #pragma unroll
     for (int warp = 0; warp < WARPS; warp++) {
         int begin = tiles.begin(phase, stages, warp), end = tiles.begin(phase, stages, warp + 1);
-        if (begin < from + stages && end > from) sum += at.parts[(warp * a.shared_tiles + k - begin / stages) * 16 + row];
+        if (max(begin, from) < min(end, from + stages)) sum += at.parts[(warp * a.shared_tiles + k - begin / stages) * 16 + row];
     }
     return sum;
 }

@@ -31,6 +31,8 @@ from moesaic.kernels.ops import ExpertWeights
 WARPS, TILE_BYTES, AT_ONCE, MEETINGS, MOST_STAGES = 16, 2048, 2, 4096, 16
 """As single.cuh has the first four."""
 SHARED = 232448 - 1024
+LARGE = 128 * 2**20
+"""Elements of a token's weights. Measured: 38 million (no gain) and 352 million (a tenth faster)."""
 _calls = count()
 
 
@@ -77,14 +79,21 @@ def room_of(variant: Variant, w: ExpertWeights, top_k: int, blocks: int) -> Room
 
 
 def serves(variant: Variant, w: ExpertWeights, ids_TA: Tensor, blocks: int) -> bool:
-    """Whether a call is one for this kernel, which adds up in an order of its own: it needs room for all of h, and
-    scales that can be copied as they lie."""
+    """Whether this kernel can run a call, adding up in an order of its own: it needs room for all of h, and scales that
+    can be copied as they lie."""
     tokens, top_k = ids_TA.shape
     if tokens != 1 or variant.tile != TILES[8] or variant.one_order or not variant.aligned:
         return False
     if variant.form == 5 and variant.group < 128:
         return False
     return room_of(variant, w, top_k, blocks).ring >= 2
+
+
+def pays(variant: Variant, w: ExpertWeights, ids_TA: Tensor, blocks: int) -> bool:
+    """Whether it is also the fastest, as far as was measured: with 8-bit weights that take much longer to read than thread
+    blocks to meet."""
+    elements = ids_TA.shape[1] * w.w2.columns * (w.w13.columns * 2 + w.w2.segments[0])
+    return variant.form in (1, 2) and elements >= LARGE and serves(variant, w, ids_TA, blocks)
 
 
 @lru_cache(maxsize=4096)
