@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--sweep]
 
-Of decoding, every backend that is for this GPU. Blocks of 16 positions lie anywhere in the pool. floor of decoding =
+Every backend that is for this GPU. Blocks of 16 positions lie anywhere in the pool. floor of decoding =
 bytes of the contexts read once / read bandwidth; of prompts = products / BF16 peak. Prompts of latent attention take
 the plain path: keys and values are given.
 --sweep: other tiles too, for whoever tunes them; nothing is written.
@@ -134,7 +134,7 @@ def cases() -> Iterator[tuple[str, tuple[int, int], bool, bool, str]]:
         heads = name.startswith("GQA")
         for backend in here if heads else here[:1]:
             yield from ((name, sizes, True, fp8, backend) for fp8 in (False, True) for sizes in DECODES)
-        yield from ((name, sizes, False, False, "triton") for sizes in PROMPTS if heads)
+            yield from ((name, sizes, False, False, backend) for sizes in PROMPTS if heads)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Attention over the paged pool on Hopper: sequences that decode by attend_decode.cu, prompts by Triton.
+"""Attention over the paged pool on Hopper: sequences that decode by attend_decode.cu, prompts by attend_prompt.cu.
 
-What the CUDA C++ kernel does not have (latents, other sizes) is Triton's altogether.
+What the CUDA C++ kernels do not have (latents, other sizes) is Triton's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from moesaic.contracts.scheme import Encoding
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import triton
 from moesaic.kernels._hopper.attend_decode import Target, decode, encodes, serves
-from moesaic.kernels._triton.attend_paged import Heads, Tables, prefill
+from moesaic.kernels._hopper.attend_prompt import prefill
+from moesaic.kernels._triton.attend_paged import Heads, Tables
 from moesaic.kernels._triton.emit import parts_for, rows_of
 from moesaic.kernels.ops import AttentionBatch, KVView, Softmax
 

@@ -16,12 +16,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from moesaic.config import cache_folder
 from moesaic.errors import UnsupportedError
 from moesaic.kernels._hopper import wgmma
 
 ARCH = "sm_90a"
+NONE: Mapping[str, str] = MappingProxyType({})
 OPTIONS = (f"--gpu-architecture={ARCH}", "--std=c++17")
 
 
@@ -62,9 +64,11 @@ def version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def machine_code(defines: Mapping[str, int], sizes: Iterable[int] = (), main: str = "hopper.cu") -> bytes:
-    """The kernels for one set of compile-time constants. sizes: numbers of columns that products come in."""
-    headers = {**sources(), "wgmma.cuh": wgmma.header(sizes, bool(defines.get("ROWS8")))}
+def machine_code(defines: Mapping[str, int], sizes: Iterable[int] = (), main: str = "hopper.cu",
+                 generated: Mapping[str, str] = NONE) -> bytes:  # fmt: skip
+    """The kernels for one set of compile-time constants. sizes: numbers of columns that products come in.
+    generated: further headers by name."""
+    headers = {**sources(), "wgmma.cuh": wgmma.header(sizes, bool(defines.get("ROWS8"))), **generated}
     options = (*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(defines.items())))
     texts = (f"{name}\n{text}" for name, text in sorted(headers.items()))
     made_from = "\0".join((repr(version()), main, *options, *texts))

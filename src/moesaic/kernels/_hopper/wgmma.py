@@ -32,10 +32,14 @@ def header(sizes: Iterable[int], eight_bit: bool) -> str:
 FLAGS = ".reg .pred first, more; setp.ne.b32 first, 0, 0; setp.eq.b32 more, 0, 0;"
 
 
-def instruction(size: int, eight_bit: bool, w: str, x: str, more: str, from_registers: bool) -> str:
-    """d += w x^T, or d = w x^T where `more` is false. w: 64 rows, by descriptor or in registers; x: `size` rows."""
+def instruction(size: int, eight_bit: bool, w: str, x: str, more: str, from_registers: bool,
+                columns: bool = False) -> str:  # fmt: skip
+    """d += w x^T, or d = w x^T where `more` is false. w: 64 rows, by descriptor or in registers; x: `size` rows.
+
+    columns: x lies transposed, element by element of K; BF16 only.
+    """
     shape, types = (f"m64n{size}k32", "e4m3.e4m3") if eight_bit else (f"m64n{size}k16", "bf16.bf16")
-    flags = "1, 1" if eight_bit else "1, 1, 0" if from_registers else "1, 1, 0, 0"
+    flags = "1, 1" if eight_bit else f"1, 1, {int(columns)}" if from_registers else f"1, 1, 0, {int(columns)}"
     sums = ", ".join(f"%{i}" for i in range(size // 2))
     return f"wgmma.mma_async.sync.aligned.{shape}.f32.{types} {{{sums}}}, {w}, {x}, {more}, {flags};"
 
@@ -44,13 +48,14 @@ def sums_of(size: int, begin: bool) -> str:
     return ", ".join(f'"{"=" if begin else "+"}f"(d[{i}])' for i in range(size // 2))
 
 
-def single(size: int, eight_bit: bool, signature: str, more: str, from_registers: bool) -> str:
+def single(size: int, eight_bit: bool, signature: str, more: str, from_registers: bool, columns: bool = False,
+           prefix: str = "template <> ") -> str:  # fmt: skip
     at = size // 2
     w = "{" + ", ".join(f"%{at + i}" for i in range(4)) + "}" if from_registers else f"%{at}"
-    made = instruction(size, eight_bit, w, f"%{at + (4 if from_registers else 1)}", more, from_registers)
+    made = instruction(size, eight_bit, w, f"%{at + (4 if from_registers else 1)}", more, from_registers, columns)
     inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3)' if from_registers else '"l"(w)'
     return (
-        f"template <> __device__ __forceinline__ void {signature} {{\n"
+        f"{prefix}__device__ __forceinline__ void {signature} {{\n"
         f'    asm volatile("{{{FLAGS} {made}}}"\n'
         f'        : {sums_of(size, more == "first")}\n        : {inputs}, "l"(x));\n}}'
     )
