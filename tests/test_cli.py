@@ -71,7 +71,7 @@ ENGINE_FLAGS = """
     --dtype float32 --device cpu --max-model-len 9 --block-size 8 --kv-memory 2MiB --gpu-memory-utilization 0.5
     --max-num-seqs 3 --max-num-batched-tokens 7 --no-prefix-cache --deterministic --seed 5 --experts cpu --revision r
     --no-progress --quantization mxfp8 --router-dtype bfloat16 --no-graphs --kv fp8
-    --load-format dummy"""
+    --load-format dummy --attention cpu"""
 SAMPLING_FLAGS = """
     --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2
     --frequency-penalty 0.3 --logit-bias 3=-2 --logit-bias 4=1.5 --logprobs 2 --prompt-logprobs 1 --stop a --stop b
@@ -86,6 +86,7 @@ def test_every_field_has_its_flag_and_arrives() -> None:
         "gpu_memory_utilization": 0.5, "max_num_seqs": 3, "max_num_batched_tokens": 7, "prefix_cache": False,
         "deterministic": True, "seed": 5, "experts": "cpu", "revision": "r", "progress": False,
         "quantization": "mxfp8", "kv": "fp8", "load_format": "dummy", "router_dtype": "bfloat16", "graphs": False,
+        "attention": "cpu",
     }  # fmt: skip
     assert set(options.given(args, EngineConfig)) == {field.name for field in fields(EngineConfig)}
     args = parser.parse_args(["generate", "M", "--prompt", "x", *SAMPLING_FLAGS.split()])

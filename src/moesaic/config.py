@@ -34,6 +34,7 @@ class EngineConfig:
     quantization: a scheme in which weights are held, quantised while they are loaded; None or "none": as stored.
     seed: of requests that bring none.
     experts: backend of the expert product, or `auto`; `decode=A,prefill=B` for each phase its own.
+    attention: backend of attention over the KV cache, or `auto`.
     router_dtype: that the routers compute in; `auto` is what the planner prefers, float32.
     graphs: on a GPU, decode in CUDA graphs where every kernel can stand in one.
     revision: of a hub model.  progress: show progress bars.
@@ -54,6 +55,7 @@ class EngineConfig:
     quantization: str | None = None
     seed: int = 0
     experts: str = "auto"
+    attention: str = "auto"
     router_dtype: str = "auto"
     graphs: bool = True
     revision: str | None = None

@@ -84,6 +84,7 @@ ENGINE: Mapping[str, Hint] = {
     ),
     "seed": Hint("seeds sampling: the same command gives the same answers", "N"),
     "experts": Hint("kernel backend of the expert product; decode=A,prefill=B for each phase its own", "NAME"),
+    "attention": Hint("kernel backend of attention over the KV cache; auto: the best", "NAME"),
     "router_dtype": Hint("what the routers compute in; auto: float32", choices=DTYPES),
     "graphs": Hint("do not decode in CUDA graphs", default="where every kernel can stand in one"),
     "revision": Hint("branch, tag or commit of a hub model", "NAME", "its main branch"),

@@ -49,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
     add("--scheme", metavar="NAME", help="hold weights in this scheme, quantised at load (default: as stored)")
     each = "decode=A,prefill=B for each phase its own"
     add("--experts", metavar="NAME", help=f"demand this expert kernel; {each} (default: the best)")
+    add("--attention", metavar="NAME", help="demand this attention kernel (default: the best)")
     add("--dispatch", metavar="NAME", help=f"demand this dispatcher; {each} (default: the best)")
     wires = f"{', '.join(ENCODINGS)}; {each}"
     add("--wire", metavar="NAME",
@@ -93,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
     for hardware in machines:
         known = (*(local_catalogue() if hardware.device == "cpu" else catalogue()), *contracts())
         for option, names in (("experts", names_in(wishes.experts)), ("dispatch", names_in(wishes.dispatch)),
-                              ("why", [args.why] if args.why else [])):  # fmt: skip
+                              ("attention", names_in(wishes.attention)), ("why", [args.why] if args.why else [])):  # fmt: skip
             for name in names:
-                check_known(name, (c.backend for c in known if option in (c.op, "why")), f"--{option}")
+                op = "attend_paged" if option == "attention" else option
+                check_known(name, (c.backend for c in known if op in (c.op, "why")), f"--{option}")
         for name in names_in(wishes.wire):
             check_known(name, ENCODINGS, "--wire")
         dtype = choose_dtype(args.dtype, spec, hardware)
@@ -202,5 +204,6 @@ def wishes_of(args: argparse.Namespace) -> Wishes:
     names = ("router_dtype", "kv", "deterministic", "lossy", "hypothetical", "max_batch", "tp", "ep", "graphs",
              "two_layouts")  # fmt: skip
     found: dict[str, Any] = {name: getattr(args, name) for name in names}
+    found["attention"] = None if args.attention == "auto" else args.attention
     found |= {name: wish_of(getattr(args, name), f"--{name}") for name in ("experts", "dispatch", "wire")}
     return Wishes(**found)

@@ -105,7 +105,8 @@ class Contract:
     forms, where given, the only variants of the formats that it names (groups, dtypes of scales, zero points).
     gate_up: order of the rows of the first product as the kernel wants them; packing: of its codes and scales.
     activations, expert_bias, sinks: as the names say.  kv: formats of the cache that attention reads.
-    latent_only: attention that knows MLA's cache alone; heads_only: that knows keys and values of heads alone.
+    latent_only: attention that knows MLA's cache alone; heads_only: that knows keys and values of heads alone;
+    head_dims: the only sizes of keys.
     scorings, logits, router_bias, groups: of routing, by name and dtype; group_scores: by which groups are ranked;
     renormalizes: whether it can, and can not, divide weights by their sum.  capturable: it can stand in a CUDA graph.
     workspace: bytes per token and element of width, roughly.
@@ -125,6 +126,7 @@ class Contract:
     sinks: bool = False
     latent_only: bool = False
     heads_only: bool = False
+    head_dims: frozenset[int] = frozenset()
     kv: frozenset[str] = frozenset({"bf16"})
     pairs: frozenset[tuple[str, str]] | None = None
     forms: frozenset[WeightFormat] = frozenset()
@@ -150,6 +152,10 @@ class Contract:
     def packed(self) -> Packed:
         return Packed(self.gate_up, self.packing)
 
+    def other_cache(self, need: Need) -> bool:
+        """Whether it is for the other of the two kinds of attention."""
+        return self.heads_only if need.latent else self.latent_only
+
     def misses(self, need: Need) -> str | None:
         """The first reason why this kernel cannot serve the need, or None where it can."""
         if self.broken:
@@ -164,9 +170,7 @@ class Contract:
             return "its result for a row depends on the other rows, which --deterministic forbids"
         if lacking := self.requires - need.features:
             return f"needs {listed(lacking)}, which this hardware lacks"
-        if need.capturable and not self.capturable:
-            return EAGER
-        return self.misses_operands(need)
+        return self.misses_operands(need) or (EAGER if need.capturable and not self.capturable else None)
 
     def misses_operands(self, need: Need) -> str | None:
         """The same for what one layer brings; each op looks only at what it meets."""
@@ -191,6 +195,9 @@ class Contract:
             return "attends over MLA's latent cache only"
         if self.op in CACHE_OPS and self.heads_only and need.latent:
             return "attends over keys and values of heads only, not over MLA's latent cache"
+        if self.head_dims and (others := need.head_dims - self.head_dims):
+            sizes = (" or ".join(map(str, sorted(each))) for each in (self.head_dims, others))
+            return "attends over keys of {} elements, not of {}".format(*sizes)
         return "takes no attention sinks" if need.sinks and self.op.startswith("attend") and not self.sinks else None
 
     def misses_form(self, need: Need) -> str | None:
@@ -211,7 +218,7 @@ def listed(names: frozenset[str]) -> str:
 @dataclass(frozen=True, slots=True)
 class Need:
     """What one build asks of every op (capturable: to stand in a CUDA graph, as decoding does; latent: its attention is
-    MLA; kv: format of its cache), and, from `format` on, one layer of its own."""
+    MLA; head_dims: sizes of its keys; kv: format of its cache), and, from `format` on, one layer of its own."""
 
     device: str
     dtype: str
@@ -220,6 +227,7 @@ class Need:
     arch: int = 0
     capturable: bool = False
     latent: bool = False
+    head_dims: frozenset[int] = frozenset()
     kv: str = "bf16"
     format: str = "bf16"
     encoding: str = "bf16"

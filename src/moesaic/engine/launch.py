@@ -87,9 +87,10 @@ def launch(checkpoint: Checkpoint, config: EngineConfig, tokenizer: Tokenizer | 
 
 
 def wishes_of(config: EngineConfig) -> Wishes:
-    router = None if config.router_dtype == "auto" else config.router_dtype
-    return Wishes(experts=wish_of(config.experts, "--experts"), router_dtype=router, graphs=config.graphs, kv=config.kv,
-                  deterministic=config.deterministic, max_batch=config.max_num_seqs)  # fmt: skip
+    router, attention = (None if each == "auto" else each for each in (config.router_dtype, config.attention))
+    return Wishes(experts=wish_of(config.experts, "--experts"), router_dtype=router, attention=attention,
+                  graphs=config.graphs, kv=config.kv, deterministic=config.deterministic,
+                  max_batch=config.max_num_seqs)  # fmt: skip
 
 
 def hardware_of(device: str) -> Hardware:

@@ -1,8 +1,8 @@
 """Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, and attention over heads.
 
-A call of `experts` is one launch for a token alone with large weights. Else it is three: rows are sorted by expert while they are encoded;
-both products, the activation and the encoding in between run in one persistent kernel; a token's results are weighted
-and summed. Weights are read as they are stored.
+A call of `experts` is one launch for a token alone with large weights. Else it is three: rows are sorted by expert
+while they are encoded; both products, the activation and the encoding in between run in one persistent kernel; a
+token's results are weighted and summed. Weights are read as they are stored.
 E4M3 rows of many tokens meet the FP8 tensor cores; everything else is multiplied as the BF16 or FP16 numbers that codes
 stand for, for all pairs of formats that tensor cores multiply.
 Attention over heads is a launch for sequences that decode and one for prompts; latents and other sizes are left to

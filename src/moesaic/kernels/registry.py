@@ -25,7 +25,7 @@ from moesaic.kernels.ops import Ops
 
 BACKENDS = (
     "cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "triton_invariant", "hopper",
-    "hopper_invariant", "deep_gemm", "humming", "reference",
+    "hopper_invariant", "deep_gemm", "humming", "flashinfer", "reference",
 )  # fmt: skip
 """Every backend file of this folder. Order does not matter: contracts carry their rank."""
 ENTRY_POINTS = "moesaic.kernels"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -143,6 +143,11 @@ def spans_of(spans_S3: Tensor, count: int, most: int, room: int) -> tuple[Span, 
     return (Span(0, most, room),) * count
 
 
+def read(batch: AttentionBatch) -> AttentionBatch:
+    """With the spans themselves, for which the host waits."""
+    return replace(batch, spans=tuple(Span(*each) for each in batch.spans_S3.tolist()))
+
+
 def together(backend: str, op: str, args: tuple[Any, ...], out: Sequence[Tensor]) -> Any:
     """What the op's function returns, of the tensors in it."""
     if op in ("encode", "attend_encode"):
@@ -184,6 +189,8 @@ def run(what: str, inputs: list[Tensor], numbers: list[int], changed: Sequence[T
     """Calls the backend. What comes out is contiguous, and storage of its own: that of an argument, or of another
     result, is copied, which custom ops may not share."""
     op, backend, parameters, args = put_together(what, inputs, numbers, changed)
+    if getattr(backends()[backend], "READS_SPANS", False):
+        args = [read(each) if isinstance(each, AttentionBatch) else each for each in args]
     out: list[Tensor] = []
     taken = {each.untyped_storage().data_ptr() for each in (*inputs, *changed)}
     for each in tensors_in(getattr(backends()[backend], op)(*args, **parameters)):

@@ -201,8 +201,10 @@ def decide(spec: ModelSpec, hardware: Hardware, catalogue: Sequence[Contract], w
            dtype: str = "bfloat16", tuning: Tuning = UNTUNED) -> ModelPlan | Refused:  # fmt: skip
     """The same, without looking for what would work instead."""
     latent = any(isinstance(block.attention, MLASpec) for block in spec.layers)
+    sizes = frozenset(at.kv_rank + at.rope_dim if isinstance(at, MLASpec) else at.head_dim
+                      for at in (block.attention for block in blocks_of(spec)))  # fmt: skip
     base = Need(hardware.device, dtype, wishes.deterministic, hardware.features, hardware.arch, latent=latent,
-                kv=wishes.kv)  # fmt: skip
+                head_dims=sizes, kv=wishes.kv)  # fmt: skip
     planner, first = Planner(spec, hardware, tuple(catalogue), wishes, base, tuning), None
     if hardware.device == "cuda" and wishes.graphs:
         try:
@@ -316,7 +318,7 @@ def choose(op: str, need: Need, catalogue: Sequence[Contract], wishes: Wishes) -
     """The best contract of an op, or the wished-for one; every other with its reason. Raises Refused."""
     wish = {"attend_paged": wishes.attention, "linear_quant": wishes.linear}.get(op)
     misses: dict[str, str | None] = {}
-    for contract in sorted((c for c in catalogue if c.op == op), key=lambda c: c.rank):
+    for contract in sorted((c for c in catalogue if c.op == op), key=lambda c: (c.rank, not c.other_cache(need))):
         reason = contract.misses(need)
         if reason is None and not (contract.built or wishes.hypothetical):
             reason = UNBUILT
