@@ -1,10 +1,10 @@
 """How long does attention over the paged pool take on a GPU, decoding and for prompts, in BF16 and FP8 caches?
 
-    python benchmarks/attention.py [--sweep]
+    python benchmarks/attention.py [--backends triton hopper flashinfer] [--caches bf16 fp8] [--sweep]
 
-Every backend that is for this GPU. Blocks of 16 positions lie anywhere in the pool. floor of decoding =
-bytes of the contexts read once / read bandwidth; of prompts = products / BF16 peak. Prompts of latent attention take
-the plain path: keys and values are given.
+Blocks of 16 positions lie anywhere in the pool. floor of decoding = bytes of the contexts read once / read bandwidth;
+of prompts = products / BF16 peak. Prompts of latent attention take the plain path: keys and values are given.
+--backends: what reads the pool (FlashInfer's plans are made before, and not timed).
 --sweep: other tiles too, for whoever tunes them; nothing is written.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import gpu
-from moesaic.kernels import hopper, triton
+from moesaic.kernels import triton
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
+from moesaic.kernels.registry import backends
 
 VIEWS = {
     "GQA 32/4 x 128": (KVView(4, 128, 512, 128), 32),
     "MLA absorbed 128 x 576": (KVView(1, 576, 0, 512), 128),
     "MLA absorbed 16 x 576": (KVView(1, 576, 0, 512), 16),
 }
-BACKENDS = {"triton": triton, "hopper": hopper}
+BACKENDS = {"triton": ("bf16", "fp8"), "hopper": ("bf16", "fp8"), "flashinfer": ("bf16",)}
+"""With the caches that they read."""
 DECODES = ((1, 1024), (1, 16384), (16, 2048), (64, 1024), (64, 4096), (256, 1024))
 PROMPTS = ((1, 2048), (1, 8192), (2, 4096), (4, 1024))
 BLOCK = 16
@@ -58,19 +61,18 @@ def pools(view: KVView, slots: int, fp8: bool) -> list[torch.Tensor]:
 
 def measure(name: str, sequences: int, length: int, decode: bool, fp8: bool = False,
             backend: str = "triton") -> dict[str, Any]:  # fmt: skip
-    view, heads = VIEWS[name]
+    (view, heads), attend = VIEWS[name], backends()[backend].attend_paged
     count = 1 if decode else length
     batch = batch_of(sequences, length, count)
     each = pools(view, sequences * -(-length // BLOCK) * BLOCK, fp8)
     q = torch.randn(sequences * count, heads, view.key_dim, device="cuda").bfloat16()
     calls: list[Callable[[], object]] = [
-        lambda pool=pool: BACKENDS[backend].attend_paged(q, pool, batch, view, 0.1)
-        for pool in (each if decode else each[:1])
+        partial(attend, q, pool, batch, view, 0.1) for pool in (each if decode else each[:1])
     ]
     work = sequences * count * length * heads * (view.key_dim + view.value_dim) * (2 if decode else 1)
     floor = max(sequences * length * each[0].shape[1] * each[0].itemsize / gpu.READ, work / gpu.BF16) * 1e3
-    name = name if backend == "triton" else f"{name}, {backend}"
-    return row(name, "decode" if decode else "prompt", sequences, length, gpu.time_calls(calls), floor, fp8)
+    phase, milliseconds = "decode" if decode else "prompt", gpu.time_calls(calls)
+    return row(name, phase, sequences, length, milliseconds, floor, fp8, backend)
 
 
 def measure_plain(length: int) -> dict[str, Any]:
@@ -83,14 +85,15 @@ def measure_plain(length: int) -> dict[str, Any]:
 
 
 def row(name: str, phase: str, sequences: int, length: int, milliseconds: float, floor: float,
-        fp8: bool) -> dict[str, Any]:  # fmt: skip
-    return {"what": name, "phase": phase, "cache": "fp8" if fp8 else "bf16", "sequences": sequences, "length": length,
-            "ms": milliseconds, "floor_ms": floor, "share": floor / milliseconds}  # fmt: skip
+        fp8: bool, backend: str = "triton") -> dict[str, Any]:  # fmt: skip
+    return {"what": name, "backend": backend, "phase": phase, "cache": "fp8" if fp8 else "bf16",
+            "sequences": sequences, "length": length, "ms": milliseconds, "floor_ms": floor,
+            "share": floor / milliseconds}  # fmt: skip
 
 
 def show(found: dict[str, Any], more: str = "") -> None:
-    print(f"| {found['what']} | {found['phase']} | {found['cache']} | {found['sequences']} | {found['length']} | "
-          f"{found['ms']:.4f} | {found['floor_ms']:.4f} | {found['share']:.2f} | {more}", flush=True)  # fmt: skip
+    said = " | ".join(str(found[name]) for name in ("what", "backend", "phase", "cache", "sequences", "length"))
+    print(f"| {said} | {found['ms']:.4f} | {found['floor_ms']:.4f} | {found['share']:.2f} | {more}", flush=True)
 
 
 def sweep() -> None:
@@ -111,14 +114,20 @@ def sweep() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
-    if parser.parse_args().sweep:
+    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["triton"])
+    parser.add_argument("--caches", nargs="+", choices=("bf16", "fp8"), default=["bf16", "fp8"])
+    args = parser.parse_args()
+    if args.sweep:
         sweep()
         return
     report = gpu.Report("attention", {"what": "attention"})
-    print("| attention | phase | cache | sequences | length | ms | floor ms | floor / time |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, (sequences, length), decode, fp8, backend in cases():
-        about = {"what": name, "sequences": sequences, "length": length, "backend": backend}
+    print("| attention | by | phase | cache | sequences | length | ms | floor ms | floor / time |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (name, (sequences, length), decode, fp8), backend in product(cases(), args.backends):
+        cache = "fp8" if fp8 else "bf16"
+        if cache not in args.caches or cache not in BACKENDS[backend] or (backend == "hopper" and "MLA" in name):
+            continue
+        about = {"what": name, "backend": backend, "sequences": sequences, "length": length}
         if row := report.measure("rows", about, partial(measure, name, sequences, length, decode, fp8, backend)):
             show(row)
     for length in (2048, 8192):
@@ -127,14 +136,11 @@ def main() -> None:
     report.end()
 
 
-def cases() -> Iterator[tuple[str, tuple[int, int], bool, bool, str]]:
-    """What, sequences and their length, whether decoding, whether the cache is FP8, by which backend."""
-    here = [name for name in BACKENDS if name == "triton" or torch.cuda.get_device_capability() == (9, 0)]
+def cases() -> Iterator[tuple[str, tuple[int, int], bool, bool]]:
+    """What, sequences and their length, whether decoding, whether the cache is FP8."""
     for name in VIEWS:
-        heads = name.startswith("GQA")
-        for backend in here if heads else here[:1]:
-            yield from ((name, sizes, True, fp8, backend) for fp8 in (False, True) for sizes in DECODES)
-            yield from ((name, sizes, False, False, backend) for sizes in PROMPTS if heads)
+        yield from ((name, sizes, True, fp8) for fp8 in (False, True) for sizes in DECODES)
+        yield from ((name, sizes, False, False) for sizes in PROMPTS if name.startswith("GQA"))
 
 
 if __name__ == "__main__":

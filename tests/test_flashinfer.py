@@ -21,13 +21,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.config import EngineConfig
 from moesaic.contracts.contract import EAGER, Need
 from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
 from moesaic.engine.launch import wishes_of
-from moesaic.config import EngineConfig
 from moesaic.errors import UnsupportedError
 from moesaic.hardware import GPUS
-from moesaic.kernels import flashinfer, installed
+from moesaic.kernels import flashinfer, installed, traced
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
 from moesaic.kernels.registry import catalogue, own
 from moesaic.moe.dispatch import contracts
@@ -164,7 +164,8 @@ class Latents:
         assert (q_data_type, kv_data_type) == (BF16, BF16)
         assert 128 % num_heads == 0, "others may omit a key (csrc: _validate_fa_causal_tile_bound)"
         self.rows, self.pages, self.of, self.lengths = rows.tolist(), pages.tolist(), of, lengths.tolist()
-        self.ranks, self.scale, self.size, self.plans = (head_dim_ckv, head_dim_kpe), sm_scale, page_size, self.plans + 1
+        self.ranks, self.scale, self.size = (head_dim_ckv, head_dim_kpe), sm_scale, page_size
+        self.plans += 1
 
     def run(self, *, query: Tensor, kv_cache: Tensor, out: Tensor) -> Tensor:
         assert query.shape[2] == kv_cache.shape[2] == sum(self.ranks)
@@ -286,13 +287,24 @@ def test_results_are_those_of_the_sequences_own_blocks(library: Any) -> None:
 
 
 @pytest.mark.parametrize(("view", "heads", "block", "match"), [
-    (GQA, 32, 8, "blocks of 8 positions"), (GQA, 32, 1, "blocks of 1 positions"), (GQA, 256, 16, "256 query heads over 4"),
+    (GQA, 32, 8, "blocks of 8 positions"), (GQA, 32, 1, "blocks of 1 positions"),
+    (GQA, 256, 16, "256 query heads over 4"),
     (KVView(1, 576, 0, 448), 16, 16, "latents of 448 in 576"), (LATENT, 24, 16, "24 heads over latents"),
 ])  # fmt: skip
 def test_sizes_that_no_contract_names(view: KVView, heads: int, block: int, match: str, library: Any) -> None:
     with pytest.raises(UnsupportedError, match=match) as caught:
         check(view, heads, (block,), (1,), block, None, False, "cpu")
     assert "--attention triton" in caught.value.remedy
+
+
+def test_a_traced_call_reads_the_spans(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a custom op is told of no lengths; plans need them."""
+    batch, blocks = paged((40, 20, 30), (1, 20, 5), 16, "cpu")
+    pool, q = torch.randn(blocks * 16, support.width_of(GQA)).bfloat16(), torch.randn(26, 32, 128).bfloat16()
+    call = traced.Site("attend_paged", "flashinfer").taken((q, pool, batch, GQA, 0.1))
+    monkeypatch.setattr(traced, "spans_of", lambda _, count, most, room: (Span(0, most, room),) * count)
+    (mine,) = traced.run(*call)
+    assert torch.equal(mine, flashinfer.attend_paged(q, pool, batch, GQA, 0.1))
 
 
 # --- contracts and plans ---------------------------------------------------------------------------------------------

@@ -93,10 +93,11 @@ def run(args: argparse.Namespace) -> int:
     found = []
     for hardware in machines:
         known = (*(local_catalogue() if hardware.device == "cpu" else catalogue()), *contracts())
-        for option, names in (("experts", names_in(wishes.experts)), ("dispatch", names_in(wishes.dispatch)),
-                              ("attention", names_in(wishes.attention)), ("why", [args.why] if args.why else [])):  # fmt: skip
+        asked = {"experts": names_in(wishes.experts), "dispatch": names_in(wishes.dispatch),
+                 "attention": names_in(wishes.attention), "why": [args.why] if args.why else []}  # fmt: skip
+        for option, names in asked.items():
+            op = "attend_paged" if option == "attention" else option
             for name in names:
-                op = "attend_paged" if option == "attention" else option
                 check_known(name, (c.backend for c in known if op in (c.op, "why")), f"--{option}")
         for name in names_in(wishes.wire):
             check_known(name, ENCODINGS, "--wire")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from math import sqrt
 from types import SimpleNamespace
@@ -68,7 +68,7 @@ class Shape:
         what, view = None, self.view
         if self.block not in BLOCKS:
             what, remedy = f"blocks of {self.block} positions", f"Use --block-size {' or '.join(map(str, BLOCKS))}"
-        elif self.heads % view.kv_heads or self.heads // view.kv_heads > MOST_SHARING and not view.latent:
+        elif self.heads % view.kv_heads or (self.heads // view.kv_heads > MOST_SHARING and not view.latent):
             what, remedy = f"{self.heads} query heads over {view.kv_heads}", "Drop the option"
         elif view.latent and ((view.value_dim, view.key_dim - view.value_dim) != LATENT or 128 % self.heads):
             what, remedy = f"{self.heads} heads over latents of {view.value_dim} in {view.key_dim}", "Drop the option"
@@ -200,8 +200,9 @@ class Ragged:
             entries = entries.pin_memory().to(batch.table_SB.device, non_blocking=True)
         last = [length - (count - 1) * batch.block for length, count in zip(lengths, used, strict=True)]
         rows, pages = (list(accumulate(each, initial=0)) for each in ([s.count for s in batch.spans], used))
-        host = (torch.tensor(each, dtype=torch.int32) for each in (rows, pages, last, lengths))
-        return Ragged(*host, batch.table_SB.flatten().index_select(0, entries).to(torch.int32))
+        host = [torch.tensor(each, dtype=torch.int32) for each in (rows, pages, last, lengths)]
+        of_pages = batch.table_SB.flatten().index_select(0, entries).to(torch.int32)
+        return Ragged(host[0], host[1], host[2], host[3], of_pages)
 
 
 class Planned:
@@ -232,17 +233,18 @@ class Planned:
 def kernels_of(shape: Shape, device: torch.device) -> Planned:
     lib, view, given = library(), shape.view, workspace(device)
     if view.latent:
-        return Planned(lib.Latent(given, backend="fa3"), lambda wrapper, batch: plan_latent(wrapper, batch, shape), False)
+        return Planned(lib.Latent(given, backend="fa3"), partial(plan_latent, shape), prompts_only=False)
     left = -1 if shape.window is None else shape.window - 1
-    if shape.sinks:
-        wrapper = lib.PromptsWithSinks(given, backend="fa3", q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
-                                       head_dim_qk=view.key_dim, head_dim_vo=view.value_dim, window_left=left)  # fmt: skip
-    else:
-        wrapper = lib.Prompts(given, backend="fa3")
-    return Planned(wrapper, lambda wrapper, batch: plan_prompts(wrapper, batch, shape, left), True)
+    plan = partial(plan_prompts, shape, left)
+    if not shape.sinks:
+        return Planned(lib.Prompts(given, backend="fa3"), plan, prompts_only=True)
+    dtypes = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    wrapper = lib.PromptsWithSinks(given, backend="fa3", head_dim_qk=view.key_dim, head_dim_vo=view.value_dim,
+                                   window_left=left, **dtypes)  # fmt: skip
+    return Planned(wrapper, plan, prompts_only=True)
 
 
-def plan_prompts(wrapper: Any, batch: Ragged, shape: Shape, left: int) -> None:
+def plan_prompts(shape: Shape, left: int, wrapper: Any, batch: Ragged) -> None:
     """left: positions before a query that it sees; -1 for all."""
     view = shape.view
     wrapper.plan(
@@ -252,7 +254,7 @@ def plan_prompts(wrapper: Any, batch: Ragged, shape: Shape, left: int) -> None:
     )  # fmt: skip
 
 
-def plan_latent(wrapper: Any, batch: Ragged, shape: Shape) -> None:
+def plan_latent(shape: Shape, wrapper: Any, batch: Ragged) -> None:
     wrapper.plan(
         metadata=library().csr(batch.rows, batch.pages, batch.of_pages, batch.lengths), num_heads=shape.heads,
         head_dim_ckv=LATENT[0], head_dim_kpe=LATENT[1], page_size=shape.block, causal=True, sm_scale=shape.scale,
