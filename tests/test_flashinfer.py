@@ -61,67 +61,69 @@ def context(pages: Tensor, of: Tensor, length: int) -> Tensor:
 class Xqa:
     """`flashinfer.xqa.xqa`: q [S, 1, H, K], lengths UINT32 [S, 1]; scores are q k q_scale / sqrt(K)."""
 
+    PLACED = ("q", "k_cache", "v_cache", "page_table", "seq_lens", "output", "workspace_buffer", "semaphores",
+              "num_kv_heads", "page_size")  # fmt: skip
+
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-                 output: Tensor, workspace_buffer: Tensor, semaphores: Tensor, num_kv_heads: int, page_size: int,
-                 sinks: Tensor | None = None, q_scale: float = 1.0, sliding_win_size: int = 0) -> None:  # fmt: skip
-        sequences, one, heads, size = q.shape
+    def __call__(self, *placed: Any, sinks: Tensor | None, q_scale: float, sliding_win_size: int) -> None:
+        g = SimpleNamespace(**dict(zip(self.PLACED, placed, strict=True)))
+        sequences, one, heads, size = g.q.shape
         assert one == 1
         assert isinstance(q_scale, float), "a tensor would be read as FP32"
-        assert page_table.dtype == torch.int32
-        assert page_table.is_contiguous()
-        assert (seq_lens.dtype, seq_lens.shape) == (torch.uint32, (sequences, 1))
-        assert seq_lens.is_contiguous()
-        assert q.is_contiguous()
-        assert output.is_contiguous()
-        assert output.shape == q.shape
-        for each in (k_cache, v_cache):
-            assert each.shape[1:] == (page_size, num_kv_heads, size)
-            assert each.stride() == k_cache.stride()
+        assert g.page_table.dtype == torch.int32
+        assert (g.seq_lens.dtype, g.seq_lens.shape) == (torch.uint32, (sequences, 1))
+        assert all(each.is_contiguous() for each in (g.q, g.output, g.page_table, g.seq_lens))
+        assert g.output.shape == g.q.shape
+        for each in (g.k_cache, g.v_cache):
+            assert each.shape[1:] == (g.page_size, g.num_kv_heads, size)
+            assert each.stride() == g.k_cache.stride()
             assert all(stride % size == 0 for stride in each.stride()[:3]), "strides are handed on in heads"
-        assert semaphores.dtype == torch.uint32
-        assert not semaphores.view(torch.int32).any()
-        assert page_size in (16, 32, 64, 128)
-        assert sinks is None or (sinks.shape == (num_kv_heads, heads // num_kv_heads) and sinks.dtype == torch.float32)
-        self.calls.append({"lengths": seq_lens, "table": page_table, "window": sliding_win_size})
-        for s, length in enumerate(seq_lens.view(torch.int32)[:, 0].tolist()):
-            assert 0 < length <= page_table.shape[1] * page_size
-            k, v = (context(each, page_table[s], length) for each in (k_cache, v_cache))
+        assert g.semaphores.dtype == torch.uint32
+        assert not g.semaphores.view(torch.int32).any()
+        assert g.page_size in (16, 32, 64, 128)
+        if sinks is not None:
+            assert (sinks.shape, sinks.dtype) == ((g.num_kv_heads, heads // g.num_kv_heads), torch.float32)
+        self.calls.append({"lengths": g.seq_lens, "table": g.page_table})
+        for s, length in enumerate(g.seq_lens.view(torch.int32)[:, 0].tolist()):
+            assert 0 < length <= g.page_table.shape[1] * g.page_size
+            k, v = (context(each, g.page_table[s], length) for each in (g.k_cache, g.v_cache))
             flat = None if sinks is None else sinks.flatten()
-            output[s] = attention(q[s], k, v, q_scale / math.sqrt(size), sliding_win_size, flat).to(BF16)
+            g.output[s] = attention(g.q[s], k, v, q_scale / math.sqrt(size), sliding_win_size, flat).to(BF16)
 
 
 class Prompts:
     """`BatchPrefillWithPagedKVCacheWrapper`; with `sinks`, its heir `BatchAttentionWithAttentionSinkWrapper`."""
 
     sinks = False
+    PLACED = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "num_qo_heads",
+              "num_kv_heads", "head_dim_qk", "page_size")  # fmt: skip
+    NAMED = ("head_dim_vo", "causal", "sm_scale", "window_left", "q_data_type", "kv_data_type", "seq_lens")
 
     def __init__(self, float_workspace_buffer: Tensor, backend: str, **fixed: Any) -> None:
         assert float_workspace_buffer.numel() >= 128 << 20
         assert backend == "fa3"
         self.fixed, self.plans = fixed, 0
 
-    def plan(self, qo_indptr: Tensor, paged_kv_indptr: Tensor, paged_kv_indices: Tensor, paged_kv_last_page_len: Tensor,
-             num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, page_size: int, *, head_dim_vo: int, causal: bool,
-             sm_scale: float, window_left: int, q_data_type: torch.dtype, kv_data_type: torch.dtype,
-             seq_lens: Tensor) -> None:  # fmt: skip
-        given = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, seq_lens)
+    def plan(self, *placed: Any, **named: Any) -> None:
+        assert set(named) == set(self.NAMED)
+        g = SimpleNamespace(**dict(zip(self.PLACED, placed, strict=True)), **named)
+        given = (g.qo_indptr, g.paged_kv_indptr, g.paged_kv_indices, g.paged_kv_last_page_len, g.seq_lens)
         assert all(each.dtype == torch.int32 and each.dim() == 1 for each in given)
-        assert len(qo_indptr) == len(paged_kv_indptr) == len(paged_kv_last_page_len) + 1 == len(seq_lens) + 1
-        assert len(paged_kv_indices) == paged_kv_indptr[-1]
-        assert causal
-        assert (q_data_type, kv_data_type) == (BF16, BF16)
-        whole = (paged_kv_indptr[1:] - paged_kv_indptr[:-1] - 1) * page_size + paged_kv_last_page_len
-        assert torch.equal(whole, seq_lens)
-        assert ((paged_kv_last_page_len > 0) & (paged_kv_last_page_len <= page_size)).all()
+        rows, pages, of, last, lengths = given
+        assert len(rows) == len(pages) == len(last) + 1 == len(lengths) + 1
+        assert len(of) == pages[-1]
+        assert g.causal
+        assert (g.q_data_type, g.kv_data_type) == (BF16, BF16)
+        assert torch.equal((pages[1:] - pages[:-1] - 1) * g.page_size + last, lengths)
+        assert ((last > 0) & (last <= g.page_size)).all()
         if self.sinks:
-            assert self.fixed == {"q_data_type": BF16, "kv_data_type": BF16, "head_dim_qk": head_dim_qk,
-                                  "head_dim_vo": head_dim_vo, "window_left": window_left}  # fmt: skip
+            assert self.fixed == {"q_data_type": BF16, "kv_data_type": BF16, "head_dim_qk": g.head_dim_qk,
+                                  "head_dim_vo": g.head_dim_vo, "window_left": g.window_left}  # fmt: skip
         self.given, self.plans = given, self.plans + 1
-        self.sizes = (num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo, page_size)
-        self.scale, self.left = sm_scale, window_left
+        self.sizes = (g.num_qo_heads, g.num_kv_heads, g.head_dim_qk, g.head_dim_vo, g.page_size)
+        self.scale, self.left = g.sm_scale, g.window_left
 
     def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], *more: Any, out: Tensor) -> Tensor:
         heads, groups, key_dim, value_dim, page_size = self.sizes
@@ -150,21 +152,24 @@ class PromptsWithSinks(Prompts):
 class Latents:
     """`BatchMLAPagedAttentionWrapper`: pages hold [latent, rotary key], queries the same; values are latents."""
 
+    NAMED = ("metadata", "num_heads", "head_dim_ckv", "head_dim_kpe", "page_size", "causal", "sm_scale", "q_data_type",
+             "kv_data_type")  # fmt: skip
+
     def __init__(self, float_workspace_buffer: Tensor, backend: str) -> None:
         assert backend == "fa3"
         self.plans = 0
 
-    def plan(self, *, metadata: tuple[Tensor, ...], num_heads: int, head_dim_ckv: int, head_dim_kpe: int,
-             page_size: int, causal: bool, sm_scale: float, q_data_type: torch.dtype,
-             kv_data_type: torch.dtype) -> None:  # fmt: skip
-        rows, pages, of, lengths = metadata
-        assert all(each.dtype == torch.int32 for each in metadata)
+    def plan(self, **named: Any) -> None:
+        assert set(named) == set(self.NAMED)
+        g = SimpleNamespace(**named)
+        rows, pages, of, lengths = g.metadata
+        assert all(each.dtype == torch.int32 for each in g.metadata)
         assert len(of) == pages[-1]
-        assert causal
-        assert (q_data_type, kv_data_type) == (BF16, BF16)
-        assert 128 % num_heads == 0, "others may omit a key (csrc: _validate_fa_causal_tile_bound)"
+        assert g.causal
+        assert (g.q_data_type, g.kv_data_type) == (BF16, BF16)
+        assert 128 % g.num_heads == 0, "others may omit a key"
         self.rows, self.pages, self.of, self.lengths = rows.tolist(), pages.tolist(), of, lengths.tolist()
-        self.ranks, self.scale, self.size = (head_dim_ckv, head_dim_kpe), sm_scale, page_size
+        self.ranks, self.scale, self.size = (g.head_dim_ckv, g.head_dim_kpe), g.sm_scale, g.page_size
         self.plans += 1
 
     def run(self, *, query: Tensor, kv_cache: Tensor, out: Tensor) -> Tensor:
@@ -411,15 +416,14 @@ def test_only_this_file_imports_it() -> None:
 @pytest.mark.skipif(find_spec("flashinfer") is None, reason="flashinfer-python is not installed")
 def test_the_librarys_own_signatures_take_our_arguments() -> None:
     lib = flashinfer.library()
-    inspect.signature(lib.xqa).bind(*range(10), sinks=None, q_scale=1.0, sliding_win_size=0)
+    assert {"sinks", "q_scale", "sliding_win_size"} <= set(inspect.signature(lib.xqa).parameters)
     inspect.signature(lib.csr).bind(*range(4))
     inspect.signature(lib.Latent).bind(None, backend="fa3")
     inspect.signature(lib.Prompts).bind(None, backend="fa3")
-    for ours, theirs in ((Prompts.plan, lib.Prompts.plan), (Latents.plan, lib.Latent.plan),
-                         (Latents.run, lib.Latent.run)):  # fmt: skip
-        known = inspect.signature(theirs).parameters
-        assert set(inspect.signature(ours).parameters) <= set(known), set(known)
+    for names, theirs in ((Prompts.NAMED, lib.Prompts.plan), (Latents.NAMED, lib.Latent.plan),
+                          (("query", "kv_cache", "out"), lib.Latent.run), (("out",), lib.Prompts.run)):  # fmt: skip
+        assert set(names) <= set(inspect.signature(theirs).parameters)
     given = {"q_data_type", "kv_data_type", "head_dim_qk", "head_dim_vo", "window_left", "backend"}
     assert given <= set(inspect.signature(lib.PromptsWithSinks).parameters)
-    first = list(inspect.signature(lib.Prompts.plan).parameters)[1:9]
-    assert first == list(inspect.signature(Prompts.plan).parameters)[1:9], "those are given by place"
+    for placed, theirs in ((Xqa.PLACED, lib.xqa), (("self", *Prompts.PLACED), lib.Prompts.plan)):
+        assert tuple(inspect.signature(theirs).parameters)[: len(placed)] == placed

@@ -182,10 +182,12 @@ def test_a_cache_in_fp8_needs_attention_that_reads_it(mixtral: Path) -> None:
     assert {layer.attention for layer in made.layers} == {"triton"}
     assert made.kv_bytes_per_token == len(latent.layers) * (512 + 2 * 64 + 16)
     plain = [replace(c, kv=frozenset({"bf16"})) if c.op in CACHE_OPS and c.built else c for c in CATALOGUE]
+    ours = next(c for c in CATALOGUE if (c.op, c.backend) == ("attend_paged", "triton"))
+    plain.append(replace(ours, backend="of_heads", heads_only=True))
     made = plan(latent, GPUS["h200"], plain, replace(HYPOTHETICAL, kv="fp8"))
     assert isinstance(made, Refusal)
     assert made.nearest == "--kv bf16"
-    assert any("not over MLA's latent cache" in each.reason for each in made.reasons)
+    assert any(each.candidate == "of_heads" and "not over MLA's latent cache" in each.reason for each in made.reasons)
     assert any(each.reason == "reads a KV cache in bf16, not in fp8" for each in made.reasons)
 
 

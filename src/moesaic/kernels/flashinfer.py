@@ -6,8 +6,8 @@ Sequences that decode run in the XQA kernels, which find lengths and tables on t
 graph. Prompts, and everything over MLA's latent cache, run in kernels that follow FlashAttention-3. Those share out
 work on the host, from the step's spans: once per step, for all of its layers, and in no graph.
 
-The library compiles a kernel with nvcc when it is first used (a quarter of a minute to several minutes each), and
-keeps it in a folder (FLASHINFER_WORKSPACE_BASE).
+The library compiles a kernel with nvcc when it is first used (those for prompts take minutes), and keeps it in a folder
+(FLASHINFER_WORKSPACE_BASE).
 
 Letters as in ops.py; B positions of a block.
 """
