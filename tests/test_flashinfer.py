@@ -262,8 +262,8 @@ def test_a_failed_plan_is_made_again(library: Any, monkeypatch: pytest.MonkeyPat
         with pytest.raises(RuntimeError, match="full"):
             flashinfer.attend_paged(q, pool, other, GQA, 0.1)
     monkeypatch.setattr(Prompts, "plan", real)
-    flashinfer.attend_paged(q, pool, other, GQA, 0.1)
-    assert library.made[0].plans == 2
+    flashinfer.attend_paged(q, pool, batch, GQA, 0.1)
+    assert library.made[0].plans == 2, "what was planned before the failure is gone"
 
 
 def test_rows_that_are_padding(library: Any) -> None:
@@ -371,6 +371,15 @@ def test_plans_refuse_it_otherwise(name: str, wishes: dict[str, Any], reason: st
     assert isinstance(made, Refusal)
     assert reason in made.what
     assert made.nearest
+
+
+def test_plans_know_the_sizes_of_heads() -> None:
+    spec = spec_of(plan_fixtures.read("qwen3-235b-a22b-fp8"))
+    last = spec.layers[-1]
+    odd = replace(spec, layers=(*spec.layers[:-1], replace(last, attention=replace(last.attention, head_dim=96))))
+    made = plan(odd, GPUS["h100"], CATALOGUE, Wishes(attention="flashinfer"))
+    assert isinstance(made, Refusal)
+    assert "keys of 64 or 128 elements, not of 96" in made.what
 
 
 def test_the_option() -> None:
