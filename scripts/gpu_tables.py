@@ -87,10 +87,11 @@ def route(results: Sequence[Result]) -> Iterator[str]:
 def attention(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
         yield origin(result) + "\n"
-        yield "| attention | phase | cache | sequences | length | ms | floor ms | floor / time |"
-        yield "|---|---|---|--:|--:|--:|--:|--:|"
+        yield "| attention | by | phase | cache | sequences | length | ms | floor ms | floor / time |"
+        yield "|---|---|---|---|--:|--:|--:|--:|--:|"
         for row in good(result["rows"]):
-            yield (f"| {row['what']} | {row['phase']} | {row['cache']} | {row['sequences']} | {row['length']} | "
+            by = row.get("backend", "triton")
+            yield (f"| {row['what']} | {by} | {row['phase']} | {row['cache']} | {row['sequences']} | {row['length']} | "
                    f"{row['ms']:.4f} | {row['floor_ms']:.4f} | {row['share']:.2f} |")  # fmt: skip
         yield ""
 

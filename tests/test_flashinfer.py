@@ -353,7 +353,8 @@ def test_plans_take_it_where_it_is_asked_for() -> None:
         usual, asked = planned(name), planned(name, attention="flashinfer")
         assert isinstance(usual, ModelPlan)
         assert isinstance(asked, ModelPlan), asked
-        assert {layer.attention for layer in usual.layers} == {"triton"}, "ours, where nobody asks"
+        ours = "triton" if name == "deepseek-v2-lite" else "hopper"
+        assert {layer.attention for layer in usual.layers} == {ours}, "ours, where nobody asks"
         assert {layer.attention for layer in asked.layers} == {"flashinfer"}
         assert asked.base.capturable == (not notes)
         assert all(any(note in said for said in asked.notes) for note in notes), asked.notes

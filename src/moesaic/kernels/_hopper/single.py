@@ -90,8 +90,8 @@ def serves(variant: Variant, w: ExpertWeights, ids_TA: Tensor, blocks: int) -> b
 
 
 def pays(variant: Variant, w: ExpertWeights, ids_TA: Tensor, blocks: int) -> bool:
-    """Whether it is also the fastest, as far as was measured: with 8-bit weights that take much longer to read than thread
-    blocks to meet."""
+    """Whether it is also the fastest, as far as was measured: with 8-bit weights that take much longer to read than
+    thread blocks to meet."""
     elements = ids_TA.shape[1] * w.w2.columns * (w.w13.columns * 2 + w.w2.segments[0])
     return variant.form in (1, 2) and elements >= LARGE and serves(variant, w, ids_TA, blocks)
 
