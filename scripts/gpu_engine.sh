@@ -77,7 +77,7 @@ run() {
     lite) stage lite 90 "$PYTHON" benchmarks/throughput.py --model v2-lite --batch 1 16 64 --prompts 8x2048 ;;
     nvfp4) stage nvfp4 90 "$PYTHON" benchmarks/throughput.py --scheme nvfp4_dynamic --batch 1 32 64 --prompts 0 ;;
     route) stage route 60 "$PYTHON" benchmarks/route.py ;;
-    attention) stage attention 100 "$PYTHON" benchmarks/attention.py ;;
+    attention) stage attention 100 "$PYTHON" benchmarks/attention.py --backends triton hopper ;;
     fused) tests fused 150 "$WORKERS" tests/test_triton_fused.py tests/test_triton_invariant.py ;;
     kernels) tests kernels 240 "$WORKERS" tests/test_triton_gpu.py ;;
     schemes) OMP_NUM_THREADS=$((CORES / 2)) stage schemes 150 "$PYTHON" benchmarks/schemes_gpu.py --limit 3

@@ -44,7 +44,8 @@ step 120 doctor "$PY" -m moesaic doctor
 grep '^kernels' "$OUT/doctor.log"
 if [ "${ONLY:-tests}" = tests ]; then
 	step 240 tests "$PY" -m pytest -m gpu -q -p no:benchmark -n "$WORKERS" --timeout 200 --junitxml "$OUT/tests.xml" \
-		--durations=8 tests/test_hopper_gpu.py tests/test_vendor_gpu.py
+		--durations=8 tests/test_hopper_gpu.py tests/test_hopper_attention_gpu.py tests/test_hopper_prompt_gpu.py \
+		tests/test_vendor_gpu.py
 	tail -30 "$OUT/tests.log" | cut -c1-200
 fi
 schemes=(bf16 fp8 mxfp8 mxfp8a16 nvfp4 nvfp4_dynamic nvfp4a16 mxfp4 mxfp4a8 wna16 w4afp8 w4afp8_token)

@@ -10,7 +10,7 @@
 #define BLOCK_SCALES (FORMAT == FP8 && BLOCKS)
 #define ROW_SCALES (!GROUP_SCALES && ENCODING != PLAIN && ENCODING != MX8) /* a row of x has one scale, or all have */
 #define DIRECT !(BY_ROW || (ENCODING == GROUP128 && STACK == 1)) /* a tile of h is encoded where it is made */
-#define SCALE_BYTES (FORMAT == MXFP8 ? 4 : FORMAT == MXFP4 ? 8 : FORMAT == NVFP4 ? 16 : FORMAT == INT4 ? 256 / GROUP * (WIDE_SCALES ? 4 : 2) : 0) /* of a weight row, per stage */
+#define SCALE_BYTES (FORMAT == MXFP8 ? 4 : FORMAT == MXFP4 ? 8 : FORMAT == NVFP4 ? 16 : FORMAT == INT4 ? 256 / GROUP * 2 : 0) /* of a weight row, per stage */
 #define STAGE_SCALES (BLOCK_SCALES ? 16 : 128 * STACK * SCALE_BYTES)
 #define ROW_TERMS (FORMAT == NVFP4 || (FORMAT == FP8 && !BLOCKS)) /* weight rows have factors */
 #define SLOTS (NARROW ? 4 : 3) /* items under way */
@@ -108,7 +108,7 @@ struct RowScales {
         if (BLOCK_SCALES) return ((const float *)at)[2 * m + r];
         if (FORMAT != INT4) return 1.0f;
         const u8 *mine = at + (128 * m + 8 * r) * SCALE_BYTES;
-        return WIDE_SCALES ? ((const float *)mine)[group] : __uint_as_float((u32)((const u16 *)mine)[group] << 16);
+        return __uint_as_float((u32)((const u16 *)mine)[group] << 16);
     }
     // Of the chunk of 16 bytes that a lane takes in a half of the stage: bits.
     DEVICE_MEMBER u32 bits(int m, int r, int half, int lane) const {

@@ -52,7 +52,6 @@ class Variant:
     block_scales: bool = False
     by_segment: bool = False
     group: int = 128
-    wide_scales: bool = False
     aligned: bool = True
     one_order: bool = False
 
@@ -96,7 +95,7 @@ class Variant:
     def scale_bytes(self) -> int:
         """Of a weight row, per stage; as SCALE_BYTES in room.cuh."""
         if self.form == 5:
-            return 256 // self.group * (4 if self.wide_scales else 2)
+            return 256 // self.group * 2
         return {2: 4, 3: 8, 4: 16}.get(self.form, 0)
 
     @property
@@ -120,7 +119,7 @@ class Variant:
             "STACK": self.tile.stack, "BLOCKS_PER_SM": self.tile.blocks, "STAGES": self.stages,
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,
-            "WIDE_SCALES": int(self.wide_scales), "ALIGNED_SCALES": int(self.aligned),
+            "ALIGNED_SCALES": int(self.aligned),
             "ONE_ORDER": int(self.one_order),
         }  # fmt: skip
 
@@ -136,7 +135,7 @@ def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
     """The kernel for experts whose rows travel in an encoding."""
     return Variant(
         FORMATS[form.name], ENCODINGS[encoding.name, encoding.static], encoding.name in EIGHT_BIT, tile,
-        form.name == "fp8_block", form.name == "fp8_tensor", form.group or 128, form.scale_dtype == "float32",
+        form.name == "fp8_block", form.name == "fp8_tensor", form.group or 128,
     )  # fmt: skip
 
 
