@@ -19,7 +19,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH="src:.:build/deps${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-# The project's own settings want packages that a lent machine may lack, and turn warnings into failures.
+# The project's own settings want packages that a bare machine may lack, and turn warnings into failures.
 printf '[pytest]\npythonpath = src .\nmarkers =\n  gpu: on a GPU\n  long: slow\n' >"$OUT/pytest.ini"
 PYTEST=(-m pytest -m gpu -c "$OUT/pytest.ini" --rootdir . -p no:cacheprovider -p no:benchmark --tb=short
     -o faulthandler_timeout=100 --durations=6)

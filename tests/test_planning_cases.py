@@ -12,9 +12,11 @@ from moesaic.contracts.scheme import SCHEMES, Scheme
 from moesaic.contracts.spec import ModelSpec
 from moesaic.errors import OptionError
 from moesaic.hardware import GPUS
+from moesaic.kernels.registry import own as kept
 from moesaic.models.build import refused as as_error
 from moesaic.models.build import spec_of
 from moesaic.models.hold import hold
+from moesaic.models.wishes import wish_of
 from moesaic.planning.chain import Chain, Parts, build
 from moesaic.planning.mixture import find
 from moesaic.planning.plan import plan
@@ -25,6 +27,12 @@ from tests.planning_support import CATALOGUE, HYPOTHETICAL, need, path_of, roles
 from tests.small_models import MODELS
 
 TRTLLM = replace(HYPOTHETICAL, experts="flashinfer_trtllm")
+QWEN = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "vocab_size": 1000, "num_hidden_layers": 2,
+    "max_position_embeddings": 4096, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "intermediate_size": 6144,
+}  # fmt: skip
 
 
 def routing_itself(wanted: MixtureNeed, **wishes: str) -> list[str]:
@@ -234,14 +242,8 @@ def local() -> Contract:
 
 
 def test_flashinfer_trtllm_on_an_h100_is_an_error_that_names_what_works() -> None:
-    config = {
-        "model_type": "qwen3_moe", "hidden_size": 2048, "vocab_size": 1000, "num_hidden_layers": 2,
-        "max_position_embeddings": 4096, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
-        "intermediate_size": 6144,
-    }  # fmt: skip
     wishes = replace(HYPOTHETICAL, experts="flashinfer_trtllm")
-    made = plan(spec_of(config), GPUS["h100"], CATALOGUE, wishes)
+    made = plan(spec_of(QWEN), GPUS["h100"], CATALOGUE, wishes)
     assert isinstance(made, Refusal)
     error = as_error(made, wishes)
     assert isinstance(error, OptionError)
@@ -262,3 +264,26 @@ def test_a_gpu_alone_has_a_deterministic_plan_for_every_scheme_that_can_have_one
         return
     assert isinstance(made, ModelPlan), made
     assert {cell.path.stage("experts").kernel for layer in made.layers for cell in layer.cells} == {"triton_invariant"}
+
+
+def test_deterministic_experts_are_of_one_kernel() -> None:
+    """A row that decodes beside a prompt takes the prompt's kernel: two that add up differently would tell."""
+    usual = plan(spec_of(QWEN), GPUS["h100"], CATALOGUE, Wishes(deterministic=True))
+    assert isinstance(usual, ModelPlan), usual
+    assert len({cell.path.stage("experts").kernel for layer in usual.layers for cell in layer.cells}) == 1
+    for asked in ("decode=triton_invariant", "decode=triton_invariant,prefill=hopper_invariant"):
+        made = plan(spec_of(QWEN), GPUS["h100"], CATALOGUE,
+                    Wishes(deterministic=True, experts=wish_of(asked, "--experts")))  # fmt: skip
+        assert isinstance(made, Refusal)
+        assert "--deterministic forbids" in made.what
+        assert made.nearest == "--experts triton_invariant"
+    alone = plan(spec_of(QWEN), GPUS["h100"], CATALOGUE, Wishes(deterministic=True, experts="triton_invariant"))
+    assert isinstance(alone, ModelPlan)
+
+
+def test_attention_that_is_asked_for_comes_with_its_fused_forms() -> None:
+    for asked in (None, "triton"):
+        made = plan(spec_of(QWEN), GPUS["h100"], CATALOGUE, Wishes(attention=asked))
+        assert isinstance(made, ModelPlan), made
+        chosen = kept({choice.op: choice.chosen for choice in made.ops[made.base]})
+        assert chosen["attend_paged"] == chosen["attend_encode"] == (asked or "hopper")

@@ -142,7 +142,7 @@ def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,
     count = w.w13.shape[0]
     if count > MOST_EXPERTS:
         raise UnsupportedError(f"{count} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
-                               remedy="Use more ranks, or --experts triton.")  # fmt: skip
+                               remedy="Use more ranks, or --experts triton (or triton_invariant).")  # fmt: skip
     ids, weights, plain = ids_TA.to(torch.int32).contiguous(), weights_TA.float().contiguous(), x.parts.get("plain")
     if not ids.numel():
         return variant, ExpertTerms(ids.new_empty(0, w.w2.shape[-2], dtype=x.dtype), ids, weights)

@@ -151,19 +151,24 @@ def read(batch: AttentionBatch) -> AttentionBatch:
 def together(backend: str, op: str, args: tuple[Any, ...], out: Sequence[Tensor]) -> Any:
     """What the op's function returns, of the tensors in it."""
     if op in ("encode", "attend_encode"):
-        encoding = args[1 if op == "encode" else 5]
-        return rows_of(backend, encoding, out, args[0].dtype)
+        at = 1 if op == "encode" else 5
+        return rows_of(backend, args[at], out, args[0].dtype, *args[at + 1 :])
     if op == "add_norm_encode":
-        return out[0], rows_of(backend, args[4], out[2:], args[2].dtype), out[1]
+        return out[0], rows_of(backend, args[4], out[2:], args[2].dtype, *args[5:]), out[1]
     if op == "experts_terms":
-        return ExpertTerms(out[0], args[2].contiguous(), args[3].contiguous())
+        return ExpertTerms(out[0], out[1], out[2])
     if op == "store_latent":
         return None
     return out[0] if len(out) == 1 or op == "store_heads" else tuple(out)
 
 
-def rows_of(backend: str, encoding: Encoding, parts: Sequence[Tensor], dtype: torch.dtype) -> Rows:
-    return Rows(encoding, dict(zip(part_names(backend, encoding), parts, strict=True)), dtype)
+def rows_of(backend: str, encoding: Encoding, parts: Sequence[Tensor], dtype: torch.dtype,
+            scale: Tensor | None = None) -> Rows:  # fmt: skip
+    """scale: a static encoding's own, of which the op returned a copy: `suits` asks for that very tensor."""
+    named = dict(zip(part_names(backend, encoding), parts, strict=True))
+    if scale is not None:
+        named["global_scale" if encoding.name == "nvfp4" else "scale"] = scale
+    return Rows(encoding, named, dtype)
 
 
 def part_names(backend: str, encoding: Encoding) -> list[str]:
@@ -178,8 +183,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, Rows):
         yield from value.parts.values()
-    elif isinstance(value, ExpertTerms):  # the others are arguments
-        yield value.y_RD
+    elif isinstance(value, ExpertTerms):
+        yield from (value.y_RD, value.ids_TA, value.weights_TA)
     elif isinstance(value, tuple):
         for each in sorted(value, key=lambda each: isinstance(each, Rows)):
             yield from tensors_in(each)
@@ -193,11 +198,20 @@ def run(what: str, inputs: list[Tensor], numbers: list[int], changed: Sequence[T
         args = [read(each) if isinstance(each, AttentionBatch) else each for each in args]
     out: list[Tensor] = []
     taken = {each.untyped_storage().data_ptr() for each in (*inputs, *changed)}
-    for each in tensors_in(getattr(backends()[backend], op)(*args, **parameters)):
+    value = getattr(backends()[backend], op)(*args, **parameters)
+    for each in tensors_in(in_full(value, args[2]) if isinstance(value, ExpertTerms) else value):
         shared = each.untyped_storage().data_ptr() in taken
         out.append(each.clone(memory_format=CONTIGUOUS) if shared else each.contiguous())
         taken.add(out[-1].untyped_storage().data_ptr())
     return out
+
+
+def in_full(terms: ExpertTerms, ids_TA: Tensor) -> ExpertTerms:
+    """As many terms as the fake kernel says: of a token alone some backends leave one, summed already. Ids and weights
+    are copies, since a backend may keep its own."""
+    short, pad = ids_TA.numel() - len(terms.y_RD), torch.nn.functional.pad
+    y_RD = pad(terms.y_RD, (0, 0, 0, short)) if short else terms.y_RD
+    return ExpertTerms(y_RD, pad(terms.ids_TA, (0, short), value=-1), pad(terms.weights_TA, (0, short)))
 
 
 def fake(what: str, inputs: list[Tensor], numbers: list[int], changed: Sequence[Tensor] = ()) -> list[Tensor]:

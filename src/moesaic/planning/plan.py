@@ -118,6 +118,10 @@ class Planner:
             if cells and alike(cells[-1], made):
                 cells.pop()  # it ended where a kernel takes over that another layout of the weights would need
             cells.append(made)
+        kernels = {cell.path.stage("experts").kernel: None for cell in cells}
+        if self.wishes.deterministic and len(kernels) > 1:  # beside a prompt, decoding runs as that does
+            what = f"experts by {' and '.join(kernels)}, as a step has prompts or not, which --deterministic forbids"
+            raise Refused(Refusal(what, here, "impossible", (), f"--experts {next(iter(kernels))}"))
         return tuple(cells)
 
     def needs(self, block: LayerSpec) -> list[MixtureNeed]:
@@ -340,7 +344,8 @@ def choose(op: str, need: Need, catalogue: Sequence[Contract], wishes: Wishes) -
             works = any(c.op == op and not c.misses(plain) and (c.built or wishes.hypothetical) for c in catalogue)
             nearest = "--kv bf16" if works else None
         raise Refused(Refusal(what, op, kind, reasons, nearest))
-    chosen = wish or able[0]
+    beside = wishes.attention if op in ("attend_encode", "attend_latent") else None  # in place of attend_paged
+    chosen = wish or (beside if beside in able else able[0])
     rejected = tuple(
         Rejection(name, miss or ("another was asked for" if wish else f"{chosen} is preferred"))
         for name, miss in misses.items() if name != chosen

@@ -25,7 +25,7 @@ SIZES, SMALLEST_BLOCK = (64, 128), 16
 FEWEST, NARROW = 64, 1024
 """Fewer rows do not fill a warp group's; of narrow windows a block walks so few tiles that Triton is faster."""
 TILE, LOG2E = 128, 1.4426950408889634
-described = lru_cache(64)(tensor_map)
+described = lru_cache(4096)(tensor_map)
 """Pools stay where they are, and activations come back to where they were."""
 
 

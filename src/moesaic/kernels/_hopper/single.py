@@ -1,4 +1,8 @@
-"""A token alone: its experts in one launch (single.cuh). A: experts per token, D: hidden size, I: expert width."""
+"""A token alone: its experts in one launch (single.cuh). A: experts per token, D: hidden size, I: expert width.
+
+Its thread blocks wait for each other, one on each multiprocessor: two such launches must not run at the same time on
+one GPU. On one stream, as an engine has it, they do not.
+"""
 
 from __future__ import annotations
 
