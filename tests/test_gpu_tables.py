@@ -49,7 +49,7 @@ def test_every_result_is_in_its_table(folder: Path) -> None:
     assert "| E8 | bf16 | triton | 0.1000 (0.75) |  |" in found["gpu-experts"]
     assert "| qkv | fp8 | triton | 0.2000 (0.90) |" in found["gpu-gemm"]
     assert "| E128 | 1 | 1.0 | 2.0 | 3.0 | 4.0 | 5.0 |" in found["gpu-route"]
-    assert "| GQA | decode | fp8 | 1 | 9 | 1.0000 | 0.5000 | 0.50 |" in found["gpu-attention"]
+    assert "| GQA | triton | decode | fp8 | 1 | 9 | 1.0000 | 0.5000 | 0.50 |" in found["gpu-attention"]
     assert "| 1.0e-05 ± 1e-06 | 2.0e-05 | **no** |" in found["gpu-schemes"]
     assert "no such thing" in found["gpu-schemes"]
     assert "](gpu-steps.svg)" in found["gpu-throughput"]
