@@ -6,8 +6,10 @@ operands in the tensor core's documentation, so that the sources' own function i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -24,6 +26,16 @@ from tests.triton_support import expert_weights, in_double, randn, some_ids, sor
 
 LIMIT = 2**-7
 FOUR_BIT, CODES8 = ("mxfp4", "nvfp4", "int4"), ("fp8_tensor", "fp8_token", "fp8_group128")
+
+
+@pytest.fixture(autouse=True)
+def on_hopper() -> Iterator[None]:
+    """For every test of a file that imports it."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("is for Hopper GPUs only")
+    torch.manual_seed(0)
+    yield
+    torch.cuda.empty_cache()
 
 
 def element_at(scheme: Scheme, tile: Tile, position: int) -> int:

@@ -5,8 +5,6 @@ What lies behind a context in its last block, and every row that no sequence own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,21 +17,14 @@ from moesaic.formats import encodings, kv
 from moesaic.kernels import hopper, reference
 from moesaic.kernels.ops import AttentionBatch, KVView, Softmax, Span
 from tests.compare import assert_rows_close
+from tests.hopper_support import on_hopper
 
+__all__ = ["on_hopper"]
 pytestmark = pytest.mark.gpu
 LIMIT = 2**-7
 GQA, NARROW, WIDE = KVView(4, 128, 512, 128), KVView(2, 64, 128, 64), KVView(1, 128, 128, 128)
 ENCODED = [Encoding("fp8_group128"), Encoding("fp8_tensor", True), Encoding("mxfp8"), Encoding("fp8_token"),
            Encoding("nvfp4"), Encoding("bf16")]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def usable() -> Iterator[None]:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("is for Hopper GPUs only")
-    torch.manual_seed(0)
-    yield
-    torch.cuda.empty_cache()
 
 
 def batch_of(lengths: tuple[int, ...], block: int, room: int = 0) -> tuple[AttentionBatch, int]:

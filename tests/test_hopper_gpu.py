@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,9 +12,10 @@ from moesaic.contracts.spec import Activation
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper.variants import PAIRS, Tile
 from tests.compare import assert_rows_close
-from tests.hopper_support import Layer, check_layer, check_single
+from tests.hopper_support import Layer, check_layer, check_single, on_hopper
 from tests.triton_support import in_double
 
+__all__ = ["on_hopper"]
 pytestmark = pytest.mark.gpu
 OAI = Activation("swiglu_oai")
 OTHERS = {
@@ -24,15 +23,6 @@ OTHERS = {
 }
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
 EVERY = KNOWN | OTHERS
-
-
-@pytest.fixture(autouse=True)
-def usable() -> Iterator[None]:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("is for Hopper GPUs only")
-    torch.manual_seed(0)
-    yield
-    torch.cuda.empty_cache()
 
 
 def test_probe() -> None:

@@ -5,7 +5,6 @@ Whatever no sequence may read is NaN: the pool's block 0, and what lies in a las
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -20,20 +19,13 @@ from moesaic.kernels._hopper import attend_prompt
 from moesaic.kernels._triton.attend_paged import Heads, Tables
 from moesaic.kernels.ops import AttentionBatch, KVView, Softmax, Span
 from tests.compare import assert_rows_close
+from tests.hopper_support import on_hopper
 
+__all__ = ["on_hopper"]
 pytestmark = pytest.mark.gpu
-LIMIT = 2**-6
+LIMIT = 2**-7
 RAGGED = ((1, 1), (17, 17), (300, 300), (129, 129), (64, 200), (5, 1000), (128, 128), (1, 700))
 """(rows, length of the context) of each sequence."""
-
-
-@pytest.fixture(autouse=True)
-def usable() -> Iterator[None]:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("is for Hopper GPUs only")
-    torch.manual_seed(0)
-    yield
-    torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)

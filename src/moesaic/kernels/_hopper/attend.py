@@ -20,7 +20,8 @@ from moesaic.kernels.ops import AttentionBatch, KVView, Softmax
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, how: Softmax) -> Tensor:
     if not serves(q_THK, pool_PW, view):
-        return triton.attend_paged(q_THK, pool_PW, batch, view, how.scale, how.window, how.sinks_H)  # type: ignore[no-any-return]
+        theirs: Tensor = triton.attend_paged(q_THK, pool_PW, batch, view, how.scale, how.window, how.sinks_H)
+        return theirs
     out = q_THK.new_empty(*q_THK.shape[:2], view.value_dim)
     if batch.decodes:
         decode(q_THK, pool_PW, batch.decoding(), view, how, Target(out))
@@ -36,7 +37,8 @@ def attend_encode(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: K
     alone = batch.decodes == len(batch.spans)
     if not (alone and encodes(encoding, view) and serves(q_THK, pool_PW, view)):
         y_THV = attend_paged(q_THK, pool_PW, batch, view, how)
-        return triton.encode(y_THV.flatten(1), encoding, scale)  # type: ignore[no-any-return]
+        rows: Rows = triton.encode(y_THV.flatten(1), encoding, scale)
+        return rows
     tokens, heads = q_THK.shape[:2]
     out = torch.empty(tokens, heads, view.value_dim, dtype=q_THK.dtype, device=q_THK.device)
     plain = encoding.name == "bf16"
