@@ -10,10 +10,11 @@ pytest.importorskip("triton")
 from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import Activation
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
+from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.variants import PAIRS, Tile
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, check_single, on_hopper
-from tests.triton_support import in_double
+from tests.triton_support import in_double, sorted_rows
 
 __all__ = ["on_hopper"]
 pytestmark = pytest.mark.gpu
@@ -77,7 +78,7 @@ def test_a_token_alone(name: str) -> None:
     check_single(layer)
     layer.ids.fill_(-1)
     check_single(layer)
-    size = 2816 if four else 2880
+    size = 2816 if along else 2880
     check_single(Layer.of(scheme, 1, (8, size, size, 4), Tile(8), activation=OAI))
 
 
@@ -131,6 +132,23 @@ def test_sums_in_fp32(name: str, tile: Tile) -> None:
     slack = 2**-9 * (first.norm(dim=-1) * up.abs().amax(-1) + second.norm(dim=-1) * gate.abs().amax(-1))
     assert (both.norm(dim=-1) < 0.05 * half.norm(dim=-1)).all(), "the terms cancel"
     assert (error <= slack).all(), (error / slack).max()
+
+
+@pytest.mark.parametrize("tokens", [40, 511, 512, 1000, 5003])
+@pytest.mark.parametrize(("experts", "how"), [(128, "usual"), (512, "holes"), (128, "one expert")])
+def test_rows_are_sorted(tokens: int, experts: int, how: str) -> None:
+    """By one thread block or by several: stable; every row is in one tile of its expert, of which none is too high."""
+    layer = Layer.of(SCHEMES["bf16"], tokens, (experts, 64, 64, 8), Tile(64, 2, 1), how)
+    _, routed = launch.prepare(layer.variant, layer.x, layer.ids, layer.w)
+    order = sorted_rows(layer.ids)
+    assert torch.equal(routed.order_R[: len(order)].long(), order)
+    assert (routed.order_R[len(order) :] == -1).all()
+    tiles = routed.tiles_B4[: int(routed.counters[0])].long()
+    assert (tiles[:, 2] <= 64).all()
+    spans = [torch.arange(first, first + rows) for _, first, rows, _ in tiles.tolist()]
+    assert torch.equal(torch.cat(spans), torch.arange(len(order)))
+    assert torch.equal(tiles[:, 0].repeat_interleave(tiles[:, 2]), layer.ids.flatten()[order].long())
+    assert not routed.counters[1:].any()
 
 
 def test_many_calls_give_the_same_bits() -> None:

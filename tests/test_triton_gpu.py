@@ -152,13 +152,16 @@ def test_plain_products_are_summed_in_fp32(size: tuple[int, int, int]) -> None:
             assert support.worst(triton.linear(x, w), x.double() @ w.double().T) < 1e-5, "TF32 in the router"
 
 
-def test_requantised_slots_are_the_references_bit_for_bit() -> None:
+@pytest.mark.parametrize("scale", [0.3, 1.7, 1e-3, 1e-30, 1e-40, 3e30])
+def test_requantised_slots_are_the_references_bit_for_bit(scale: float) -> None:
+    """All codes but NaN, -0 among them; scales that saturate everything, or round it to 0."""
     from moesaic.kernels._triton.requantize import requantize_slots as kernel
 
-    data = support.randn(32, 128, 7168).to(torch.float8_e4m3fn)
+    codes = torch.randint(0, 256, (32, 128, 7168), dtype=torch.uint8, device="cuda")
+    data = torch.where(codes % 128 == 127, 128, codes).view(torch.float8_e4m3fn)
     scales = (torch.rand(32, 56, 128, device="cuda") + 0.1).transpose(1, 2)
-    counts, scale = torch.randint(0, 129, (32,), device="cuda"), torch.tensor(0.3, device="cuda")
-    mine, theirs = kernel(data, scales, counts, scale), requantize_slots(data, scales, counts, scale)
+    counts, one = torch.randint(0, 129, (32,), device="cuda"), torch.tensor(scale, device="cuda")
+    mine, theirs = kernel(data, scales, counts, one), requantize_slots(data, scales, counts, one)
     assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
 
 

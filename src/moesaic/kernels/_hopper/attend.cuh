@@ -1,4 +1,4 @@
-// What decoding attention needs beside base.cuh: its arguments, clusters of thread blocks, fragments, encodings of results.
+// What decoding attention needs beside base.cuh: its arguments, fragments, encodings of results.
 #pragma once
 #include "base.cuh"
 
@@ -101,31 +101,6 @@ DEVICE void load_matrices(u32 (&x)[4], u32 row) {
 
 DEVICE void load_matrices_turned(u32 (&x)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(row) : "memory");
-}
-
-// --- clusters ---
-
-DEVICE int cluster_rank() {
-    int r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-
-DEVICE int cluster_blocks() {
-    int r;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
-    return r;
-}
-
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// To where another block of the cluster has what lies at p in this one.
-DEVICE u32 address_at(u32 p, int block) {
-    u32 r;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(p), "r"(block));
-    return r;
 }
 
 DEVICE void store16_at(u32 p, int block, float4 v) {

@@ -106,6 +106,37 @@ DEVICE void wait_for_grid() { asm volatile("griddepcontrol.wait;" ::: "memory");
 
 DEVICE void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// --- clusters of thread blocks ---
+
+DEVICE int cluster_rank() {
+    int r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+DEVICE int cluster_blocks() {
+    int r;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+    return r;
+}
+
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// To where another block of the cluster has what lies at p in this one.
+DEVICE u32 address_at(u32 p, int block) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(p), "r"(block));
+    return r;
+}
+
+DEVICE int load_at(u32 p, int block) {
+    int v;
+    asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(v) : "r"(address_at(p, block)) : "memory");
+    return v;
+}
+
 // --- warp-group products ---
 
 DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -129,6 +160,12 @@ template <int N> DEVICE void hold(u32 (&x)[N]) {
 // Rows of 128 bytes, 16-byte chunks exchanged by the row's last three bits; eight rows lie 1,024 bytes apart.
 DEVICE u64 tile_descriptor(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | ((u64)1 << 16) | ((u64)64 << 32) | ((u64)1 << 62);
+}
+
+// Four blocks of 8 x 8 16-bit elements, each transposed. Lane l has elements 2 (l % 4) and + 1 of row l / 4 of all blocks, and
+// says where column l % 8 of block l / 8 goes.
+DEVICE void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // --- products of a warp: w [16, K] x^T of eight rows, onto d (see room.cuh for who holds what) ---

@@ -21,7 +21,8 @@
 
 #define NARROW (MOST <= 32)  // few rows of x: products by warps; else by groups of four
 #define FOUR_BIT (FORMAT >= MXFP4)
-#define ELEMENTS (FORMAT == BF16 ? 64 : FOUR_BIT ? 256 : 128) /* of K per stage: 128 bytes of each weight row */
+#define W_ROW (FOUR_BIT && !NARROW ? 64 : 128) /* bytes of a weight row per stage; where x takes most of the room, fewer */
+#define ELEMENTS (FORMAT == BF16 ? 64 : FOUR_BIT ? 2 * W_ROW : 128) /* of K per stage */
 #define DECODED !(FORMAT == BF16 || (FORMAT == FP8 && ROWS8))
 #define ROW_BYTES (ROWS8 ? 1 : 2)
 #define X_ROW (ELEMENTS * ROW_BYTES) /* bytes of a row of x per stage */

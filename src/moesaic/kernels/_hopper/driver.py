@@ -16,7 +16,9 @@ from moesaic.errors import UnsupportedError
 
 _CLUSTER, _SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, ..._PROGRAMMATIC_STREAM_SERIALIZATION
 _SHARED_LIMIT, _LARGE_CLUSTERS = 8, 14  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, ..._NON_PORTABLE_CLUSTER_...
-_UINT8, _SWIZZLE_128B, _PROMOTE_256B = 0, 3, 3
+_UINT8, _PROMOTE_256B = 0, 3
+_SWIZZLES = {64: 2, 128: 3}
+"""By the bytes of a row: those of 64 and of 128 bytes."""
 
 
 class TensorMap(ctypes.Structure):
@@ -103,13 +105,14 @@ def launch(function: ctypes.c_void_p, grid: int, block: int, arguments: Sequence
 def tensor_map(address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
     """Bytes in up to five axes, the first one dense. strides: bytes, of all axes but the first. box: of a tile.
 
-    Rows of 128 bytes arrive in shared memory with their 16-byte chunks exchanged (see `tile_descriptor` in base.cuh).
+    Rows of 64 and of 128 bytes arrive in shared memory with their 16-byte chunks exchanged (see `chunk_at` in room.cuh,
+    `tile_descriptor` in base.cuh).
     """
     made, rank = aligned_map(), len(sizes)
     call(
         "cuTensorMapEncodeTiled", ctypes.byref(made), _UINT8, rank, ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box),
-        (ctypes.c_uint32 * rank)(*(1,) * rank), 0, _SWIZZLE_128B, _PROMOTE_256B, 0,
+        (ctypes.c_uint32 * rank)(*(1,) * rank), 0, _SWIZZLES[box[0]], _PROMOTE_256B, 0,
     )  # fmt: skip
     return made
 

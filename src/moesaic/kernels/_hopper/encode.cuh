@@ -63,7 +63,7 @@ struct Divisor {
     }
     DEVICE_MEMBER float operator()(float x) const {
         x *= lift;
-        float q = x * inverse, better = __fmaf_rn(__fmaf_rn(-q, by, x), inverse, q);
+        float q = x * inverse, better = __fmaf_rn(-__fmaf_rn(q, by, -x), inverse, q);  // so -0 remains -0
         return fabsf(q) > 0x1p90f ? q : better;
     }
 };
@@ -99,7 +99,7 @@ template <int R, int C> DEVICE void encode_elements(float (&v)[R][C], float (&sc
         for (int i = 0; i < C; i++) amax[r] = larger(amax[r], fabsf(v[r][i]));
     }
     if (ENCODING == GROUP128) {
-        largest_of<32>(amax);
+        largest_of<(C > 4 ? 128 / C : 32)>(amax);
 #pragma unroll
         for (int r = 0; r < R; r++) scale[r] = quotient(amax[r], 448.0f, 1.0f / 448.0f, odd);
         if (odd)

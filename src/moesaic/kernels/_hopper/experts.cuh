@@ -8,6 +8,7 @@
 #include "wide.cuh"
 #endif
 #include "fetch.cuh"
+#include "broad.cuh"
 
 DEVICE int row_in_tile(const Consumer &me, int m) { return (8 * m + me.warp) * 16 + lane_row(me.lane); }
 
@@ -117,7 +118,9 @@ DEVICE void emit_y(const Arguments &a, const Item &item, int begin, int slot, co
         if (begin + local >= item.count) continue;
         const u16 *from = (const u16 *)room.chunk[local] + me.lane * C;
         u16 *to = a.y + (i64)room.place[slot][begin + local] * a.hidden + column;
-        if (C == 8)
+        if (BROAD)
+            *(uint4 *)to = in_order(*(const uint4 *)from);
+        else if (C == 8)
             *(uint4 *)to = *(const uint4 *)from;
         else
             *(uint2 *)to = *(const uint2 *)from;
@@ -140,13 +143,14 @@ DEVICE void put_chunk(const Arguments &a, int begin, int slot, const Consumer &m
             first[m][i] = sums[m][at] * (factor[m][0] * x_scale[i]) + bias[m][0], second[m][i] = sums[m][at + 2] * (factor[m][1] * x_scale[i]) + bias[m][1];
         }
     if (FIRST) join_all(a, first, second);
+    if (BROAD && !FIRST) return put_broad_y(me, first, second);
 #pragma unroll
     for (int m = 0; m < STACK; m++)
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             int local = i / 2 * 8 + 2 * (me.lane % 4) + i % 2;
             if (FIRST) {
-                room.chunk[local][element_of_h(me, m)] = first[m][i];
+                room.chunk[local][BROAD ? broad_place(element_of_h(me, m)) : element_of_h(me, m)] = first[m][i];
             } else {
                 u16 *to = (u16 *)room.chunk[local] + row_in_tile(me, m);
                 u32 pair = bf16_pair(first[m][i], second[m][i]);
@@ -179,7 +183,7 @@ DEVICE void finish_tile(const Arguments &a, const Item &item, int slot, const Co
             for (int i = 0; i + CHUNK / 2 < HALF; i++) sums[m][i] = sums[m][i + CHUNK / 2];
         group_sync<2, CONSUMERS>();
         if (item.phase == 1)
-            emit_h(a, item, begin, slot, me);
+            BROAD ? emit_broad(a, item, begin, slot, me) : emit_h(a, item, begin, slot, me);
         else
             emit_y(a, item, begin, slot, me);
     }

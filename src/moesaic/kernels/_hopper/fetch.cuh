@@ -52,8 +52,8 @@ struct ScaleFetcher {
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             u8 *to = room.w_scales[slot] + (lane + 32 * i) * SIZE;
-            const u8 *from = base + row[i] + stage * SIZE;
-            int real = min(SIZE, bytes - stage * SIZE);
+            int at = stage / SCALED_STAGES * SIZE, real = min(SIZE, bytes - at);
+            const u8 *from = base + row[i] + at;
 #if ALIGNED_SCALES
             copy_small<SIZE>(shared_address(to), real > 0 ? from : base, max(real, 0));
 #else
@@ -91,9 +91,9 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
                 if (s == max(weight.stages - 2, 0)) next = atomicAdd(a.counters + 1, 1);
                 barrier_announce(bar, W_BYTES);
                 if (up)
-                    copy_tile5(to, &maps.first, bar, s * 128, item.column * H_COLUMNS / 8, item.e);
+                    copy_tile5(to, &maps.first, bar, s * W_ROW, item.column * H_COLUMNS / 8, item.e);
                 else
-                    copy_tile3(to, &maps.second, bar, s * 128, item.column * Y_COLUMNS, item.e);
+                    copy_tile3(to, &maps.second, bar, s * W_ROW, item.column * Y_COLUMNS, item.e);
             }
             if (STAGE_SCALES) {
                 scales.fetch(s, at.slot, lane);

@@ -20,6 +20,8 @@ from moesaic.kernels._hopper.variants import Variant
 from moesaic.kernels.ops import ExpertWeights
 
 PREPARERS, COMBINERS = 512, 128
+SORTERS, MANY = 8, 4096
+"""Thread blocks that share the sorting of so many rows or more."""
 I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
 
 
@@ -170,8 +172,9 @@ def prepare(variant: Variant, x: Rows | Tensor, ids_TA: Tensor, w: ExpertWeights
         routed.counters.numel(), strides[0], strides[1] if variant.encoding == 4 else 0,
     )  # fmt: skip
     kernels = loaded(variant, torch.cuda.current_device())
-    blocks = 1 + -(-warps // (PREPARERS // 32))
-    launch(kernels.prepare_encoded if given else kernels.prepare, blocks, PREPARERS, [arguments])
+    sorters = SORTERS if ids_TA.numel() >= MANY else 1
+    blocks = up(sorters + -(-warps // (PREPARERS // 32)), sorters)
+    launch(kernels.prepare_encoded if given else kernels.prepare, blocks, PREPARERS, [arguments], cluster=sorters)
     return stored, routed
 
 
@@ -205,17 +208,17 @@ def room_for_routing(variant: Variant, ids_TA: Tensor, w: ExpertWeights) -> Rout
 
 @lru_cache(maxsize=4096)
 def weight_maps(first: int, second: int, shape: tuple[int, int, int], row_bytes: tuple[int, int],
-                stack: int) -> tuple[TensorMap, TensorMap]:  # fmt: skip
-    """Of both weights. first, second: addresses.  shape: E, I, D.  row_bytes: of K.
+                box: tuple[int, int]) -> tuple[TensorMap, TensorMap]:  # fmt: skip
+    """Of both weights. first, second: addresses.  shape: E, I, D.  row_bytes: of K.  box: bytes and rows of a tile.
 
     The first one's axes: bytes of a row, 8 rows, gate or up, groups of 8 rows, experts: 8 gate rows lie before the 8 up
     rows of the same elements in shared memory.
     """
-    (experts, width, hidden), (k1, k2) = shape, row_bytes
+    (experts, width, hidden), (k1, k2), (wide, rows) = shape, row_bytes, box
     strides = (k1, width * k1, 8 * k1, 2 * width * k1)
     return (
-        tensor_map(first, (k1, 8, 2, width // 8, experts), strides, (128, 8, 2, 8 * stack, 1)),
-        tensor_map(second, (k2, hidden, experts), (k2, hidden * k2), (128, 128 * stack, 1)),
+        tensor_map(first, (k1, 8, 2, width // 8, experts), strides, (wide, 8, 2, rows // 16, 1)),
+        tensor_map(second, (k2, hidden, experts), (k2, hidden * k2), (wide, rows, 1)),
     )  # fmt: skip
 
 
@@ -229,7 +232,8 @@ def all_maps(variant: Variant, w: ExpertWeights, h: Stored) -> Maps:
     parts = w.w13.parts["data"], w.w2.parts["data"]
     k1, k2 = (part.stride(1) * part.element_size() for part in parts)
     places = parts[0].data_ptr(), parts[1].data_ptr()
-    first, second = weight_maps(*places, (experts, width, hidden), (k1, k2), variant.tile.stack)
+    box = variant.row_bytes, 128 * variant.tile.stack
+    first, second = weight_maps(*places, (experts, width, hidden), (k1, k2), box)
     if variant.tile.narrow:
         return Maps(first, second, first)
     return Maps(first, second, row_map(variant, h))

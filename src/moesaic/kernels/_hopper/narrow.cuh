@@ -59,9 +59,9 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
                 for (int r = 0; r < 2; r++) {
                     bits[m][r] = scales.bits(m, r, i, me.lane);
                     if (BY_WORD)
-                        codes[m][r].x = load_word(w + m * 16384, row + 8 * r, i, me.lane % 4);
+                        codes[m][r].x = load_word(w + m * W_BLOCK, row + 8 * r, i, me.lane % 4);
                     else
-                        codes[m][r] = load_chunk(w + m * 16384, row + 8 * r, me.lane % 4 + 4 * i);
+                        codes[m][r] = load_chunk(w + m * W_BLOCK, row + 8 * r, me.lane % 4 + 4 * i);
                 }
 #pragma unroll
             for (int first = 0; first < WORDS; first += PER_LOAD) {

@@ -1,5 +1,5 @@
-// What goes before and behind the products. One launch encodes token rows while its first thread block sorts by expert. At
-// the end a token's results are summed.
+// What goes before and behind the products. One launch encodes token rows while its first thread block, or the first cluster of
+// them, sorts by expert. At the end a token's results are summed.
 #pragma once
 #include "room.cuh"
 
@@ -30,20 +30,23 @@ DEVICE int expert_of(const Preparation &p, int r, int end) {
 }
 
 // Rows in order of their expert, stable, and tiles of up to MOST of them, each expert's of equal height. Every warp counts the
-// experts of its own stretch of rows, then hands out places.
-DEVICE void sort_rows(const Preparation &p) {
+// experts of its own stretch of rows, then hands out places. rank: of this block among those that share the rows.
+DEVICE void sort_rows(const Preparation &p, int rank, int blocks) {
     if (NARROW && p.tokens == 1) {
         if (threadIdx.x < 32) sort_one(p);
         return;
     }
     __shared__ int count[SORT_WARPS][MOST_EXPERTS];
+    __shared__ int mine[MOST_EXPERTS], before[MOST_EXPERTS];  // rows of this block, and of those before it
     __shared__ int total[MOST_EXPERTS], rows_end[MOST_EXPERTS], tiles_end[MOST_EXPERTS], used;
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     for (int i = thread; i < SORT_WARPS * MOST_EXPERTS; i += PREPARERS) count[0][i] = 0;
-    for (int i = thread; i < p.counter_count; i += PREPARERS) p.counters[i] = 0;
+    if (rank == 0)
+        for (int i = thread; i < p.counter_count; i += PREPARERS) p.counters[i] = 0;
     __syncthreads();
     constexpr int AHEAD = 8;
-    int share = (p.routed + PREPARERS - 1) / PREPARERS * 32, begin = warp * share, end = min(p.routed, begin + share);
+    int threads = PREPARERS * blocks, share = (p.routed + threads - 1) / threads * 32;
+    int begin = (rank * SORT_WARPS + warp) * share, end = min(p.routed, begin + share);
     for (int from = begin; from < end; from += 32 * AHEAD) {
         int ids[AHEAD];
 #pragma unroll
@@ -60,17 +63,30 @@ DEVICE void sort_rows(const Preparation &p) {
         int sum = 0;
 #pragma unroll
         for (int w = 0; w < SORT_WARPS; w++) {
-            int mine = count[w][e];
+            int each = count[w][e];
             count[w][e] = sum;
-            sum += mine;
+            sum += each;
         }
-        total[e] = sum;
+        mine[e] = total[e] = sum, before[e] = 0;
+    }
+    if (blocks > 1) {
+        cluster_arrive();
+        cluster_wait();
+        for (int e = thread; e < p.experts; e += PREPARERS) {
+            int sum = 0;
+            for (int b = 0; b < blocks; b++) {
+                if (b == rank) before[e] = sum;
+                sum += load_at(shared_address(mine + e), b);
+            }
+            total[e] = sum;
+        }
+        cluster_arrive();  // others may end once all have read
     }
     __syncthreads();
     if (thread < 32) {
         int rows = 0, tiles = 0;
         for (int first = 0; first < p.experts; first += 32) {
-            int e = first + thread, mine = e < p.experts ? total[e] : 0, r = mine, t = (mine + MOST - 1) / MOST;
+            int e = first + thread, rows_of_e = e < p.experts ? total[e] : 0, r = rows_of_e, t = (rows_of_e + MOST - 1) / MOST;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
                 int other = __shfl_up_sync(0xFFFFFFFFu, r, step), others = __shfl_up_sync(0xFFFFFFFFu, t, step);
@@ -79,18 +95,22 @@ DEVICE void sort_rows(const Preparation &p) {
             if (e < p.experts) rows_end[e] = rows + r, tiles_end[e] = tiles + t;
             rows += __shfl_sync(0xFFFFFFFFu, r, 31), tiles += __shfl_sync(0xFFFFFFFFu, t, 31);
         }
-        if (thread == 0) p.counters[0] = tiles, used = rows;
+        if (thread == 0) {
+            used = rows;
+            if (rank == 0) p.counters[0] = tiles;
+        }
     }
     __syncthreads();
-    for (int r = used + thread; r < p.routed; r += PREPARERS) p.order[r] = -1;
+    if (rank == 0)
+        for (int r = used + thread; r < p.routed; r += PREPARERS) p.order[r] = -1;
     for (int e = thread; e < p.experts; e += PREPARERS) {
-        int mine = total[e], tiles = (mine + MOST - 1) / MOST, first = rows_end[e] - mine;
-        int height = tiles ? (mine + tiles - 1) / tiles : 0;
-        for (int t = 0; t < tiles; t++) {
-            int rows = min(height, mine - t * height);
+        int all = total[e], tiles = (all + MOST - 1) / MOST, first = rows_end[e] - all;
+        int height = tiles ? (all + tiles - 1) / tiles : 0;
+        for (int t = 0; t < tiles && rank == 0; t++) {
+            int rows = min(height, all - t * height);
             p.tiles[tiles_end[e] - tiles + t] = make_int4(e, first + t * height, rows, (rows + STEP - 1) / STEP * STEP);
         }
-        total[e] = first;
+        total[e] = first + before[e];
     }
     __syncthreads();
     for (int from = begin; from < end; from += 32 * AHEAD) {
@@ -108,6 +128,7 @@ DEVICE void sort_rows(const Preparation &p) {
             __syncwarp();
         }
     }
+    if (blocks > 1) cluster_wait();
 }
 
 // Four neighbouring elements of a row per lane, in groups of 128; zero behind the end.
@@ -168,8 +189,9 @@ template <bool ENCODE> DEVICE void prepare_rows(const Preparation &p) {
     __shared__ alignas(16) u8 spaces[PREPARERS / 32][256];
     wait_for_grid();
     let_next_grid_start();
-    if (blockIdx.x == 0) return sort_rows(p);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = (blockIdx.x - 1) * (PREPARERS / 32) + warp;
+    int sorters = cluster_blocks();
+    if (blockIdx.x < sorters) return sort_rows(p, blockIdx.x, sorters);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = (blockIdx.x - sorters) * (PREPARERS / 32) + warp;
     if (ENCODE)
         encode_rows(p, at, lane, spaces[warp]);
     else

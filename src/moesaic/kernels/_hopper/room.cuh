@@ -3,14 +3,16 @@
 #include "encode.cuh"
 #include "values.cuh"
 
-#define W_BYTES (128 * 128 * STACK) /* of a stage: 128 STACK weight rows of 128 bytes */
+#define W_BLOCK (128 * W_ROW)       /* bytes of 128 weight rows in a stage */
+#define W_BYTES (W_BLOCK * STACK)
 #define X_BYTES (MOST * X_ROW)      /* and as many elements of K of up to MOST rows of x */
 #define STEP (MOST < 32 ? 8 : MOST == 96 ? 32 : MOST / 4) /* heights of tiles that code exists for are its multiples */
 #define GROUP_SCALES (ENCODING == GROUP128)
 #define BLOCK_SCALES (FORMAT == FP8 && BLOCKS)
 #define ROW_SCALES (!GROUP_SCALES && ENCODING != PLAIN && ENCODING != MX8) /* a row of x has one scale, or all have */
 #define DIRECT !(BY_ROW || (ENCODING == GROUP128 && STACK == 1)) /* a tile of h is encoded where it is made */
-#define SCALE_BYTES (FORMAT == MXFP8 ? 4 : FORMAT == MXFP4 ? 8 : FORMAT == NVFP4 ? 16 : FORMAT == INT4 ? 256 / GROUP * 2 : 0) /* of a weight row, per stage */
+#define SCALE_BYTES (FORMAT == MXFP8 || FORMAT == MXFP4 ? ELEMENTS / 32 : FORMAT == NVFP4 ? ELEMENTS / 16 : FORMAT == INT4 ? ELEMENTS * SCALED_STAGES / GROUP * 2 : 0) /* of a weight row, at a time */
+#define SCALED_STAGES (FORMAT == INT4 && ELEMENTS == GROUP ? 2 : 1) /* that such bytes serve: two of them are the fewest that can be copied */
 #define STAGE_SCALES (BLOCK_SCALES ? 16 : 128 * STACK * SCALE_BYTES)
 #define ROW_TERMS (FORMAT == NVFP4 || (FORMAT == FP8 && !BLOCKS)) /* weight rows have factors */
 #define SLOTS (NARROW ? 4 : 3) /* items under way */
@@ -21,6 +23,7 @@
 #define H_COLUMNS (64 * STACK)        /* elements of h per tile */
 #define Y_COLUMNS (128 * STACK)
 #define ENCODED (MOST < 32 ? 2 : 4) /* rows that a warp encodes at a time */
+#define BROAD (!NARROW && STACK == 2) /* the epilogue of tiles of 128 elements of h (broad.cuh) */
 
 struct Item {
     int phase, tile, column, e, first, count, rounded, padding;  // phase 0: the end, 1 first product, 2 encoding of all, 3 second
@@ -36,7 +39,7 @@ struct Room {
     int place[SLOTS][MOST];
     float row_scale[SLOTS][ROW_SCALES ? MOST : 1], h_scale[SLOTS];
     float factor[SLOTS][ROW_TERMS ? 128 * STACK : 1], bias[SLOTS][128 * STACK];
-    alignas(16) u8 encoding[256 * ENCODED * (BY_ROW && NARROW ? 8 : 1)];  // a warp's rows on their way into K's order
+    alignas(16) u8 encoding[BROAD ? 16 : 256 * ENCODED * (BY_ROW && NARROW ? 8 : 1)];  // a warp's rows on their way into K's order
     u64 full[STAGES], empty[STAGES];
     u64 item_full[SLOTS], item_empty[SLOTS], table_full[SLOTS], stored[SLOTS];
 };
@@ -73,9 +76,11 @@ struct Consumer {
     int warp, lane;
 };
 
+#define PERMUTED (W_ROW == 128 && (DECODED || NARROW))
+
 DEVICE int lane_row(int lane) {  // where lanes read codes: two rows side by side must differ in bit 2, for the banks' sake
     int i = lane >> 2;
-    return DECODED || NARROW ? (i >> 1) | ((i & 1) << 2) : i;
+    return PERMUTED ? (i >> 1) | ((i & 1) << 2) : i;
 }
 
 // sums += part x (scale of the row of w) x (scale of the row of x)
@@ -130,9 +135,12 @@ DEVICE u32 operand_scale(u32 s, int word) {
     return block_scale(FORMAT == NVFP4 ? (word < 2 ? s & 255 : s >> 8) : s);
 }
 
-DEVICE uint4 load_chunk(const u8 *tile, int row, int chunk) { return *(const uint4 *)(tile + row * 128 + ((chunk ^ (row & 7)) << 4)); }
+// Where the copy engine puts 16 bytes of a weight row.
+DEVICE const u8 *chunk_at(const u8 *tile, int row, int chunk) { return tile + row * W_ROW + ((chunk ^ (W_ROW == 128 ? row & 7 : row / 2 & 3)) << 4); }
 
-DEVICE u32 load_word(const u8 *tile, int row, int chunk, int word) { return *(const u32 *)(tile + row * 128 + ((chunk ^ (row & 7)) << 4) + word * 4); }
+DEVICE uint4 load_chunk(const u8 *tile, int row, int chunk) { return *(const uint4 *)chunk_at(tile, row, chunk); }
+
+DEVICE u32 load_word(const u8 *tile, int row, int chunk, int word) { return *(const u32 *)(chunk_at(tile, row, chunk) + word * 4); }
 
 DEVICE u32 word_of(const uint4 &q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
 

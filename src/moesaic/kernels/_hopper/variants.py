@@ -73,7 +73,12 @@ class Variant:
     @property
     def elements(self) -> int:
         """Of K per stage."""
-        return 64 if self.form == 0 else 256 if self.form >= 3 else 128
+        return 64 if self.form == 0 else 2 * self.row_bytes if self.form >= 3 else 128
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a weight row per stage; as W_ROW in decode.cuh."""
+        return 64 if self.form >= 3 and not self.tile.narrow else 128
 
     @property
     def in_order(self) -> bool:
@@ -93,10 +98,10 @@ class Variant:
 
     @property
     def scale_bytes(self) -> int:
-        """Of a weight row, per stage; as SCALE_BYTES in room.cuh."""
+        """Of a weight row, at a time; as SCALE_BYTES in room.cuh."""
         if self.form == 5:
-            return 256 // self.group * 2
-        return {2: 4, 3: 8, 4: 16}.get(self.form, 0)
+            return max(4, self.elements // self.group * 2)
+        return self.elements // {2: 32, 3: 32, 4: 16}[self.form] if self.form in (2, 3, 4) else 0
 
     @property
     def stages(self) -> int:
@@ -105,9 +110,10 @@ class Variant:
         scaled = self.encoding not in (0, 4, 5)  # ROW_SCALES, ROW_TERMS in room.cuh
         terms = 8 if self.form == 4 or (self.form == 1 and not self.block_scales) else 4
         fixed = 1024 + min(tile.height, 32) * (64 * tile.stack + 4) * 4
-        fixed += 256 * (2 if tile.height < 32 else 4) * (8 if tile.narrow and self.encoding in (2, 3, 7) else 1)
+        if tile.narrow or tile.stack == 1:
+            fixed += 256 * (2 if tile.height < 32 else 4) * (8 if tile.narrow and self.encoding in (2, 3, 7) else 1)
         fixed += slots * (tile.height * (8 if scaled else 4) + 128 * tile.stack * terms)
-        stage = 16384 * tile.stack + tile.height * self.elements * (1 if self.eight_bit else 2)
+        stage = 128 * self.row_bytes * tile.stack + tile.height * self.elements * (1 if self.eight_bit else 2)
         stage += 128 * tile.stack * self.scale_bytes + 16
         stage += -(-tile.height // 32) * 128 if self.encoding == 4 else 0
         return max(2, min(8, (SHARED[tile.blocks] - fixed) // stage))

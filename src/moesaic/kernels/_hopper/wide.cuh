@@ -67,7 +67,7 @@ DEVICE void multiply_word(float *sums, u32 (&a)[4 * STEPS], u32 (&before)[4 * ST
 
 // Groups of GROUP elements, each summed by itself. A chunk of 16 bytes holds 32 elements, of which a thread takes a word.
 template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, int stages) {
-    constexpr int PER_GROUP = GROUP / 32, PER_PIECE = 128 / ROW_BYTES / 32;
+    constexpr int PER_GROUP = GROUP / 32, PER_PIECE = 128 / ROW_BYTES / 32, GROUPS = ELEMENTS / GROUP;
     u32 a[2][4 * STEPS] = {};
     int row = me.warp * 16 + lane_row(me.lane), word = me.lane % 4;
     for (int s = 0; s < stages; s++) {
@@ -77,7 +77,7 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
         RowScales scales(me.at.slot, row);
         u64 x_tile = tile_descriptor(shared_address(room.x[me.at.slot]));
 #pragma unroll
-        for (int g = 0; g < 256 / GROUP; g++) {
+        for (int g = 0; g < GROUPS; g++) {
 #pragma unroll
             for (int m = 0; m < STACK; m++) {
                 float part[N / 2];
@@ -85,7 +85,7 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 #pragma unroll
                 for (int c = 0; c < PER_GROUP; c++)
 #pragma unroll
-                    for (int r = 0; r < 2; r++) words[r][c] = load_word(w + m * 16384, row + 8 * r, g * PER_GROUP + c, word);
+                    for (int r = 0; r < 2; r++) words[r][c] = load_word(w + m * W_BLOCK, row + 8 * r, g * PER_GROUP + c, word);
 #pragma unroll
                 for (int c = 0; c < PER_GROUP; c++) {
                     int chunk = g * PER_GROUP + c;
@@ -93,8 +93,9 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
                 }
                 products_wait<0>();
                 hold(part);
-                fold<N>(sums[m], part, scales.fold_by(m, 0, g), scales.fold_by(m, 1, g), nullptr, me.lane);
-                if (g == 256 / GROUP - 1 && m == STACK - 1) release(room.empty + me.at.slot, me.lane);
+                int group = g + s % SCALED_STAGES;
+                fold<N>(sums[m], part, scales.fold_by(m, 0, group), scales.fold_by(m, 1, group), nullptr, me.lane);
+                if (g == GROUPS - 1 && m == STACK - 1) release(room.empty + me.at.slot, me.lane);
             }
         }
         me.at.next(STAGES);
@@ -103,9 +104,10 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 
 #else
 
-// A thread takes chunks of 16 bytes of a row: lane % 4, then lane % 4 + 4. A stage is released a product late.
+// A thread takes chunks of 16 bytes of a row: lane % 4, then lane % 4 + 4, if there are so many. A stage is released a product
+// late.
 template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, int stages) {
-    constexpr int PER_PIECE = 4 / (PIECES / 2);  // words of a chunk that one piece of x serves
+    constexpr int CHUNKS = W_ROW / 64, PER_PIECE = 4 * CHUNKS / PIECES;  // words of a chunk that one piece of x serves
     u32 a[2][4 * STEPS] = {};
     int row = me.warp * 16 + lane_row(me.lane), chunk = me.lane % 4;
     u64 *before = nullptr;
@@ -119,14 +121,14 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
         float part[STACK][N / 2];
 #endif
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < CHUNKS; half++) {
 #pragma unroll
             for (int m = 0; m < STACK; m++) {
                 u32 bits[2] = {scales.bits(m, 0, half, me.lane), scales.bits(m, 1, half, me.lane)};
-                uint4 upper = load_chunk(w + m * 16384, row, chunk + 4 * half), lower = load_chunk(w + m * 16384, row + 8, chunk + 4 * half);
+                uint4 upper = load_chunk(w + m * W_BLOCK, row, chunk + 4 * half), lower = load_chunk(w + m * W_BLOCK, row + 8, chunk + 4 * half);
 #pragma unroll
                 for (int word = 0; word < 4; word++) {
-                    u64 tile = x_tile + (half * PIECES / 2 + word / PER_PIECE) * (MOST * 8) + word % PER_PIECE * 2 * STEPS;
+                    u64 tile = x_tile + (half * PIECES / CHUNKS + word / PER_PIECE) * (MOST * 8) + word % PER_PIECE * 2 * STEPS;
 #if FOLDS
                     multiply_word<N>(part[m], a[word % 2], a[1 - word % 2], word_of(upper, word), word_of(lower, word), operand_scale(bits[0], word), operand_scale(bits[1], word), tile, half + word == 0);
 #else
