@@ -47,9 +47,9 @@ def element_at(scheme: Scheme, tile: Tile, position: int) -> int:
         half = 4 if form in FOUR_BIT else 2
         base, at = position - position % (2 * half), position % (2 * half)
         return base + at // 2 + at % 2 * half
-    if form == "int4" and codes:  # a lane's word: bytes of the low, then of the high half-bytes
+    if form == "int4" and codes:  # a lane's word: the low half-bytes, then the high ones
         base, at = position - position % 32, position % 32
-        return base + at % 16 // 4 * 8 + at // 16 * 4 + at % 4
+        return base + at % 16 // 4 * 8 + at % 4 * 2 + at // 16
     lane, step, pair = position % 8 // 2, position // 16, position % 16 // 8 * 2 + position % 2
     if form == "int4":
         return position - position % 32 + lane * 8 + step % 2 * 2 + pair // 2 + pair % 2 * 4

@@ -59,9 +59,9 @@ def products(tile: int, size: int) -> str:
     """The tensor-core products: of 64 queries and a tile of keys, and of weights in registers and values."""
     values = "values_more(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u64 x)"
     made = (
-        wgmma.single(tile, False, "scores_begin(float *d, u64 w, u64 x)", "first", False, prefix=""),
-        wgmma.single(tile, False, "scores_more(float *d, u64 w, u64 x)", "more", False, prefix=""),
-        wgmma.single(size, False, values, "more", True, columns=True, prefix=""),
+        wgmma.single(tile, "bf16", "scores_begin(float *d, u64 w, u64 x)", "first", False, prefix=""),
+        wgmma.single(tile, "bf16", "scores_more(float *d, u64 w, u64 x)", "more", False, prefix=""),
+        wgmma.single(size, "bf16", values, "more", True, columns=True, prefix=""),
     )
     return "#pragma once\n" + "\n".join(made) + "\n"
 

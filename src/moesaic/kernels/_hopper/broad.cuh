@@ -7,7 +7,8 @@
 // quarter each meet no other in a bank.
 DEVICE int broad_place(int e) { return e ^ (e / 32 % 4 * 4); }
 
-DEVICE u32 codes_of(const float *v) { return e4m3_pair(v[0], v[1]) | (u32)e4m3_pair(v[2], v[3]) << 16; }
+// Of every EACH-th number.
+template <int EACH = 1> DEVICE u32 codes_of(const float *v) { return e4m3_pair(v[0], v[EACH]) | (u32)e4m3_pair(v[2 * EACH], v[3 * EACH]) << 16; }
 
 // Elements column .. column + 15 of a stored row, in the order of K that products want (element_at in decode.cuh).
 DEVICE void put_broad(u8 *row, int column, const float (&v)[16]) {
@@ -18,9 +19,9 @@ DEVICE void put_broad(u8 *row, int column, const float (&v)[16]) {
     for (int i = 0; i < 16; i += 8)
         *(uint4 *)(row + 2 * (column + i)) = make_uint4(bf16_pair(v[i], v[i + 1]), bf16_pair(v[i + 2], v[i + 3]), bf16_pair(v[i + 4], v[i + 5]), bf16_pair(v[i + 6], v[i + 7]));
 #elif FORMAT == INT4 && ROWS8
-    u8 *to = row + column - column % 32 / 2;  // 8 bytes of each half of 32
+    u8 *to = row + column - column % 32 / 2;  // eight bytes of even elements, and eight of odd ones
 #pragma unroll
-    for (int half = 0; half < 2; half++) *(uint2 *)(to + 16 * half) = make_uint2(codes_of(v + 4 * half), codes_of(v + 8 + 4 * half));
+    for (int odd = 0; odd < 2; odd++) *(uint2 *)(to + 16 * odd) = make_uint2(codes_of<2>(v + odd), codes_of<2>(v + 8 + odd));
 #elif FORMAT == INT4
     u8 *to = row + 2 * (column / 32 * 32) + column % 32 / 2;
 #pragma unroll
@@ -28,7 +29,10 @@ DEVICE void put_broad(u8 *row, int column, const float (&v)[16]) {
 #elif FOUR_BIT
     u8 *to = row + 2 * (column / 128 * 128) + column % 32 * 8 + column % 128 / 32 * 4;
 #pragma unroll
-    for (int n = 0; n < 8; n++) *(u32 *)(to + 16 * n) = bf16_pair(v[n / 4 * 8 + n % 4], v[n / 4 * 8 + n % 4 + 4]);
+    for (int n = 0; n < 8; n++) {
+        float low = v[n / 4 * 8 + n % 4], high = v[n / 4 * 8 + n % 4 + 4];
+        *(u32 *)(to + 16 * n) = HALVES ? half_pair(low, high) : bf16_pair(low, high);
+    }
 #else
     u8 *to = row + 2 * (column / 64 * 64) + column % 64 / 4;
 #pragma unroll

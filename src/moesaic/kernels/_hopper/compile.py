@@ -68,7 +68,8 @@ def machine_code(defines: Mapping[str, int], sizes: Iterable[int] = (), main: st
                  generated: Mapping[str, str] = NONE) -> bytes:  # fmt: skip
     """The kernels for one set of compile-time constants. sizes: numbers of columns that products come in.
     generated: further headers by name."""
-    headers = {**sources(), "wgmma.cuh": wgmma.header(sizes, bool(defines.get("ROWS8"))), **generated}
+    kind = "e4m3" if defines.get("ROWS8") else "f16" if defines.get("HALVES") else "bf16"
+    headers = {**sources(), "wgmma.cuh": wgmma.header(sizes, kind), **generated}
     options = (*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(defines.items())))
     texts = (f"{name}\n{text}" for name, text in sorted(headers.items()))
     made_from = "\0".join((repr(version()), main, *options, *texts))

@@ -6,7 +6,7 @@
 //
 // FP4 and E4M3 codes become BF16 by moving their bits, which gives a number too small by a power of two (exact: the
 // multipliers know subnormals); half of that power goes into the block's scale, half into the sum. NVFP4 and FP8 with
-// rows of their own fit IEEE halves as well, with fewer instructions: a 4-bit code and its sign are one byte there, and E4M3 is
+// rows of their own fit IEEE halves as well (HALVES), with fewer instructions: a 4-bit code and its sign are one byte there, and E4M3 is
 // converted by the hardware.
 #pragma once
 #include "base.cuh"
@@ -27,8 +27,7 @@
 #define ROW_BYTES (ROWS8 ? 1 : 2)
 #define X_ROW (ELEMENTS * ROW_BYTES) /* bytes of a row of x per stage */
 #define PIECES (X_ROW / 128)
-#define HALVES (NARROW && ((FORMAT == NVFP4 && ENCODING >= 6) || (FORMAT == FP8 && ENCODING >= 1 && ENCODING <= 4))) /* operands are IEEE halves */
-#define LIFT (HALVES ? (FORMAT == NVFP4 ? 0x1p7f : 1.0f) : FORMAT == MXFP4 || FORMAT == NVFP4 ? 0x1p63f : FORMAT == BF16 || FORMAT == INT4 || ROWS8 ? 1.0f : 0x1p60f)
+#define LIFT (HALVES ? (FORMAT == NVFP4 ? 0x1p7f : 1.0f) : FORMAT == INT4 && ROWS8 ? 0x1p9f : FORMAT == MXFP4 || FORMAT == NVFP4 ? 0x1p63f : FORMAT == BF16 || FORMAT == INT4 || ROWS8 ? 1.0f : 0x1p60f)
 
 #define MAP_BLOCK (!DECODED || (NARROW && FORMAT == FP8 && HALVES) ? 1 : NARROW ? (FOUR_BIT ? 8 : 4) : FORMAT == INT4 ? 32 : FOUR_BIT ? 128 : 64)
 
@@ -36,7 +35,7 @@
 DEVICE int element_at(int p) {
     if (MAP_BLOCK == 1) return p;
     if (NARROW) return FOUR_BIT ? p / 2 + p % 2 * 4 : p / 2 + p % 2 * 2;  // as the decoders below pair them
-    if (FORMAT == INT4 && ROWS8) return (p % 16 / 4) * 8 + (p / 16) * 4 + p % 4;
+    if (FORMAT == INT4 && ROWS8) return p % 16 / 4 * 8 + p % 4 * 2 + p / 16;
     int step = p / 16, lane = p % 8 / 2, i = p % 16 / 8 * 2 + p % 2;
     if (FORMAT == INT4) return lane * 8 + step * 2 + i / 2 + i % 2 * 4;
     if (FOUR_BIT) return lane * 32 + step / 2 * 8 + step % 2 * 2 + i / 2 + i % 2 * 4;
@@ -71,18 +70,10 @@ DEVICE void decode_int4(u32 w, u32 (&o)[4]) {
     for (int i = 0; i < 4; i++) o[i] = sub_pair(((w >> (4 * i)) & 0x000F000Fu) | 0x43004300u, 0x43084308u);
 }
 
-// Eight codes n -> n - 8 in E4M3, n0..n3 and n4..n7, by two tables of magnitudes, chosen by each nibble's top bit.
-DEVICE void decode_int4_e4m3(u32 w, u32 &low, u32 &high) {
-    u32 c = w & 0x77777777u, h = w & 0x88888888u;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        u32 above = __byte_perm(0x44403800u, 0x4E4C4A48u, c >> (16 * half));
-        u32 below = __byte_perm(0x4A4C4E50u, 0x38404448u, c >> (16 * half));
-        u32 mask;  // 0x7F where n < 8; 0 where the selector's top bit asks for the sign of 0x7F
-        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(0x7Fu), "r"(h >> (16 * half)));
-        u32 sign = (mask + 0x01010101u) & 0x80808080u;
-        (half ? high : low) = (below & mask) | (above & ~mask) | sign;
-    }
+// The codes n in the low halves of four bytes -> E4M3 codes of 2^-9 (n - 8): up to 8, a code is a number of such steps.
+DEVICE u32 decode_int4_e4m3(u32 w) {
+    u32 below = ~w & 0x08080808u, one = below >> 3;  // n < 8: magnitude 8 - n = (n ^ 7) + 1, and the sign
+    return ((w & 0x07070707u) ^ (below - one)) + one * 0x81u;
 }
 
 // The scale of a block as a pair of operands, times LIFT.
@@ -101,7 +92,7 @@ DEVICE void decode_words(u32 upper, u32 lower, u32 upper_scale, u32 lower_scale,
     for (int r = 0; r < 2; r++) {
         u32 word = r ? lower : upper, scale = r ? lower_scale : upper_scale, o[4];
 #if FORMAT == INT4 && ROWS8
-        decode_int4_e4m3(word, o[0], o[1]);
+        o[0] = decode_int4_e4m3(word), o[1] = decode_int4_e4m3(word >> 4);
 #elif FORMAT == INT4
         decode_int4(word, o);
 #elif HALVES && FORMAT == NVFP4

@@ -191,14 +191,13 @@ DEVICE void finish_tile(const Arguments &a, const Item &item, int slot, const Co
 
 // `rounded` is one of the sizes that code exists for.
 DEVICE void multiply_tile(float (&sums)[STACK][HALF], Consumer &me, int stages, int rounded) {
-    if (rounded <= STEP)
-        product<STEP>(sums, me, stages);
-    else if (MOST > STEP && rounded <= 2 * STEP)
-        product<(MOST > STEP ? 2 : 1) * STEP>(sums, me, stages);
-    else if (MOST > 2 * STEP && rounded <= 3 * STEP)
-        product<(MOST > 2 * STEP ? 3 : 1) * STEP>(sums, me, stages);
-    else
-        product<MOST>(sums, me, stages);
+#define TRY(HEIGHT)                                     \
+    if ((HEIGHT) < MOST && rounded <= (HEIGHT))         \
+        return product<((HEIGHT) < MOST ? (HEIGHT) : MOST)>(sums, me, stages);
+    TRY(COARSE)
+    TRY(2 * COARSE)
+    TRY(MOST == 96 ? 80 : 3 * STEP)
+    product<MOST>(sums, me, stages);
 }
 
 DEVICE void consume(const Arguments &a) {

@@ -108,7 +108,7 @@ DEVICE void sort_rows(const Preparation &p, int rank, int blocks) {
         int height = tiles ? (all + tiles - 1) / tiles : 0;
         for (int t = 0; t < tiles && rank == 0; t++) {
             int rows = min(height, all - t * height);
-            p.tiles[tiles_end[e] - tiles + t] = make_int4(e, first + t * height, rows, (rows + STEP - 1) / STEP * STEP);
+            p.tiles[tiles_end[e] - tiles + t] = make_int4(e, first + t * height, rows, height_of(rows));
         }
         total[e] = first + before[e];
     }

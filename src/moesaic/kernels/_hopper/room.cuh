@@ -6,7 +6,8 @@
 #define W_BLOCK (128 * W_ROW)       /* bytes of 128 weight rows in a stage */
 #define W_BYTES (W_BLOCK * STACK)
 #define X_BYTES (MOST * X_ROW)      /* and as many elements of K of up to MOST rows of x */
-#define STEP (MOST < 32 ? 8 : MOST == 96 ? 32 : MOST / 4) /* heights of tiles that code exists for are its multiples */
+#define STEP (MOST < 64 ? 8 : MOST == 128 ? 32 : 16) /* heights of tiles that code exists for are its multiples */
+#define COARSE (MOST > 64 ? 32 : STEP) /* ... up to 64 of this: low tiles wait for memory anyway */
 #define GROUP_SCALES (ENCODING == GROUP128)
 #define BLOCK_SCALES (FORMAT == FP8 && BLOCKS)
 #define ROW_SCALES (!GROUP_SCALES && ENCODING != PLAIN && ENCODING != MX8) /* a row of x has one scale, or all have */
@@ -54,6 +55,12 @@ struct Ring {
         if (++slot == count) slot = 0, parity ^= 1;
     }
 };
+
+// Of a tile of so many rows, the height that code exists for.
+DEVICE int height_of(int rows) {
+    int step = rows <= 64 ? COARSE : STEP;
+    return (rows + step - 1) / step * step;
+}
 
 DEVICE void wait_full(u64 *bars, const Ring &at) { barrier_wait(shared_address(bars + at.slot), at.parity); }
 

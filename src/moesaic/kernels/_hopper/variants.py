@@ -62,8 +62,8 @@ class Variant:
 
     @property
     def halves(self) -> bool:
-        """Whether operands are IEEE halves, not BF16; as HALVES in decode.cuh."""
-        return self.tile.narrow and ((self.form == 4 and self.encoding in (6, 7)) or (self.form == 1 and self.codes))
+        """Whether operands are IEEE halves, not BF16."""
+        return (self.form == 4 and self.encoding in (6, 7)) or (self.tile.narrow and self.form == 1 and self.codes)
 
     @property
     def needs_wide(self) -> bool:
@@ -87,14 +87,15 @@ class Variant:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of columns that products come in; multiples of `step`."""
-        return tuple(sorted({min(i * self.step, self.tile.height) for i in (1, 2, 3, 4)}))
+        """Numbers of columns that products come in; as multiply_tile in experts.cuh."""
+        height, step = self.tile.height, self.step
+        some = (32, 64, 80 if height == 96 else 96) if height > 64 else (step, 2 * step, 3 * step)
+        return tuple(each for each in some if each < height) + (height,)
 
     @property
     def step(self) -> int:
         """As STEP in room.cuh."""
-        height = self.tile.height
-        return 8 if height < 32 else 32 if height == 96 else height // 4
+        return 8 if self.tile.narrow else 32 if self.tile.height == 128 else 16
 
     @property
     def scale_bytes(self) -> int:
@@ -121,7 +122,7 @@ class Variant:
     @property
     def defines(self) -> dict[str, int]:
         return {
-            "FORMAT": self.form, "ROWS8": int(self.eight_bit), "ENCODING": self.encoding, "MOST": self.tile.height,
+            "FORMAT": self.form, "ROWS8": int(self.eight_bit), "HALVES": int(self.halves), "ENCODING": self.encoding, "MOST": self.tile.height,
             "STACK": self.tile.stack, "BLOCKS_PER_SM": self.tile.blocks, "STAGES": self.stages,
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,

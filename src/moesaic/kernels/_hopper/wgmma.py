@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def header(sizes: Iterable[int], eight_bit: bool) -> str:
-    """sizes: columns (multiples of 8).  eight_bit: E4M3 operands, else BF16.  d: one sum per two columns.
+def header(sizes: Iterable[int], kind: str) -> str:
+    """sizes: columns (multiples of 8).  kind: of operands, e4m3, bf16 or f16.  d: one sum per two columns.
 
     `begin_`: a new sum; what d held does not matter, and the compiler is told so.
     """
@@ -22,24 +22,24 @@ def header(sizes: Iterable[int], eight_bit: bool) -> str:
         f"template <int N> DEVICE void begin_registers({room}, {codes}, u64 x);",
     ]
     for size in sizes:
-        made.append(stage(size, eight_bit, room))
-        made.append(single(size, eight_bit, f"multiply_shared<{size}>({room}, u64 w, u64 x)", "more", False))
-        made.append(single(size, eight_bit, f"multiply_registers<{size}>({room}, {codes}, u64 x)", "more", True))
-        made.append(single(size, eight_bit, f"begin_registers<{size}>({room}, {codes}, u64 x)", "first", True))
+        made.append(stage(size, kind, room))
+        made.append(single(size, kind, f"multiply_shared<{size}>({room}, u64 w, u64 x)", "more", False))
+        made.append(single(size, kind, f"multiply_registers<{size}>({room}, {codes}, u64 x)", "more", True))
+        made.append(single(size, kind, f"begin_registers<{size}>({room}, {codes}, u64 x)", "first", True))
     return "#pragma once\n" + "\n".join(made) + "\n"
 
 
 FLAGS = ".reg .pred first, more; setp.ne.b32 first, 0, 0; setp.eq.b32 more, 0, 0;"
 
 
-def instruction(size: int, eight_bit: bool, w: str, x: str, more: str, from_registers: bool,
+def instruction(size: int, kind: str, w: str, x: str, more: str, from_registers: bool,
                 columns: bool = False) -> str:  # fmt: skip
     """d += w x^T, or d = w x^T where `more` is false. w: 64 rows, by descriptor or in registers; x: `size` rows.
 
-    columns: x lies transposed, element by element of K; BF16 only.
+    columns: x lies transposed, element by element of K; 16-bit kinds only.
     """
-    shape, types = (f"m64n{size}k32", "e4m3.e4m3") if eight_bit else (f"m64n{size}k16", "bf16.bf16")
-    flags = "1, 1" if eight_bit else f"1, 1, {int(columns)}" if from_registers else f"1, 1, 0, {int(columns)}"
+    shape, types = f"m64n{size}k{32 if kind == 'e4m3' else 16}", f"{kind}.{kind}"
+    flags = "1, 1" if kind == "e4m3" else f"1, 1, {int(columns)}" if from_registers else f"1, 1, 0, {int(columns)}"
     sums = ", ".join(f"%{i}" for i in range(size // 2))
     return f"wgmma.mma_async.sync.aligned.{shape}.f32.{types} {{{sums}}}, {w}, {x}, {more}, {flags};"
 
@@ -48,11 +48,11 @@ def sums_of(size: int, begin: bool) -> str:
     return ", ".join(f'"{"=" if begin else "+"}f"(d[{i}])' for i in range(size // 2))
 
 
-def single(size: int, eight_bit: bool, signature: str, more: str, from_registers: bool, columns: bool = False,
+def single(size: int, kind: str, signature: str, more: str, from_registers: bool, columns: bool = False,
            prefix: str = "template <> ") -> str:  # fmt: skip
     at = size // 2
     w = "{" + ", ".join(f"%{at + i}" for i in range(4)) + "}" if from_registers else f"%{at}"
-    made = instruction(size, eight_bit, w, f"%{at + (4 if from_registers else 1)}", more, from_registers, columns)
+    made = instruction(size, kind, w, f"%{at + (4 if from_registers else 1)}", more, from_registers, columns)
     inputs = '"r"(a0), "r"(a1), "r"(a2), "r"(a3)' if from_registers else '"l"(w)'
     return (
         f"{prefix}__device__ __forceinline__ void {signature} {{\n"
@@ -61,7 +61,7 @@ def single(size: int, eight_bit: bool, signature: str, more: str, from_registers
     )
 
 
-def stage(size: int, eight_bit: bool, room: str) -> str:
+def stage(size: int, kind: str, room: str) -> str:
     """A new sum of the four products that 128 bytes of K are, waited for: one statement, with nothing put between."""
     at = size // 2
     lines = [
@@ -69,7 +69,7 @@ def stage(size: int, eight_bit: bool, room: str) -> str:
         f"mov.b64 w0, %{at}; mov.b64 x0, %{at + 1};",
         *(f"add.s64 w{k}, w0, {2 * k}; add.s64 x{k}, x0, {2 * k};" for k in (1, 2, 3)),
         "wgmma.fence.sync.aligned;",
-        *(instruction(size, eight_bit, f"w{k}", f"x{k}", "more" if k else "first", False) for k in range(4)),
+        *(instruction(size, kind, f"w{k}", f"x{k}", "more" if k else "first", False) for k in range(4)),
         "wgmma.commit_group.sync.aligned;",
         "wgmma.wait_group.sync.aligned 0;",
     ]

@@ -46,29 +46,46 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 
 #else
 
-// Decodes a word of codes of each of two rows and multiplies; then the products of the word before are done, and their
-// registers free. fresh: they begin a new sum.
-template <int N>
-DEVICE void multiply_word(float *sums, u32 (&a)[4 * STEPS], u32 (&before)[4 * STEPS], u32 upper, u32 lower, u32 upper_scale, u32 lower_scale, u64 x_tile, bool fresh) {
-    decode_words(upper, lower, upper_scale, lower_scale, a);
+#define AT_ONCE (MOST <= 96 && !(FORMAT == INT4 && GROUP < 64) ? 2 : 1) /* words that are decoded together, so that their steps need not wait for one another */
+
+// Words of codes of two rows, the scales of their blocks, and where the rows of x begin that they meet.
+struct Words {
+    u32 upper[AT_ONCE], lower[AT_ONCE], upper_scale[AT_ONCE], lower_scale[AT_ONCE];
+    u64 x_tile[AT_ONCE];
+};
+
+typedef u32 Operands[AT_ONCE][4 * STEPS];
+
+// Decodes and multiplies; then the products of the words before are done, and their registers free. fresh: they begin a new sum.
+template <int N> DEVICE void multiply_words(float *sums, Operands &a, Operands &before, const Words &of, bool fresh) {
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], a[k]);
     products_fence();
 #pragma unroll
-    for (int t = 0; t < STEPS; t++)
-        if (fresh && t == 0)
-            begin_registers<N>(sums, a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3], x_tile + 2 * t);
-        else
-            multiply_registers<N>(sums, a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3], x_tile + 2 * t);
+    for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+        for (int t = 0; t < STEPS; t++) {
+            const u32 *mine = a[k] + 4 * t;
+            if (fresh && k + t == 0)
+                begin_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], of.x_tile[k] + 2 * t);
+            else
+                multiply_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], of.x_tile[k] + 2 * t);
+        }
     products_commit();
     products_wait<1>();
-    hold(before);
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) hold(before[k]);
 }
 
 #if FORMAT == INT4
 
 // Groups of GROUP elements, each summed by itself. A chunk of 16 bytes holds 32 elements, of which a thread takes a word.
+// Where there are registers for two such sums, one is folded while the other grows; at the end of a stage nothing is under way,
+// or the assembler would do one product after another.
 template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, int stages) {
     constexpr int PER_GROUP = GROUP / 32, PER_PIECE = 128 / ROW_BYTES / 32, GROUPS = ELEMENTS / GROUP;
-    u32 a[2][4 * STEPS] = {};
+    constexpr bool TURNS = STACK == 2 && N <= 64;
+    Operands a[2] = {};
     int row = me.warp * 16 + lane_row(me.lane), word = me.lane % 4;
     for (int s = 0; s < stages; s++) {
         wait_full(room.full, me.at);
@@ -76,28 +93,40 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
         const u8 *w = room.w[me.at.slot];
         RowScales scales(me.at.slot, row);
         u64 x_tile = tile_descriptor(shared_address(room.x[me.at.slot]));
+        float part[TURNS ? 2 : 1][N / 2];
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
+            int group = g + s % SCALED_STAGES;
 #pragma unroll
             for (int m = 0; m < STACK; m++) {
-                float part[N / 2];
+                bool last = g == GROUPS - 1 && m == STACK - 1;
+                int mine = TURNS ? m : 0, before = m ? group : group - 1;
                 u32 words[2][PER_GROUP];
 #pragma unroll
                 for (int c = 0; c < PER_GROUP; c++)
 #pragma unroll
                     for (int r = 0; r < 2; r++) words[r][c] = load_word(w + m * W_BLOCK, row + 8 * r, g * PER_GROUP + c, word);
 #pragma unroll
-                for (int c = 0; c < PER_GROUP; c++) {
-                    int chunk = g * PER_GROUP + c;
-                    multiply_word<N>(part, a[c % 2], a[(c + 1) % 2], words[0][c], words[1][c], 0, 0, x_tile + chunk / PER_PIECE * (MOST * 8) + chunk % PER_PIECE * 2 * STEPS, c == 0);
+                for (int c = 0; c < PER_GROUP; c += AT_ONCE) {
+                    Words of = {};
+#pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        int chunk = g * PER_GROUP + c + k;
+                        of.upper[k] = words[0][c + k], of.lower[k] = words[1][c + k];
+                        of.x_tile[k] = x_tile + chunk / PER_PIECE * (MOST * 8) + chunk % PER_PIECE * 2 * STEPS;
+                    }
+                    multiply_words<N>(part[mine], a[c / AT_ONCE % 2], a[(c / AT_ONCE + 1) % 2], of, c == 0);
+                    if (!TURNS || c || g + m == 0) continue;
+                    hold(part[TURNS - mine]);
+                    fold<N>(sums[STACK - 1 - m], part[TURNS - mine], scales.fold_by(STACK - 1 - m, 0, before), scales.fold_by(STACK - 1 - m, 1, before), nullptr, me.lane);
                 }
+                if (TURNS && !last) continue;
                 products_wait<0>();
-                hold(part);
-                int group = g + s % SCALED_STAGES;
-                fold<N>(sums[m], part, scales.fold_by(m, 0, group), scales.fold_by(m, 1, group), nullptr, me.lane);
-                if (g == GROUPS - 1 && m == STACK - 1) release(room.empty + me.at.slot, me.lane);
+                hold(part[mine]);
+                fold<N>(sums[m], part[mine], scales.fold_by(m, 0, group), scales.fold_by(m, 1, group), nullptr, me.lane);
             }
         }
+        release(room.empty + me.at.slot, me.lane);
         me.at.next(STAGES);
     }
 }
@@ -108,7 +137,7 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 // late.
 template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, int stages) {
     constexpr int CHUNKS = W_ROW / 64, PER_PIECE = 4 * CHUNKS / PIECES;  // words of a chunk that one piece of x serves
-    u32 a[2][4 * STEPS] = {};
+    Operands a[2] = {};
     int row = me.warp * 16 + lane_row(me.lane), chunk = me.lane % 4;
     u64 *before = nullptr;
     for (int s = 0; s < stages; s++) {
@@ -127,12 +156,19 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
                 u32 bits[2] = {scales.bits(m, 0, half, me.lane), scales.bits(m, 1, half, me.lane)};
                 uint4 upper = load_chunk(w + m * W_BLOCK, row, chunk + 4 * half), lower = load_chunk(w + m * W_BLOCK, row + 8, chunk + 4 * half);
 #pragma unroll
-                for (int word = 0; word < 4; word++) {
-                    u64 tile = x_tile + (half * PIECES / CHUNKS + word / PER_PIECE) * (MOST * 8) + word % PER_PIECE * 2 * STEPS;
+                for (int word = 0; word < 4; word += AT_ONCE) {
+                    Words of;
+#pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        int at = word + k;
+                        of.upper[k] = word_of(upper, at), of.lower[k] = word_of(lower, at);
+                        of.upper_scale[k] = operand_scale(bits[0], at), of.lower_scale[k] = operand_scale(bits[1], at);
+                        of.x_tile[k] = x_tile + (half * PIECES / CHUNKS + at / PER_PIECE) * (MOST * 8) + at % PER_PIECE * 2 * STEPS;
+                    }
 #if FOLDS
-                    multiply_word<N>(part[m], a[word % 2], a[1 - word % 2], word_of(upper, word), word_of(lower, word), operand_scale(bits[0], word), operand_scale(bits[1], word), tile, half + word == 0);
+                    multiply_words<N>(part[m], a[word / AT_ONCE % 2], a[1 - word / AT_ONCE % 2], of, half + word == 0);
 #else
-                    multiply_word<N>(sums[m], a[word % 2], a[1 - word % 2], word_of(upper, word), word_of(lower, word), operand_scale(bits[0], word), operand_scale(bits[1], word), tile, false);
+                    multiply_words<N>(sums[m], a[word / AT_ONCE % 2], a[1 - word / AT_ONCE % 2], of, false);
 #endif
                     if (half + m + word == 0 && before) release(before, me.lane);
                 }
