@@ -147,17 +147,22 @@ def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
 
 
 def tile_for(variant: Variant, rows: int, experts: int) -> Tile:
-    """A tile that holds an expert's rows, if routing is even: the mean and four standard deviations of chance.
+    """A tile that holds an expert's rows, if routing is even: the mean and some standard deviations of chance.
 
-    Weights of 8 bits and more need no decoding to speak of: groups of warps pay earlier than with 4 bits. Where sums of
+    Where weights of 4 bits wait for their decoding, two low tiles may be cheaper than a high one; weights of 8 bits and
+    more need none to speak of, nor does INT4 that becomes E4M3, and groups of warps pay earlier there. Where sums of
     groups, or of blocks of a 16-bit product, are kept apart, registers bound the height.
     """
-    mean = rows / max(1, experts)
-    height = next((each for each in HEIGHTS if each >= mean + 4 * mean**0.5), 128)
-    if height == NARROW and variant.form < 3:
+    mean, four = rows / max(1, experts), variant.form >= FORMATS["mxfp4"]
+    room = mean + (2.5 if four else 4) * mean**0.5
+    height = next((each for each in HEIGHTS if each >= room), 128)
+    if height == NARROW and mean > (0 if not four else 10 if variant.form == FORMATS["int4"] else 14):
         height = 64
-    if variant.form == 5 or (variant.form == 1 and not variant.codes):
-        height = min(height, 96 if variant.codes else 64)
+    if variant.form == FORMATS["int4"]:
+        height = max(height, 64 if variant.codes and mean > 3 else 0)
+        height = min(height, 128 if variant.codes else 96)
+    if variant.form == FORMATS["fp8_block"] and not variant.codes:
+        height = min(height, 64)
     return TILES[height]
 
 

@@ -46,7 +46,12 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 
 #else
 
-#define AT_ONCE (MOST <= 96 && !(FORMAT == INT4 && GROUP < 64) ? 2 : 1) /* words that are decoded together, so that their steps need not wait for one another */
+// Words that are decoded together, so that their steps need not wait for one another; where there are registers for it.
+#if FORMAT == INT4
+#define AT_ONCE (GROUP < 64 || (MOST == 128 && !ROWS8) ? 1 : 2)
+#else
+#define AT_ONCE (MOST == 128 || (MOST == 96 && FOUR_BIT) ? 1 : 2)
+#endif
 
 // Words of codes of two rows, the scales of their blocks, and where the rows of x begin that they meet.
 struct Words {
