@@ -107,12 +107,7 @@ def decoding_of(config: EngineConfig, built: Built, pool: KVPool, feed: Feed,
     of = (built.model, pool, feed, config.max_num_seqs, length)
     if built.plan.base.capturable:
         return DecodeGraphs(*of, progress=config.progress)
-    return DecodeTapes(*of) if tapeable(built) else None
-
-
-def tapeable(built: Built) -> bool:
-    """Whether native kernels, of which there can be tapes, were chosen for anything."""
-    return any(choice.chosen == "cpu_native" for each in built.plan.ops.values() for choice in each)
+    return DecodeTapes(*of) if built.model.kernels.taped else None
 
 
 def limits(config: EngineConfig, length: int) -> SchedulerConfig:

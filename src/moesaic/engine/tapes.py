@@ -5,6 +5,9 @@ step is a few integers: a frame holds those at fixed addresses, with the tape of
 (`kernels/tape.py`). Where other kernels run too, there is no tape, and steps run as usual. A tape holds addresses and
 numbers: weights may be written anew in place, but what a layer is made of may not change once it has run.
 
+A frame's batch stands for every step of its size: its spans are as long as there is room, and only the tensors say how
+long contexts are. Kernels on a tape read nothing else; so no answer comes from a frame without a tape.
+
 Legend: R rows of a step (one per sequence), C room for context, D hidden size, V vocabulary.
 """
 
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.engine.batch import make_input
 from moesaic.engine.feed import Feed
 from moesaic.engine.scheduler import Step
 from moesaic.kernels.ops import AttentionBatch, Span
@@ -95,15 +99,19 @@ class DecodeTapes:
     def run(self, step: Step) -> tuple[Tensor, None]:
         """Scores [R, V] of a step that fits; valid until the next one."""
         frame = self.frame(len(step.chunks), room_for(max(chunk.start for chunk in step.chunks) + 1))
-        frame.write(step, self.feed)
         frame.runs += 1
+        if frame.runs <= BEFORE:
+            return self.usual(step), None
+        frame.write(step, self.feed)
         if frame.tape.count:
             frame.tape.play()
-        elif frame.runs <= BEFORE:
-            frame.scores_RV = frame.forward()
-        else:
-            self.note(frame)
+        elif not self.note(frame):
+            return self.usual(step), None
         return frame.scores_RV, None
+
+    def usual(self, step: Step) -> Tensor:
+        """Scores [R, V] without a frame; cache rows that one has written before are written anew."""
+        return self.model.scores(self.model(make_input(step, self.pool, self.feed)))
 
     def frame(self, rows: int, room: int) -> Frame:
         key = rows, room, torch.get_num_threads()  # the arguments of kernels say how many threads they may take
@@ -114,13 +122,14 @@ class DecodeTapes:
         self.frames.move_to_end(key)
         return self.frames[key]
 
-    def note(self, frame: Frame) -> None:
-        """Runs the step and keeps its tape. Where that cannot be, such a step is never tried again."""
+    def note(self, frame: Frame) -> bool:
+        """Runs the step and keeps its tape. Where there is none, the scores are void and no step is tried again."""
         frame.scores_RV, tape = record(frame.forward)
         frame.tape = tape or frame.tape
         if tape is None or frame.nbytes > MEMORY:
             self.most = 0 if tape is None else len(frame.spans_R3) - 1
             self.frames.clear()
+        return tape is not None
 
 
 def room_for(length: int) -> int:

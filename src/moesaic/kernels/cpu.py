@@ -32,6 +32,7 @@ CONTRACTS = (
       for op in ROW_WISE + BATCHED),
     Contract("encode", "cpu", frozenset({"cpu"}), frozenset({"float32", "bfloat16"}), batch_invariant=True, rank=10),
 )  # fmt: skip
+TAPED = frozenset({"encode"})
 PLAIN = Encoding("bf16")
 
 

@@ -36,6 +36,7 @@ CONTRACTS = tuple(
              logits=frozenset({"float32"}) if op == "gate" else FLOATS16)
     for op in OPS
 )  # fmt: skip
+TAPED = frozenset(OPS)
 MANY = 256
 """Rows from which oneDNN and MKL, which block for the caches, are at least as fast (measured)."""
 SCORINGS = {"sigmoid": 0, "softmax": 1, "softmax_topk": 2}

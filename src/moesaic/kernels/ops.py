@@ -27,6 +27,8 @@ FUSED = ("mlp", "gate", "store_latent", "attend_latent", "top_two", "linear_term
          "attend_encode")  # fmt: skip
 """Optional ops, each equal to several of the others. A layer calls one where the plan found a backend that has it, and
 composes it otherwise. `experts_terms` is part of `experts`: a backend of those has it too, or it has not."""
+PROMPTS = frozenset({"attend_dense"})
+"""Ops that are called for prompts only, in no step that only decodes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,13 @@ A backend is a file of this folder, or a module that another package announces u
 `probe() -> str | None`: why it cannot run on this machine (it tries, rather than looks), or None.
 One whose contracts for experts name a `packing` has `pack(w, before)` and `unpack(w)`: ExpertWeights into the order of
 bytes that its kernels read, and back, within the storage that they have.
+One on a CPU names in `TAPED` the ops that a tape can hold (`tape.py`): they call kernels only through `Entry`, or none,
+and learn what differs from step to step only from tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
@@ -21,7 +23,7 @@ from moesaic.contracts.contract import Contract, Need
 from moesaic.contracts.plan import LayerPlan, MixturePath, ModelPlan, Parameters, Phase
 from moesaic.errors import UnsupportedError
 from moesaic.kernels import declared
-from moesaic.kernels.ops import Ops
+from moesaic.kernels.ops import PROMPTS, Ops
 
 BACKENDS = (
     "cpu_native", "cpu", "cpu_invariant", "cpu_quant", "triton", "triton_invariant", "hopper",
@@ -149,6 +151,20 @@ class Kernels:
             packer = backends()[names["experts"]] if cell.packed.packing != "plain" else None
             bound.append(BoundCell(cell.phase, cell.tokens, cell.path, self._bound[key], packer))
         return tuple(bound)
+
+    @property
+    def taped(self) -> bool:
+        """Whether a tape can hold every op that a decoding step calls."""
+        return all(op in getattr(backends()[name], "TAPED", ()) for op, name in self.decoding())
+
+    def decoding(self) -> Iterator[tuple[str, str]]:
+        """(op, backend) of whatever a step that only decodes may call."""
+        base = {choice.op: choice.chosen for choice in self.plan.ops[self.plan.base]}
+        for choices in self.plan.ops.values():
+            chosen = own(base | {choice.op: choice.chosen for choice in choices})
+            yield from ((op, name) for op, name in chosen.items() if op not in PROMPTS)
+        for cell in (cell for layer in self.plan.layers for cell in layer.cells if cell.phase == "decode"):
+            yield from ((role, cell.path.stage(role).kernel) for role in ("route", "experts"))
 
     def chosen(self, op: str, need: Need) -> str:
         """The backend of an op under a need; empty where there is none, as for a fused op that nobody has."""
