@@ -90,8 +90,9 @@ def test_a_broken_backend_is_rejected_and_torch_serves(monkeypatch: pytest.Monke
     def broken() -> None:
         raise UnsupportedError("there is no C++ compiler", remedy="Install one.")
 
-    monkeypatch.setattr(cpu_native, "library", broken)
-    reason = cpu_native.probe.__wrapped__()
+    with monkeypatch.context() as here:  # the catalogue below is kept for all that comes after
+        here.setattr(cpu_native, "library", broken)
+        reason = cpu_native.probe.__wrapped__()
     assert reason == "there is no C++ compiler. Install one."
     spec = spec_of(Checkpoint.open(embedded_model()).config)
     catalogue = [replace(c, broken=reason) if c.backend == "cpu_native" else c for c in local_catalogue()]
