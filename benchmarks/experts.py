@@ -22,17 +22,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu
-from benchmarks.machine import installed, save
+from benchmarks.machine import installed, keep, save
 from moesaic.commands._measure import Candidate, Case, Inputs, candidates, ops_of, packed, time_calls
 from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.hardware import Hardware, local_gpu
 from moesaic.kernels.humming import CONTRACTS as HUMMING
 from moesaic.kernels.ops import ExpertWeights
-from moesaic.kernels.registry import local_catalogue
+from moesaic.kernels.registry import backends, local_catalogue
 
 TOKENS = (1, 16, 64, 256, 1024, 4096)
-SHAPES = {"small": (128, 2048, 768, 8), "large": (256, 7168, 2048, 8), "lite": (64, 2048, 1408, 6)}
-"""Experts, hidden size, width, experts per token: Qwen3-30B-A3B, DeepSeek-V3, DeepSeek-V2-Lite."""
+SHAPES = {"small": (128, 2048, 768, 8), "large": (256, 7168, 2048, 8), "lite": (64, 2048, 1408, 6),
+          "kimi": (384, 7168, 2048, 8), "glm": (128, 4096, 1408, 8), "oss": (32, 2880, 2880, 4),
+          "mixtral": (8, 4096, 14336, 2)}  # fmt: skip
+"""Experts, hidden size, width, experts per token: Qwen3-30B-A3B, DeepSeek-V3, DeepSeek-V2-Lite, Kimi-K2, GLM-4.5-Air,
+gpt-oss-20b, Mixtral-8x7B."""
 PACKAGES = ("sgl-deep-gemm", "apache-tvm-ffi", "humming-kernels")
 
 
@@ -90,8 +93,18 @@ class Bench:
         products = 2 * tokens * case.top_k * 3 * case.hidden * case.width
         peak = gpu.FP8 if case.scheme.activation.name.startswith("fp8") else gpu.BF16
         floor = max(nbytes / gpu.READ, products / peak) * 1e3
-        return {"tokens": tokens, "parameters": dict(best.parameters), "ms": times[best], "floor_ms": floor,
-                "share": floor / times[best]}  # fmt: skip
+        row = {"tokens": tokens, "parameters": dict(best.parameters), "ms": times[best], "floor_ms": floor,
+               "share": floor / times[best]}  # fmt: skip
+        return row | self.usual(case, tokens, times)
+
+    def usual(self, case: Case, tokens: int, times: dict[Candidate, float]) -> dict[str, float]:
+        """Milliseconds with what the kernel chooses without having been measured, if it does choose."""
+        chooses = getattr(backends()[next(iter(times)).backend], "usual", None)
+        if chooses is None:
+            return {}
+        own = chooses(case.scheme.weight, case.scheme.activation, tokens * case.top_k, case.experts)
+        found = [ms for each, ms in times.items() if dict(each.parameters) == own]
+        return {"usual_ms": found[0]} if found else {}
 
 
 def shape_of(case: Case) -> str:
@@ -129,21 +142,23 @@ def main() -> None:
     parser.add_argument("--name", help="of the result (default: by the shapes)")
     args = parser.parse_args()
     bench, rows, names = Bench(args.backends), [], dict.fromkeys([*args.schemes, *(FOREIGN if args.peers else ())])
+    about = gpu.describe()
+    about["versions"] |= {name: installed(name) for name in PACKAGES}
+    name = f"{args.name or 'experts-' + '-'.join(args.shapes)}-{gpu.device_slug()}"
     print("| shape | scheme | kernel | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|---|")
     for shape in (SHAPES[name] for name in args.shapes):
         for scheme in ((SCHEMES | FOREIGN)[name] for name in names):
             for row in bench.rows(Case(scheme, *shape), args.tokens, args.compile):
                 rows.append(row)
                 print(line(row), flush=True)
+                if not args.compile:
+                    keep(name, {"what": "experts", **about, "rows": rows})
     if args.compile:
         return
     if len({row["backend"] for row in rows}) > 1:
         print("\n| shape | weights | tokens | fastest | rows | ms |\n|---|---|---|---|---|---|")
         print("\n".join(fastest(rows)))
-    about = gpu.describe()
-    about["versions"] |= {name: installed(name) for name in PACKAGES}
-    name = args.name or f"experts-{'-'.join(args.shapes)}"
-    save(f"{name}-{gpu.device_slug()}", {"what": "experts", **about, "rows": rows})
+    save(name, {"what": "experts", **about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -48,7 +48,31 @@ def throughput(results: Sequence[Result]) -> Iterator[str]:
 
 
 def experts(results: Sequence[Result]) -> Iterator[str]:
-    return by_tokens(results, "shape", "Milliseconds (floor / time) by tokens.")
+    for result in results:
+        yield from by_tokens([result], "shape", "Milliseconds (floor / time) by tokens.")
+        yield from choices(result)
+
+
+def choices(result: Result) -> Iterator[str]:
+    """What it costs to choose a tile without measuring, and what --deterministic costs."""
+    rows = good(result["rows"])
+    ruled = [(row["usual_ms"] / row["ms"] - 1, row) for row in rows if "usual_ms" in row]
+    if ruled:
+        worst, row = max(ruled, key=lambda each: each[0])
+        near = sum(cost <= 0.15 for cost, _ in ruled)
+        yield (f"The rule that chooses a tile is within 15% of the fastest tile in {near} of {len(ruled)} rows; at "
+               f"worst {worst:.0%} slower ({named(row)}).\n")  # fmt: skip
+    plain = {named(row): row["ms"] for row in rows if row["backend"] == "hopper"}
+    same = [row for row in rows if row["backend"] == "hopper_invariant" and named(row) in plain]
+    if same:
+        costs = {n: [row["ms"] / plain[named(row)] - 1 for row in same if row["tokens"] == n]
+                 for n in sorted({row["tokens"] for row in same})}  # fmt: skip
+        said = ", ".join(f"{n}: {min(each):+.0%} to {max(each):+.0%}" for n, each in costs.items())
+        yield f"What `--deterministic` costs by tokens, over all schemes: {said}.\n"
+
+
+def named(row: Result) -> str:
+    return f"{row['shape']} {row['scheme']}, {row['tokens']} tokens"
 
 
 def gemm(results: Sequence[Result]) -> Iterator[str]:

@@ -123,11 +123,12 @@ class DecodeTapes:
         return self.frames[key]
 
     def note(self, frame: Frame) -> bool:
-        """Runs the step and keeps its tape. Where there is none, the scores are void and no step is tried again."""
+        """Runs the step and keeps its tape. Where there is none, the scores are void; a backend may have kernels for
+        fewer rows only, so steps of up to half as many are still tried."""
         frame.scores_RV, tape = record(frame.forward)
         frame.tape = tape or frame.tape
         if tape is None or frame.nbytes > MEMORY:
-            self.most = 0 if tape is None else len(frame.spans_R3) - 1
+            self.most = len(frame.spans_R3) // 2 if tape is None else len(frame.spans_R3) - 1
             self.frames.clear()
         return tape is not None
 

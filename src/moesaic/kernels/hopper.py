@@ -56,7 +56,13 @@ ADAPTS = True
 
 def worth(rows: float, tile: int) -> bool:
     """Whether a tile can be the fastest at so many rows per expert, about: neither far too low nor far too high."""
-    return min(0.7 * rows, 64) <= TILES[tile].height <= max(8, 6 * rows + 8)
+    return min(0.7 * rows, 64) <= TILES[tile].height <= max(8, 6 * rows + 8, 64 if rows > 3 else 0)
+
+
+def usual(form: WeightFormat, encoding: Encoding, rows: int, experts: int) -> dict[str, int]:
+    """What a call chooses by itself for so many routed rows, of what TUNABLE names."""
+    tile = tile_for(variant_of(form, encoding, TILES[8]), rows, experts)
+    return {"tile": next(key for key, each in TILES.items() if each == tile)}
 
 
 def probe() -> str | None:

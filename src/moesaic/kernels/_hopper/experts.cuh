@@ -251,8 +251,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) experts(con
         prepare_barriers();
     }
     __syncthreads();
-    wait_for_grid();
-    let_next_grid_start();
+    if (!NARROW || !a.ids || threadIdx.x >= 32) {
+        wait_for_grid();
+        let_next_grid_start();
+    }
     if (threadIdx.x < FETCHERS) {
 #if !NARROW
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BLOCKS_PER_SM == 1 ? 56 : 32));

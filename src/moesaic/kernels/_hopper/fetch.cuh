@@ -4,10 +4,26 @@
 // Items are handed out by a counter: first-product tiles of all tiles of rows, then (where a scale spans more than a tile)
 // encodings, then second-product tiles. What an item needs was taken before it, so that waiting for it ends. While its rows
 // of h are not ready, the weights of a second product are on their way already.
+// Of a token alone, weights are on their way even while `prepare` is at work on its row: a thread block's first item is that
+// of its own number. There, waiting ends because thread blocks begin in the order of their numbers.
 #pragma once
 #include "room.cuh"
 
-DEVICE Item item_of(const Arguments &a, int i, int tiles) {
+// Of a token alone: the choices that are not padding, and which expert choice `tile` of them is. For a whole warp.
+DEVICE int lone_tiles(const Arguments &a, int tile, int &e, int lane) {
+    int count = 0;
+    for (int first = 0; first < a.top_k; first += 32) {
+        int id = first + lane < a.top_k ? a.ids[first + lane] : -1;
+        bool real = id >= 0 && id < a.experts;
+        u32 all = __ballot_sync(0xFFFFFFFFu, real);
+        u32 mine = __ballot_sync(0xFFFFFFFFu, real && count + __popc(all & ((1u << lane) - 1)) == tile);
+        if (mine) e = __shfl_sync(0xFFFFFFFFu, id, __ffs(mine) - 1);
+        count += __popc(all);
+    }
+    return count;
+}
+
+DEVICE Item item_of(const Arguments &a, int i, int tiles, int lane) {
     int per1 = a.phases & 1 ? a.first.tiles : 0, per2 = a.phases & 2 ? a.second.tiles : 0;
     int end1 = tiles * per1, end2 = end1 + ((a.phases & 1) && BY_ROW ? tiles : 0), end3 = end2 + tiles * per2;
     Item item = {};
@@ -15,6 +31,11 @@ DEVICE Item item_of(const Arguments &a, int i, int tiles) {
     item.phase = i < end1 ? 1 : i < end2 ? 2 : 3;
     int at = item.phase == 1 ? i : item.phase == 2 ? i - end1 : i - end2, per = item.phase == 1 ? per1 : item.phase == 2 ? 1 : per2;
     item.tile = at / per, item.column = at % per;
+    if (NARROW && a.ids) {
+        lone_tiles(a, item.tile, item.e, lane);
+        item.first = item.tile, item.count = 1, item.rounded = STEP;
+        return item;
+    }
     int4 rows = __ldg(a.tiles + item.tile);
     item.e = rows.x, item.first = rows.y, item.count = rows.z, item.rounded = rows.w;
     return item;
@@ -67,15 +88,20 @@ struct ScaleFetcher {
 DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
     Ring slot = {0, 0}, at = {0, 0};
     ScaleFetcher scales;
-    int tiles = a.counters[0], next = 0;
-    if (lane == 0) next = atomicAdd(a.counters + 1, 1);
+    bool ahead = NARROW && a.ids;  // whoever wrote `ids` had ended before `prepare` let this grid start
+    int none = 0, tiles = ahead ? lone_tiles(a, -1, none, lane) : a.counters[0], taken = ahead ? gridDim.x : 0;
+    int next = blockIdx.x;
+    if (!ahead && lane == 0) next = atomicAdd(a.counters + 1, 1);
     for (;;) {
-        Item item = item_of(a, __shfl_sync(0xFFFFFFFFu, next, 0), tiles);
+        Item item = item_of(a, __shfl_sync(0xFFFFFFFFu, next, 0), tiles, lane);
         if (lane == 0) {
             wait_empty(room.item_empty, slot);
             room.items[slot.slot] = item;
             barrier_arrive(shared_address(room.item_full + slot.slot));
-            if (item.phase == 2) next = atomicAdd(a.counters + 1, 1);
+            if (item.phase == 2) {
+                if (ahead) wait_for_grid();
+                next = taken + atomicAdd(a.counters + 1, 1);
+            }
         }
         slot.next(SLOTS);
         if (!item.phase) return;
@@ -88,7 +114,10 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
             wait_empty(room.empty, at);
             if (lane == 0) {
                 // Just in time: an item that is taken too early waits here while other thread blocks have nothing to do.
-                if (s == max(weight.stages - 2, 0)) next = atomicAdd(a.counters + 1, 1);
+                if (s == max(weight.stages - 2, 0)) {
+                    if (ahead) wait_for_grid();
+                    next = taken + atomicAdd(a.counters + 1, 1);
+                }
                 barrier_announce(bar, W_BYTES);
                 if (up)
                     copy_tile5(to, &maps.first, bar, s * W_ROW, item.column * H_COLUMNS / 8, item.e);

@@ -40,7 +40,7 @@ class RowsC(ctypes.Structure):
 
 class Arguments(ctypes.Structure):
     _fields_ = (("first", WeightC), ("second", WeightC), ("x", RowsC), ("h", RowsC), ("wide", PTR), ("y", PTR),
-                ("order", PTR), ("tiles", PTR), ("counters", PTR),
+                ("order", PTR), ("tiles", PTR), ("ids", PTR), ("counters", PTR), ("experts", I32),
                 ("tile_limit", I32), ("top_k", I32), ("columns", I32), ("width", I32),
                 ("hidden", I32), ("phases", I32), ("parts", I32), ("groups", I32), ("limit", F32),
                 ("alpha", F32))  # fmt: skip
@@ -121,7 +121,7 @@ class Stored:
 class Routed:
     """Sorted rows. order INT32 [R]: sorted row -> t A + a.  tiles INT32 [B, 4]: expert, first, rows, rows rounded up.
 
-    parts, groups: see Arguments in values.cuh.
+    parts, groups: see Arguments in values.cuh.  ids: of a token alone.
     """
 
     order_R: Tensor
@@ -130,6 +130,7 @@ class Routed:
     top_k: int
     parts: int
     groups: int
+    ids: Tensor | None = None
 
 
 def room_for_rows(variant: Variant, count: int, columns: int, like: Tensor, static: Tensor | None,
@@ -203,7 +204,8 @@ def room_for_routing(variant: Variant, ids_TA: Tensor, w: ExpertWeights) -> Rout
     groups = up(width, max(128, variant.elements)) // 128 if variant.encoding == 4 else 1
     parts = (groups if variant.encoding == 4 else 1) if variant.needs_wide else -(-width // (64 * stack))
     counters = ids_TA.new_empty(4 + limit * (1 + groups))
-    return Routed(ids_TA.new_empty(rows), ids_TA.new_empty(limit, 4), counters, ids_TA.shape[1], parts, groups)
+    lone = ids_TA if len(ids_TA) == 1 and variant.tile.narrow else None
+    return Routed(ids_TA.new_empty(rows), ids_TA.new_empty(limit, 4), counters, ids_TA.shape[1], parts, groups, lone)
 
 
 @lru_cache(maxsize=4096)
@@ -269,7 +271,8 @@ def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phas
     oai = w.activation.kind == "swiglu_oai"
     arguments = Arguments(
         first, second, x.packed(), h.packed(), None if before is None else before.data_ptr(), y.data_ptr(),
-        routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), routed.counters.data_ptr(), len(routed.tiles_B4),
+        routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), None if routed.ids is None else routed.ids.data_ptr(),
+        routed.counters.data_ptr(), w.w13.shape[0], len(routed.tiles_B4),
         routed.top_k, width, h.width, hidden, phases, routed.parts, routed.groups, w.activation.limit,
         w.activation.alpha if oai else 0.0,
     )  # fmt: skip

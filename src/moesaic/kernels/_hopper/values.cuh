@@ -31,8 +31,9 @@ struct Arguments {
     u16 *y;              // BF16 [R, D], in the rows' places before sorting
     const int *order;    // [R]: sorted row -> t A + a
     const int4 *tiles;   // expert, first sorted row, rows, rows rounded up
+    const int *ids;      // of a token alone, or null
     int *counters;       // see below
-    int tile_limit, top_k, columns, width, hidden, phases;  // columns: I; width: of a row of h; phases: 1 first product, 2 second
+    int experts, tile_limit, top_k, columns, width, hidden, phases;  // columns: I; width: of a row of h; phases: 1 first product, 2 second
     int parts, groups;  // of a tile's h: how many are announced; groups that are encoded apart
     float limit, alpha;  // of gpt-oss's activation; alpha 0: SiLU
 };
@@ -42,7 +43,7 @@ struct Maps {
     TensorMap first, second, h;
 };
 
-// counters: [0] tiles of rows, [1] next item, [2] first products done, [3] largest magnitude of h;
+// counters: [0] tiles of rows, [1] next item (of a token alone, behind one for each thread block), [2] first products done, [3] largest magnitude of h;
 // then per tile of rows: parts of h that the second product may read; and per tile and group: first products done.
 #define READY(a, tile) ((a).counters + 4 + (tile))
 #define MADE(a, tile, group) ((a).counters + 4 + (a).tile_limit + (tile) * (a).groups + (group))

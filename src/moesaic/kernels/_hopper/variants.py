@@ -90,7 +90,7 @@ class Variant:
         """Numbers of columns that products come in; as multiply_tile in experts.cuh."""
         height, step = self.tile.height, self.step
         some = (32, 64, 80 if height == 96 else 96) if height > 64 else (step, 2 * step, 3 * step)
-        return tuple(each for each in some if each < height) + (height,)
+        return (*(each for each in some if each < height), height)
 
     @property
     def step(self) -> int:
@@ -122,7 +122,8 @@ class Variant:
     @property
     def defines(self) -> dict[str, int]:
         return {
-            "FORMAT": self.form, "ROWS8": int(self.eight_bit), "HALVES": int(self.halves), "ENCODING": self.encoding, "MOST": self.tile.height,
+            "FORMAT": self.form, "ROWS8": int(self.eight_bit), "HALVES": int(self.halves),
+            "ENCODING": self.encoding, "MOST": self.tile.height,
             "STACK": self.tile.stack, "BLOCKS_PER_SM": self.tile.blocks, "STAGES": self.stages,
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,

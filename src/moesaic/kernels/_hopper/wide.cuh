@@ -120,7 +120,8 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
                         of.upper[k] = words[0][c + k], of.lower[k] = words[1][c + k];
                         of.x_tile[k] = x_tile + chunk / PER_PIECE * (MOST * 8) + chunk % PER_PIECE * 2 * STEPS;
                     }
-                    multiply_words<N>(part[mine], a[c / AT_ONCE % 2], a[(c / AT_ONCE + 1) % 2], of, c == 0);
+                    int turn = ((g * STACK + m) * PER_GROUP + c) / AT_ONCE;
+                    multiply_words<N>(part[mine], a[turn % 2], a[1 - turn % 2], of, c == 0);
                     if (!TURNS || c || g + m == 0) continue;
                     hold(part[TURNS - mine]);
                     fold<N>(sums[STACK - 1 - m], part[TURNS - mine], scales.fold_by(STACK - 1 - m, 0, before), scales.fold_by(STACK - 1 - m, 1, before), nullptr, me.lane);

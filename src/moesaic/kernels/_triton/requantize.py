@@ -27,10 +27,11 @@ UP, DOWN = tl.constexpr(2.0**96), tl.constexpr(2.0**-96)
 def quotients(x, scale):
     """x / scale as IEEE rounds it, by a product and one correction (Markstein 1990) in place of a division each. Scales
     whose inverse is tiny or huge are lifted; quotients that are too small or too large for the correction round to 0,
-    or saturate, without it."""
+    or saturate, without it. 0 where the scale is 0 or infinite."""
     lift = tl.where(scale < 1.0e-27, UP, tl.where(scale > 1.0e27, DOWN, 1.0))
-    by, x = scale * lift, x * lift
-    inverse = tl.div_rn(1.0, by)
+    usual = (scale > 0) & (scale < float("inf"))
+    by, x = tl.where(usual, scale * lift, 1.0), x * lift
+    inverse = tl.where(usual, tl.div_rn(1.0, by), 0.0)
     q = x * inverse
     better = tl.fma(tl.fma(q, by, -x), -inverse, q)  # in this form, -0 remains -0
     return tl.where(tl.abs(q) > 1.0e27, q, better)
@@ -38,11 +39,11 @@ def quotients(x, scale):
 
 @triton.jit
 def requantize_kernel(data_ptr, scales_ptr, counts_ptr, scale_ptr, out_ptr, data_e, data_c, scales_e, scales_c,
-                      scales_g, out_e, out_c, G: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
+                      scales_g, out_e, out_c, capacity, G: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
     wait(PDL)
     e, step = tl.program_id(2).to(tl.int64), tl.num_programs(1) * BC
-    count, scale = tl.load(counts_ptr + e).to(tl.int32), tl.load(scale_ptr)
+    count, scale = tl.minimum(tl.load(counts_ptr + e), capacity).to(tl.int32), tl.load(scale_ptr)
     g = tl.program_id(0) * BG + tl.arange(0, BG)
     column = (g[:, None] * 128 + tl.arange(0, 128)[None, :])[None, :, :]
     for first in range(tl.program_id(1) * BC, count, step):
@@ -74,6 +75,7 @@ def requantize_slots(
         turns = min(cdiv(capacity, SLOTS), cdiv(PROGRAMS, experts * across))
         requantize_kernel[(across, turns, experts)](
             data_ECH, scale_ECG, counts_E, scale, out, data_ECH.stride(0), data_ECH.stride(1), *scale_ECG.stride(),
-            out.stride(0), out.stride(1), G=groups, BC=SLOTS, BG=block, num_warps=WARPS, **options(out.device),
+            out.stride(0), out.stride(1), capacity, G=groups, BC=SLOTS, BG=block, num_warps=WARPS,
+            **options(out.device),
         )  # fmt: skip
     return out
