@@ -25,6 +25,7 @@ from benchmarks import gpu
 from benchmarks.machine import installed, keep, save
 from moesaic.commands._measure import Candidate, Case, Inputs, candidates, ops_of, packed, time_calls
 from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
+from moesaic.errors import MoesaicError
 from moesaic.hardware import Hardware, local_gpu
 from moesaic.kernels.humming import CONTRACTS as HUMMING
 from moesaic.kernels.ops import ExpertWeights
@@ -63,7 +64,11 @@ class Bench:
         found, rejected = candidates(case, self.hardware, self.catalogue, self.backends)
         for each in rejected:
             print(f"{case}: not {each.candidate}: {each.reason}", file=sys.stderr)
-        w = case.weights("cuda")
+        try:
+            w = case.weights("cuda")
+        except MoesaicError as error:  # a shape that the format cannot hold
+            found = []
+            print(f"{case}: {error}", file=sys.stderr)
         for name in sorted({each.backend for each in found}, key=self.backends.index):
             mine = [each for each in found if each.backend == name]
             head = {"shape": shape_of(case), "scheme": case.scheme.name, "format": str(case.scheme.weight),

@@ -1,6 +1,6 @@
 """What does each number format cost, in accuracy, in distance from BF16 and in bytes?
 
-    python benchmarks/schemes.py [--limit 223] [--schemes all] [--again]
+    python benchmarks/schemes.py [--limit 223] [--schemes all] [--again] [--name schemes]
 
 `moesaic eval --schemes` on `tiny`: 18 families of tasks, the same items in every scheme, computed in float32 so that
 the machine's own rounding does not enter. Schemes with static scales of activations are first written by
@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from benchmarks.machine import RESULTS, describe, save
+from benchmarks.machine import RESULTS, describe, keep, save
 from moesaic import LLM
 from moesaic.assets import embedded_model
 from moesaic.cli import main as moesaic
@@ -68,23 +68,15 @@ class Models:
         return str(out)
 
 
-def earlier(settings: dict[str, Any], keep: bool) -> dict[str, dict[str, Any]]:
+def earlier(file: Path, settings: dict[str, Any], keep: bool) -> dict[str, dict[str, Any]]:
     """Rows of the result file that may stand: same settings, same commit, nothing changed since."""
-    if not FILE.exists():
+    if not file.exists():
         return {}
-    old = json.loads(FILE.read_text())
+    old = json.loads(file.read_text())
     same = all(old.get(name) == value for name, value in settings.items() if name != "commit" or not keep)
     clean = not str(settings["commit"]).endswith("+changes")
     rows = old["rows"] if same and (clean or keep) else []
     return {row["scheme"]: row for row in rows if "error" not in row}
-
-
-def write(result: dict[str, Any]) -> None:
-    """All at once: a run that is killed leaves the old file or the new one."""
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    new = FILE.with_suffix(".tmp")
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    new.replace(FILE)
 
 
 def main() -> None:
@@ -93,12 +85,13 @@ def main() -> None:
     parser.add_argument("--schemes", default="all", help="names, separated by commas")
     parser.add_argument("--again", action="store_true", help="measure everything anew")
     parser.add_argument("--keep-rows", action="store_true", help="keep what an earlier commit measured")
+    parser.add_argument("--name", default="schemes", help="of the result file")
     args = parser.parse_args()
     names = list(SCHEMES) if args.schemes == "all" else args.schemes.split(",")
     machine = describe("torch")
     settings = {"what": "schemes", "limit": args.limit, "calibration": CALIBRATION, "max_tokens": TASK_TOKENS}
     settings |= {name: machine[name] for name in ("device", "commit", "versions")}
-    done = {} if args.again else earlier(settings, args.keep_rows)
+    done = {} if args.again else earlier(RESULTS / f"{args.name}.json", settings, args.keep_rows)
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -107,10 +100,10 @@ def main() -> None:
             rows.append(row)
             done.pop(row["scheme"], None)
             result = {**settings, "cores": machine["cores"], **_scheme_table.report([*rows, *done.values()], "tiny")}
-            write(result)
+            keep(args.name, result)
     print(_scheme_table.text(result))
     print(f"{time.perf_counter() - began:.0f} s")
-    save("schemes", result)
+    save(args.name, result)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 The exact model runs on the CPU in FP32, as for `schemes.py`; every scheme then runs on the GPU in BF16, on its kernels,
 along the same answers. `bf16` is the noise: what BF16 itself costs there. A scheme agrees where its divergence is that
-of the CPU's table (benchmarks/results/schemes.json), but for the noise and three standard errors of both.
+of the CPU's table, but for the noise and three standard errors of both. The table is one of the same items, if there is
+one (`schemes.py --limit 3 --name schemes-limit3`), else that of all (benchmarks/results/schemes.json).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu
+from benchmarks.machine import RESULTS
 from benchmarks.schemes import FILE, Models
 from moesaic import LLM
 from moesaic.commands._schemes import How, Sound, listen, measured
@@ -48,6 +50,12 @@ class GPUModels(Models):
                    quantization=held, max_num_seqs=64, graphs=False, progress=False)  # fmt: skip
 
 
+def cpu_table(limit: int) -> dict[str, dict[str, Any]]:
+    """The CPU's rows by scheme, of the same items where they were measured."""
+    files = [file for file in (RESULTS / f"schemes-limit{limit}.json", FILE) if file.exists()]
+    return {row["scheme"]: row for row in json.loads(files[0].read_text())["rows"]} if files else {}
+
+
 def verdict(row: dict[str, Any], noise: float, cpu: dict[str, Any] | None) -> dict[str, Any]:
     """agrees: None where the CPU's table has no such row."""
     if cpu is None or "kl" not in cpu:
@@ -63,7 +71,7 @@ def main() -> None:
     parser.add_argument("--kv", default="bf16", choices=("bf16", "fp8"))
     args = parser.parse_args()
     names = list(SCHEMES) if args.schemes == "all" else ["bf16", *args.schemes.split(",")]
-    table = {row["scheme"]: row for row in json.loads(FILE.read_text())["rows"]} if FILE.exists() else {}
+    table = cpu_table(args.limit)
     report = gpu.Report("schemes-kv8" if args.kv == "fp8" else "schemes",
                         {"what": "schemes on a GPU", "limit": args.limit, "kv": args.kv})  # fmt: skip
     began = time.perf_counter()

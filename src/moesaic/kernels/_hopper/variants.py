@@ -161,7 +161,7 @@ def tile_for(variant: Variant, rows: int, experts: int) -> Tile:
         height = 64
     if variant.form == FORMATS["int4"]:
         height = max(height, 64 if variant.codes and mean > 3 else 0)
-        height = min(height, 128 if variant.codes else 96)
+        height = min(height, 128 if variant.encoding == ENCODINGS["fp8_tensor", True] else 96)
     if variant.form == FORMATS["fp8_block"] and not variant.codes:
         height = min(height, 64)
     return TILES[height]
