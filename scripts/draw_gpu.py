@@ -1,7 +1,7 @@
 """Draw what a GPU's benchmarks found, as SVG by hand: equal results give equal bytes on every machine.
 
-docs/gpu-steps.svg: decoding steps over their floor. docs/gpu-experts.svg: of every scheme and kernel the floor over the
-time of a mixture layer; 1 is the hardware's limit.
+docs/gpu-steps.svg: decoding steps over their floor. docs/gpu-experts.svg: for every shape and scheme the floor over the
+time of a mixture layer, by kernel; 1 is the hardware's limit.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ WIDTH, HEIGHT, LEFT, GAP, TOP = 330, 230, 50, 150, 60
 """Of a panel and what is around it, in pixels; names of the curves stand in the gap."""
 COLOURS = ("#1f6f8b", "#b5541c", "#3a7d34", "#7a3e9d", "#a8871a", "#c2336b", "#555555", "#2b8fb3", "#8a5a2b", "#0b8f6a")
 DASHES = ("", "6 3", "2 3", "8 2 2 2")
+KERNELS = ("hopper", "humming", "deep_gemm", "triton", "hopper_invariant")
+"""That have a colour of their own in all panels."""
 LABEL = 13
 """Pixels per line of names."""
+ROW, COLUMNS = TOP + HEIGHT + 50, 4
+"""Pixels per row of panels; panels in a row."""
 
 
 def svg(title: str, panels: Mapping[str, tuple[Mapping[str, Curve], float]], unit: str) -> str:
     """panels: by title, curves by name, and the most that y is drawn to, from 0 on; x is a logarithm.  unit: of x."""
-    whole = LEFT + len(panels) * (WIDTH + GAP)
+    wide, high = LEFT + min(len(panels), COLUMNS) * (WIDTH + GAP), -(-len(panels) // COLUMNS) * ROW
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {TOP + HEIGHT + 50}" font-family="sans-serif" '
-        'font-size="11">',
-        f'<rect width="{whole}" height="{TOP + HEIGHT + 50}" fill="#ffffff"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="11">',
+        f'<rect width="{wide}" height="{high}" fill="#ffffff"/>',
         f'<text x="{LEFT}" y="20" font-size="14" fill="#111">{escape(title)}</text>',
     ]
     for i, (name, (curves, most)) in enumerate(panels.items()):
-        place = f"translate({LEFT + i * (WIDTH + GAP)},{TOP})"
+        place = f"translate({LEFT + i % COLUMNS * (WIDTH + GAP)},{TOP + i // COLUMNS * ROW})"
         parts += [f'<g transform="{place}">', *panel(name, curves, most, unit), "</g>"]
     return "\n".join([*parts, "</svg>", ""])
 
@@ -48,6 +51,7 @@ def panel(title: str, curves: Mapping[str, Curve], most: float, unit: str) -> li
     ends = spread([height(curve[-1][1], most) for curve in curves.values()])
     for i, ((name, curve), end) in enumerate(zip(curves.items(), ends, strict=True)):
         points = "L".join(f"{across(x, at):.1f} {height(y, most):.1f}" for x, y in curve)
+        i = KERNELS.index(name) if name in KERNELS else i
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
         stroke = f'stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"'
         parts.append(f'<path d="M{points}" fill="none" {stroke}/>')
@@ -87,12 +91,12 @@ def steps(results: Iterable[Mapping[str, Any]]) -> str:
 
 
 def experts(results: Iterable[Mapping[str, Any]]) -> str:
-    """A panel per shape."""
+    """A panel per shape and scheme, a curve per kernel."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in (row for result in results for row in result["rows"] if "ms" in row):
-        curves = panels.setdefault(row["shape"], {})
-        curves.setdefault(f"{row['scheme']} {row['backend']}", []).append((row["tokens"], row["share"]))
-    drawn = {shape: ({name: sorted(curve) for name, curve in curves.items()}, 1.0) for shape, curves in panels.items()}
+        curves = panels.setdefault(f"{row['scheme']}, {row['shape']}", {})
+        curves.setdefault(row["backend"], []).append((row["tokens"], row["share"]))
+    drawn = {title: ({name: sorted(curves[name]) for name in sorted(curves)}, 1.0) for title, curves in panels.items()}
     return svg("A mixture layer: floor / time", drawn, "tokens")
 
 

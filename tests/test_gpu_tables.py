@@ -68,7 +68,7 @@ def test_curves_are_where_their_numbers_are(folder: Path) -> None:
     height, width = draw_gpu.HEIGHT, draw_gpu.WIDTH
     assert curves(steps)[0] == [(0.0, height / 2), (width, 3 * height / 4)], "2 and 1 of 4"
     assert curves(steps)[1] == [(0.0, 3 * height / 4), (width, 3 * height / 4)], "5% of 20%"
-    assert curves(experts) == [[(0.0, 3 * height / 4), (width, height / 2)], [(0.0, height / 4)]], "sorted by tokens"
+    assert curves(experts) == [[(0.0, 3 * height / 4), (width, height / 2)], [(width / 2, height / 4)]], "by tokens"
 
 
 def curves(picture: ElementTree.Element) -> list[list[tuple[float, float]]]:
