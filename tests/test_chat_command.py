@@ -175,10 +175,12 @@ def test_a_terminal_is_sent_no_control_characters(llm: LLM, monkeypatch: pytest.
 # --- a real terminal -------------------------------------------------------------------------------------------------
 
 
-# Makes its standard input the controlling terminal, so that Ctrl-C typed there is a signal; then becomes the command.
-TAKE_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-)
+# Makes its standard input the controlling terminal, so that Ctrl-C typed there is a signal, which a process in the
+# background would have inherited as ignored; then becomes the command.
+TAKE_TERMINAL = """import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])"""
 
 
 class Terminal:
