@@ -28,6 +28,8 @@ def quotients(x, scale):
     """x / scale as IEEE rounds it, by a product and one correction (Markstein 1990) in place of a division each. Scales
     whose inverse is tiny or huge are lifted; quotients that are too small or too large for the correction round to 0,
     or saturate, without it. 0 where the scale is 0 or infinite."""
+    if WIDE:
+        return divide(x, scale)  # the interpreter's `fma` rounds twice
     lift = tl.where(scale < 1.0e-27, UP, tl.where(scale > 1.0e27, DOWN, 1.0))
     usual = (scale > 0) & (scale < float("inf"))
     by, x = tl.where(usual, scale * lift, 1.0), x * lift
@@ -53,10 +55,7 @@ def requantize_kernel(data_ptr, scales_ptr, counts_ptr, scale_ptr, out_ptr, data
         at = c[:, None, None].to(tl.int64)
         x = tl.load(data_ptr + e * data_e + at * data_c + column, ok[:, :, None], 0.0).to(tl.float32)
         x = x * scales[:, :, None]
-        if WIDE:  # noqa: SIM108 (a branch on the device)
-            codes = to_e4m3(divide(x, scale))  # the interpreter's `fma` rounds twice
-        else:
-            codes = to_e4m3(quotients(x, scale))
+        codes = to_e4m3(quotients(x, scale))
         tl.store(out_ptr + e * out_e + at * out_c + column, codes, ok[:, :, None])
 
 
