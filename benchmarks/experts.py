@@ -51,12 +51,12 @@ FOREIGN = foreign()
 
 
 class Bench:
-    def __init__(self, backends: list[str]) -> None:
+    def __init__(self, backends: list[str], sustain: float = 0.0) -> None:
         found = local_gpu()
         if found is None:
             raise SystemExit("needs a GPU")
         self.hardware: Hardware = found
-        self.backends = backends
+        self.backends, self.sustain = backends, sustain
         self.catalogue = local_catalogue()
 
     def rows(self, case: Case, tokens: list[int], compile_only: bool = False) -> Iterator[dict[str, Any]]:
@@ -88,7 +88,7 @@ class Bench:
             calls = inputs.calls(case, ops_of(each, case, self.hardware, self.catalogue), w)
             if compile_only:
                 calls[0]()
-            times[each] = 1.0 if compile_only else time_calls(calls)
+            times[each] = 1.0 if compile_only else time_calls(calls, sustain=self.sustain)
         return times
 
     def judged(self, case: Case, w: ExpertWeights, tokens: int, times: dict[Candidate, float]) -> dict[str, Any]:
@@ -144,10 +144,12 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["triton"])
     parser.add_argument("--peers", action="store_true", help="also pairs that no scheme asks for")
     parser.add_argument("--compile", action="store_true", help="only compile, for another process to find it done")
+    parser.add_argument("--sustain", type=float, default=0.0, help="seconds of load before each measurement")
     parser.add_argument("--name", help="of the result (default: by the shapes)")
     args = parser.parse_args()
-    bench, rows, names = Bench(args.backends), [], dict.fromkeys([*args.schemes, *(FOREIGN if args.peers else ())])
-    about = gpu.describe()
+    bench, rows = Bench(args.backends, args.sustain), []
+    names = dict.fromkeys([*args.schemes, *(FOREIGN if args.peers else ())])
+    about = gpu.describe() | ({"sustain_s": args.sustain} if args.sustain else {})
     about["versions"] |= {name: installed(name) for name in PACKAGES}
     name = f"{args.name or 'experts-' + '-'.join(args.shapes)}-{gpu.device_slug()}"
     print("| shape | scheme | kernel | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|---|")

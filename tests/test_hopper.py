@@ -18,7 +18,7 @@ from moesaic.contracts.spec import SILU
 from moesaic.errors import UnsupportedError
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels import hopper
+from moesaic.kernels import hopper, hopper_invariant
 from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper import launch, single
 from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, Variant, tile_for, variant_of, with_tile
@@ -152,3 +152,15 @@ def test_more_experts_than_it_sorts_are_refused() -> None:
     x = Rows(Encoding("bf16"), {"data": torch.empty(4, 64, dtype=torch.bfloat16)}, torch.bfloat16)
     with pytest.raises(UnsupportedError, match="513 experts"):
         hopper.experts(x, ExpertWeights(w13, w2, SILU, Encoding("bf16")), torch.zeros(4, 1).int(), torch.ones(4, 1))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_variants_in_one_order(name: str) -> None:
+    """Whatever the rows, E4M3 codes meet the tensor core as such, and low tiles of all else keep the high ones' order."""
+    scheme = SCHEMES[name]
+    usual = variant_of(scheme.weight, scheme.activation, TILES[8])
+    for rows in (1, 8, 40, 300, 2000, 20000, 200000):
+        made = hopper_invariant.in_one_order(with_tile(usual, tile_for(usual, rows, 128)))
+        assert made.eight_bit == usual.codes
+        assert made.one_order == made.tile.narrow
+        assert not (made.codes and made.tile.narrow)

@@ -11,7 +11,7 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import Activation
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import launch
-from moesaic.kernels._hopper.variants import PAIRS, Tile
+from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, with_tile
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, check_single, on_hopper
 from tests.triton_support import in_double, sorted_rows
@@ -46,6 +46,7 @@ def test_many_rows(name: str) -> None:
     check_layer(Layer.of(scheme, 700, (16, 1024, 768, 4), Tile(128, 2, 1), "holes"))
     check_layer(Layer.of(scheme, 333, (16, 768, 768, 4), Tile(96, 2, 1), "one expert"))
     check_layer(Layer.of(scheme, 333, (16, 2048, width, 4), Tile(128, 1, 1)))
+    check_layer(Layer.of(scheme, 1, (16, 1024, 512, 6), Tile(64, 2, 1), "holes"))
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp8", "mxfp4", "nvfp4", "wna16", "w4afp8"])
@@ -97,7 +98,7 @@ def test_layer(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in KNOWN if SCHEMES[name].activation.by_row])
 def test_rows_in_other_batches(name: str) -> None:
-    """Of `hopper_invariant`: the same bits alone, in tens, and among 600."""
+    """Of `hopper_invariant`: the same bits alone, in tens, and among 600. See also `test_all_tiles_give_the_same_bits`."""
     layer = Layer.of(SCHEMES[name], 600, (16, 1024, 512, 4), Tile(8), "holes")
     rows = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale)
     whole = hopper_invariant.experts(rows, layer.w, layer.ids, layer.weights)
@@ -105,6 +106,21 @@ def test_rows_in_other_batches(name: str) -> None:
         rows = hopper.encode_later(layer.x[part], layer.scheme.activation, layer.scale)
         alone = hopper_invariant.experts(rows, layer.w, layer.ids[part], layer.weights[part])
         assert torch.equal(alone, whole[part]), part
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("tokens", [1, 70, 333])
+def test_all_tiles_give_the_same_bits(name: str, tokens: int) -> None:
+    """Low tiles are multiplied by warps, high ones by groups of four warps: in `hopper_invariant` nobody can tell."""
+    layer = Layer.of(SCHEMES[name], tokens, (16, 2048, 768, 4), Tile(8), "holes")
+    rows, seen = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale), {}
+    for tile in [*TILES.values(), Tile(128, 1, 1)]:
+        variant = hopper_invariant.in_one_order(with_tile(layer.variant, tile))
+        terms = hopper.multiplied(variant, rows, layer.w, layer.ids, layer.weights)
+        seen[variant.tile] = hopper.summed(*terms)
+    assert len(seen) >= 4
+    for tile, out in seen.items():
+        assert torch.equal(out, seen[TILES[64]]), tile
 
 
 @pytest.mark.parametrize("tile", [Tile(8), Tile(32, 2, 1), Tile(128, 2, 1)])

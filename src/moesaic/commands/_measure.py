@@ -1,7 +1,8 @@
 """One mixture layer by itself, with random weights and routings: which kernels can run it here, and how long they take.
 
 Timed is what a model calls: encode, then the expert kernel with all that it does. On a GPU so many calls stand in one
-CUDA graph, with rows and routings of their own, that it reads more than four L2 caches; the median of its replays.
+CUDA graph, with rows and routings of their own, that it reads more than four L2 caches; the median of its replays,
+between which and the next measurement the GPU rests.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 from types import ModuleType
 
 import torch
@@ -33,8 +34,10 @@ from moesaic.planning.plan import choose
 CACHE = 4 * 50 * 2**20
 """Four times the largest L2 cache: what is timed at once must read at least that, or it measures the cache."""
 MOST_CALLS = 16
-ENOUGH, PATIENCE = 5, 300.0
+ENOUGH, PATIENCE = 5, 60.0
 """Replays whose median is believed, if they took so many milliseconds."""
+REST = 3
+"""A GPU rests so many times as long as it worked: one at its power limit would be slower for what comes next."""
 Call = Callable[[], object]
 
 
@@ -164,10 +167,10 @@ def packed(w: ExpertWeights, packer: ModuleType | None) -> Iterator[ExpertWeight
         packer.unpack(made)
 
 
-def time_calls(calls: Sequence[Call], repeats: int = 30, device: str = "cuda") -> float:
+def time_calls(calls: Sequence[Call], repeats: int = 30, device: str = "cuda", sustain: float = 0.0) -> float:
     """Milliseconds per call, the median. The first call is not timed: it compiles.
 
-    On a GPU the calls stand in one graph; elsewhere they are made one after the other.
+    On a GPU the calls stand in one graph; elsewhere they are made one after the other. sustain: as `time_replays`.
     """
     calls[0]()
     if device == "cpu":
@@ -176,7 +179,7 @@ def time_calls(calls: Sequence[Call], repeats: int = 30, device: str = "cuda") -
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for call in calls]
-    milliseconds = time_replays(graph, repeats) / len(calls)
+    milliseconds = time_replays(graph, repeats, sustain) / len(calls)
     del kept
     return milliseconds
 
@@ -187,10 +190,14 @@ def seconds(call: Call) -> float:
     return time.perf_counter() - begin
 
 
-def time_replays(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:
-    """The median, in milliseconds."""
-    for _ in range(3):
+def time_replays(graph: torch.cuda.CUDAGraph, repeats: int = 30, sustain: float = 0.0) -> float:
+    """The median, in milliseconds. sustain: seconds of load before, which may bring a GPU to its power limit."""
+    begun = time.perf_counter()
+    for warm in count():
+        if warm >= 3 and time.perf_counter() - begun >= sustain:
+            break
         graph.replay()
+        torch.cuda.synchronize()
     times: list[float] = []
     for _ in range(repeats):
         if len(times) >= ENOUGH and sum(times) > PATIENCE:
@@ -201,4 +208,6 @@ def time_replays(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
+    if not sustain:
+        time.sleep(REST * sum(times) * 1e-3)
     return statistics.median(times)

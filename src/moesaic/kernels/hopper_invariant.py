@@ -1,7 +1,9 @@
 """The Hopper kernels as `--deterministic` runs them: a row's result never depends on the rows beside it.
 
-Tiles of up to 32 rows are multiplied by warps, taller ones by groups of four warps, which add up in another order. Here
-all are of the first kind, compiled so that no height changes a bit: a tile is as high as the rows ask, and prompts pay.
+16-bit products of warps (tiles of up to 32 rows) and of groups of four warps (taller ones) add up sixteen elements of K
+at a time, with the same bits on a Hopper GPU (`tests/test_hopper_gpu.py` compares them); the variants here have them do
+so in one order. Products of E4M3 codes, which only groups of four warps make, are those of tall tiles for all numbers
+of rows.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moesaic.contracts.contract import Contract
 from moesaic.kernels import hopper
-from moesaic.kernels._hopper.variants import NARROW, TILES, variant_of
+from moesaic.kernels._hopper.variants import TILES, Variant, with_tile
 from moesaic.kernels.hopper import encode_later, probe
 
 if TYPE_CHECKING:
@@ -30,7 +32,12 @@ CONTRACTS: tuple[Contract, ...] = tuple(
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """Raises UnsupportedError as `hopper.experts` does."""
-    mean = ids_TA.numel() / w.w13.shape[0]
-    tile = next((height for height in (8, 16) if height >= mean + 4 * mean**0.5), NARROW)
-    variant = replace(variant_of(w.w13.form, x.encoding, TILES[tile]), one_order=True)
+    variant = in_one_order(hopper.chosen(x, w, ids_TA, 0))
     return hopper.summed(*hopper.multiplied(variant, x, w, ids_TA, weights_TA))
+
+
+def in_one_order(variant: Variant) -> Variant:
+    """The kernel of the same rows whose bits are those of every other one made here."""
+    if variant.codes and variant.tile.narrow:
+        variant = with_tile(variant, TILES[64])
+    return replace(variant, one_order=variant.tile.narrow)

@@ -92,6 +92,11 @@ DEVICE void copy_tile5(u32 to, const TensorMap *map, u32 bar, int x, int group, 
         : "memory");
 }
 
+// The same, but only into the L2 cache.
+DEVICE void prefetch_tile5(const TensorMap *map, int x, int group, int e) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %2, %3, %4}];" ::"l"(map), "r"(x), "r"(0), "r"(group), "r"(e) : "memory");
+}
+
 DEVICE void prefetch_map(const TensorMap *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // --- memory shared between thread blocks ---
@@ -215,6 +220,13 @@ DEVICE u32 mul_halves(u32 a, u32 b) {
 DEVICE u32 sub_pair(u32 a, u32 b) {
     u32 r;
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+// (bits & mask) | more, as one instruction: the compiler makes two of it where both are constants.
+DEVICE u32 picked(u32 bits, u32 mask, u32 more) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(bits), "r"(mask), "r"(more));
     return r;
 }
 

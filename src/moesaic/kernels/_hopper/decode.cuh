@@ -67,7 +67,7 @@ DEVICE void decode_e4m3(u32 w, u32 &low, u32 &high) {
 // Eight codes n -> n - 8 as pairs (n0, n4), (n1, n5), ...: 128 + n is a pattern of bits.
 DEVICE void decode_int4(u32 w, u32 (&o)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) o[i] = sub_pair(((w >> (4 * i)) & 0x000F000Fu) | 0x43004300u, 0x43084308u);
+    for (int i = 0; i < 4; i++) o[i] = sub_pair(picked(w >> (4 * i), 0x000F000Fu, 0x43004300u), 0x43084308u);
 }
 
 // The codes n in the low halves of four bytes -> E4M3 codes of 2^-9 (n - 8): up to 8, a code is a number of such steps.

@@ -248,10 +248,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) experts(con
     if (threadIdx.x == 0) {
         prefetch_map(&maps.first), prefetch_map(&maps.second);
         if (!NARROW) prefetch_map(&maps.h);
+        fetch_likely(a, maps);
         prepare_barriers();
     }
     __syncthreads();
-    if (!NARROW || !a.ids || threadIdx.x >= 32) {
+    if (!a.ids || threadIdx.x >= 32) {
         wait_for_grid();
         let_next_grid_start();
     }

@@ -12,6 +12,7 @@
 // Of a token alone: the choices that are not padding, and which expert choice `tile` of them is. For a whole warp.
 DEVICE int lone_tiles(const Arguments &a, int tile, int &e, int lane) {
     int count = 0;
+#pragma unroll 1  // cold code takes longer to come than to run
     for (int first = 0; first < a.top_k; first += 32) {
         int id = first + lane < a.top_k ? a.ids[first + lane] : -1;
         bool real = id >= 0 && id < a.experts;
@@ -31,7 +32,7 @@ DEVICE Item item_of(const Arguments &a, int i, int tiles, int lane) {
     item.phase = i < end1 ? 1 : i < end2 ? 2 : 3;
     int at = item.phase == 1 ? i : item.phase == 2 ? i - end1 : i - end2, per = item.phase == 1 ? per1 : item.phase == 2 ? 1 : per2;
     item.tile = at / per, item.column = at % per;
-    if (NARROW && a.ids) {
+    if (a.ids) {
         lone_tiles(a, item.tile, item.e, lane);
         item.first = item.tile, item.count = 1, item.rounded = STEP;
         return item;
@@ -85,10 +86,20 @@ struct ScaleFetcher {
     }
 };
 
+// While rows are being sorted, weights that the first items will probably want move into the cache: if most experts have one
+// tile, this thread block's first item is the one of its own number, about.
+DEVICE void fetch_likely(const Arguments &a, const Maps &maps) {
+    constexpr int STAGES_AHEAD = 80 * 1024 / BLOCKS_PER_SM / W_BYTES;
+    int per = a.first.tiles, e = blockIdx.x / per;
+    if (!a.likely || e >= a.experts) return;
+#pragma unroll 1
+    for (int s = 0; s < min(a.first.stages, STAGES_AHEAD); s++) prefetch_tile5(&maps.first, s * W_ROW, blockIdx.x % per * H_COLUMNS / 8, e);
+}
+
 DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
     Ring slot = {0, 0}, at = {0, 0};
     ScaleFetcher scales;
-    bool ahead = NARROW && a.ids;  // whoever wrote `ids` had ended before `prepare` let this grid start
+    bool ahead = a.ids;  // whoever wrote `ids` had ended before `prepare` let this grid start
     int none = 0, tiles = ahead ? lone_tiles(a, -1, none, lane) : a.counters[0], taken = ahead ? gridDim.x : 0;
     int next = blockIdx.x;
     if (!ahead && lane == 0) next = atomicAdd(a.counters + 1, 1);

@@ -42,8 +42,8 @@ class Arguments(ctypes.Structure):
     _fields_ = (("first", WeightC), ("second", WeightC), ("x", RowsC), ("h", RowsC), ("wide", PTR), ("y", PTR),
                 ("order", PTR), ("tiles", PTR), ("ids", PTR), ("counters", PTR), ("experts", I32),
                 ("tile_limit", I32), ("top_k", I32), ("columns", I32), ("width", I32),
-                ("hidden", I32), ("phases", I32), ("parts", I32), ("groups", I32), ("limit", F32),
-                ("alpha", F32))  # fmt: skip
+                ("hidden", I32), ("phases", I32), ("likely", I32), ("parts", I32),
+                ("groups", I32), ("limit", F32), ("alpha", F32))  # fmt: skip
 
 
 class Maps(ctypes.Structure):
@@ -204,7 +204,7 @@ def room_for_routing(variant: Variant, ids_TA: Tensor, w: ExpertWeights) -> Rout
     groups = up(width, max(128, variant.elements)) // 128 if variant.encoding == 4 else 1
     parts = (groups if variant.encoding == 4 else 1) if variant.needs_wide else -(-width // (64 * stack))
     counters = ids_TA.new_empty(4 + limit * (1 + groups))
-    lone = ids_TA if len(ids_TA) == 1 and variant.tile.narrow else None
+    lone = ids_TA if len(ids_TA) == 1 else None
     return Routed(ids_TA.new_empty(rows), ids_TA.new_empty(limit, 4), counters, ids_TA.shape[1], parts, groups, lone)
 
 
@@ -273,8 +273,8 @@ def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phas
         first, second, x.packed(), h.packed(), None if before is None else before.data_ptr(), y.data_ptr(),
         routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), None if routed.ids is None else routed.ids.data_ptr(),
         routed.counters.data_ptr(), w.w13.shape[0], len(routed.tiles_B4),
-        routed.top_k, width, h.width, hidden, phases, routed.parts, routed.groups, w.activation.limit,
-        w.activation.alpha if oai else 0.0,
+        routed.top_k, width, h.width, hidden, phases, w.w13.shape[0] * 2 <= rows <= w.w13.shape[0] * tile.height,
+        routed.parts, routed.groups, w.activation.limit, w.activation.alpha if oai else 0.0,
     )  # fmt: skip
     device = torch.cuda.current_device()
     kernels = loaded(variant, device)

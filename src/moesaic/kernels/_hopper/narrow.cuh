@@ -51,6 +51,24 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
                 for (int m = 0; m < STACK; m++)
 #pragma unroll
                     for (int j = 0; j < TURNS * N / 2; j++) part[m][FOLDS ? j : 0] = 0.0f;
+#if FORMAT == BF16 && ONE_ORDER
+            // Sixteen neighbours of K at a time, as wide.cuh has them.
+            int x_row = me.lane / 4, part8 = me.lane % 2 * 8;
+#pragma unroll
+            for (int chunk = 4 * i + me.lane % 4 / 2, end = chunk + 4; chunk < end; chunk += 2) {
+                uint2 mine[N / 8];
+#pragma unroll
+                for (int j = 0; j < N / 8; j++) mine[j] = *(const uint2 *)(x + (8 * j + x_row) * X_ROW + x_position(x_row, chunk) * 16 + part8);
+#pragma unroll
+                for (int m = 0; m < STACK; m++) {
+                    uint2 upper = *(const uint2 *)(chunk_at(w + m * W_BLOCK, row, chunk) + part8), lower = *(const uint2 *)(chunk_at(w + m * W_BLOCK, row + 8, chunk) + part8);
+                    u32 a[4] = {upper.x, lower.x, upper.y, lower.y};
+#pragma unroll
+                    for (int j = 0; j < N / 8; j++) multiply(sums[m] + 4 * j, a, mine[j].x, mine[j].y);
+                }
+            }
+            continue;
+#endif
             uint4 codes[STACK][2];
             u32 bits[STACK][2];
 #pragma unroll

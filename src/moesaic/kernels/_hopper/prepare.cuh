@@ -6,13 +6,15 @@
 #define PREPARERS 512
 #define COMBINERS 128
 #define SORT_WARPS (PREPARERS / 32)
-#define MOST_EXPERTS 512
+#define MOST_EXPERTS PREPARERS
 
 // One token's choices are their own tiles, as they are.
 DEVICE void sort_one(const Preparation &p) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.counter_count; i += 32) p.counters[i] = 0;
     __syncwarp();
     int tiles = 0;
+#pragma unroll 1
     for (int first = 0; first < p.routed; first += 32) {
         int r = first + threadIdx.x, e = r < p.routed ? p.ids[r] : -1;
         bool real = e >= 0 && e < p.experts;
@@ -29,24 +31,52 @@ DEVICE int expert_of(const Preparation &p, int r, int end) {
     return e < p.experts ? e : -1;
 }
 
+// Of the sums of all threads before, and of all: a is theirs (inclusive of it), b another such number.
+struct Ends {
+    int a, b, all_a, all_b;
+};
+
+DEVICE Ends ends_of(int a, int b, int2 *sums) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        int before = __shfl_up_sync(0xFFFFFFFFu, a, step), beside = __shfl_up_sync(0xFFFFFFFFu, b, step);
+        if (lane >= step) a += before, b += beside;
+    }
+    if (lane == 31) sums[warp] = make_int2(a, b);
+    __syncthreads();
+    Ends ends = {a, b, 0, 0};
+#pragma unroll 4
+    for (int w = 0; w < SORT_WARPS; w++) {
+        int2 sum = sums[w];
+        if (w < warp) ends.a += sum.x, ends.b += sum.y;
+        ends.all_a += sum.x, ends.all_b += sum.y;
+    }
+    return ends;
+}
+
 // Rows in order of their expert, stable, and tiles of up to MOST of them, each expert's of equal height. Every warp counts the
-// experts of its own stretch of rows, then hands out places. rank: of this block among those that share the rows.
+// experts of its own stretch of rows, then hands out places. rank: of this block among those that share the rows. This runs once
+// and from cold memory: what is short is fast.
 DEVICE void sort_rows(const Preparation &p, int rank, int blocks) {
-    if (NARROW && p.tokens == 1) {
+    if (p.tokens == 1) {
         if (threadIdx.x < 32) sort_one(p);
         return;
     }
     __shared__ int count[SORT_WARPS][MOST_EXPERTS];
-    __shared__ int mine[MOST_EXPERTS], before[MOST_EXPERTS];  // rows of this block, and of those before it
-    __shared__ int total[MOST_EXPERTS], rows_end[MOST_EXPERTS], tiles_end[MOST_EXPERTS], used;
-    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    for (int i = thread; i < SORT_WARPS * MOST_EXPERTS; i += PREPARERS) count[0][i] = 0;
-    if (rank == 0)
-        for (int i = thread; i < p.counter_count; i += PREPARERS) p.counters[i] = 0;
-    __syncthreads();
-    constexpr int AHEAD = 8;
+    __shared__ int mine[MOST_EXPERTS], place[MOST_EXPERTS];  // rows of this block; where the first of them goes
+    __shared__ int2 sums[SORT_WARPS];
+    constexpr int AHEAD = 4;
+    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, e = thread;  // of PREPARERS = MOST_EXPERTS threads
     int threads = PREPARERS * blocks, share = (p.routed + threads - 1) / threads * 32;
     int begin = (rank * SORT_WARPS + warp) * share, end = min(p.routed, begin + share);
+#pragma unroll 1
+    for (int i = lane; i < p.experts; i += 32) count[warp][i] = 0;
+    if (rank == 0)
+#pragma unroll 1
+        for (int i = thread; i < p.counter_count; i += PREPARERS) p.counters[i] = 0;
+    __syncwarp();
+#pragma unroll 1
     for (int from = begin; from < end; from += 32 * AHEAD) {
         int ids[AHEAD];
 #pragma unroll
@@ -59,72 +89,55 @@ DEVICE void sort_rows(const Preparation &p, int rank, int blocks) {
         }
     }
     __syncthreads();
-    for (int e = thread; e < p.experts; e += PREPARERS) {
-        int sum = 0;
-#pragma unroll
+    int all = 0, before = 0;
+    if (e < p.experts)
+#pragma unroll 4
         for (int w = 0; w < SORT_WARPS; w++) {
             int each = count[w][e];
-            count[w][e] = sum;
-            sum += each;
+            count[w][e] = all;
+            all += each;
         }
-        mine[e] = total[e] = sum, before[e] = 0;
-    }
     if (blocks > 1) {
+        mine[e] = all;
         cluster_arrive();
         cluster_wait();
-        for (int e = thread; e < p.experts; e += PREPARERS) {
-            int sum = 0;
-            for (int b = 0; b < blocks; b++) {
-                if (b == rank) before[e] = sum;
-                sum += load_at(shared_address(mine + e), b);
-            }
-            total[e] = sum;
+        all = 0;
+#pragma unroll 1
+        for (int b = 0; b < blocks; b++) {
+            if (b == rank) before = all;
+            all += load_at(shared_address(mine + e), b);
         }
         cluster_arrive();  // others may end once all have read
     }
-    __syncthreads();
-    if (thread < 32) {
-        int rows = 0, tiles = 0;
-        for (int first = 0; first < p.experts; first += 32) {
-            int e = first + thread, rows_of_e = e < p.experts ? total[e] : 0, r = rows_of_e, t = (rows_of_e + MOST - 1) / MOST;
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                int other = __shfl_up_sync(0xFFFFFFFFu, r, step), others = __shfl_up_sync(0xFFFFFFFFu, t, step);
-                if (thread >= step) r += other, t += others;
-            }
-            if (e < p.experts) rows_end[e] = rows + r, tiles_end[e] = tiles + t;
-            rows += __shfl_sync(0xFFFFFFFFu, r, 31), tiles += __shfl_sync(0xFFFFFFFFu, t, 31);
-        }
-        if (thread == 0) {
-            used = rows;
-            if (rank == 0) p.counters[0] = tiles;
-        }
-    }
-    __syncthreads();
-    if (rank == 0)
-        for (int r = used + thread; r < p.routed; r += PREPARERS) p.order[r] = -1;
-    for (int e = thread; e < p.experts; e += PREPARERS) {
-        int all = total[e], tiles = (all + MOST - 1) / MOST, first = rows_end[e] - all;
-        int height = tiles ? (all + tiles - 1) / tiles : 0;
-        for (int t = 0; t < tiles && rank == 0; t++) {
+    int tiles = (all + MOST - 1) / MOST;
+    Ends ends = ends_of(all, tiles, sums);
+    int first = ends.a - all;
+    place[e] = first + before;
+    if (rank == 0) {
+        if (thread == 0) p.counters[0] = ends.all_b;
+        int height = tiles > 1 ? (all + tiles - 1) / tiles : all;
+#pragma unroll 1
+        for (int t = 0; t < tiles; t++) {
             int rows = min(height, all - t * height);
-            p.tiles[tiles_end[e] - tiles + t] = make_int4(e, first + t * height, rows, height_of(rows));
+            p.tiles[ends.b - tiles + t] = make_int4(e, first + t * height, rows, height_of(rows));
         }
-        total[e] = first + before[e];
+#pragma unroll 1
+        for (int r = ends.all_a + thread; r < p.routed; r += PREPARERS) p.order[r] = -1;
     }
     __syncthreads();
+#pragma unroll 1
     for (int from = begin; from < end; from += 32 * AHEAD) {
         int ids[AHEAD];
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) ids[k] = expert_of(p, from + 32 * k + lane, end);
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
-            int e = ids[k];
-            u32 same = __match_any_sync(0xFFFFFFFFu, e);
-            int at = e >= 0 ? total[e] + count[warp][e] + __popc(same & ((1u << lane) - 1)) : 0;
+            int id = ids[k];
+            u32 same = __match_any_sync(0xFFFFFFFFu, id);
+            int at = id >= 0 ? place[id] + count[warp][id] + __popc(same & ((1u << lane) - 1)) : 0;
             __syncwarp();
-            if (e >= 0) p.order[at] = from + 32 * k + lane;
-            if (e >= 0 && __ffs(same) - 1 == lane) count[warp][e] += __popc(same);
+            if (id >= 0) p.order[at] = from + 32 * k + lane;
+            if (id >= 0 && __ffs(same) - 1 == lane) count[warp][id] += __popc(same);
             __syncwarp();
         }
     }
@@ -210,23 +223,21 @@ extern "C" __global__ void __launch_bounds__(COMBINERS)
     int per = hidden / 8, at = blockIdx.x * COMBINERS + threadIdx.x, t = at / per, column = at % per * 8;
     if (t >= tokens) return;
     float sum[8] = {};
-    const u16 *from = y + (i64)t * top_k * hidden + column;
+    y += (i64)t * top_k * hidden + column, ids += t * top_k, weights += t * top_k;
     constexpr int AHEAD = 8;  // rows that are on their way at once
-    for (int first = 0; first < top_k; first += AHEAD) {
-        bool wanted[AHEAD];
+#pragma unroll 1
+    for (int first = 0; first < top_k; first += AHEAD, y += AHEAD * (i64)hidden, ids += AHEAD, weights += AHEAD) {
         float weight[AHEAD];
         uint4 q[AHEAD];
+        const u16 *row = y;
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int a = first + i;
-            wanted[i] = a < top_k && ids[t * top_k + min(a, top_k - 1)] >= 0, weight[i] = weights[t * top_k + min(a, top_k - 1)];
+        for (int i = 0; i < AHEAD; i++, row += hidden) {
+            bool wanted = i < top_k - first && ids[i] >= 0;
+            weight[i] = wanted ? weights[i] : 0.0f, q[i] = make_uint4(0, 0, 0, 0);
+            if (wanted) q[i] = *(const uint4 *)row;
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (wanted[i]) q[i] = *(const uint4 *)(from + (i64)(first + i) * hidden);
-#pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            if (!wanted[i]) continue;
             u32 pairs[4] = {q[i].x, q[i].y, q[i].z, q[i].w};
 #pragma unroll
             for (int k = 0; k < 4; k++) sum[2 * k] += weight[i] * bf16_low(pairs[k]), sum[2 * k + 1] += weight[i] * bf16_high(pairs[k]);

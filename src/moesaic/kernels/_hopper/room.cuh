@@ -106,7 +106,7 @@ template <int N> DEVICE void fold(float *sums, const float *part, float first, f
 // FP8 products are added up outside the tensor core after 128 of K (its own adder is narrower than FP32), as are those whose
 // scales BF16 cannot hold: `sums` and `part`. What multiplies whole rows of w or x is left to the epilogue.
 #define FOLDS (FORMAT == INT4 || BLOCK_SCALES || ROWS8)
-#define BY_WORD (FORMAT == INT4 && (GROUP < 128 || !NARROW)) /* lanes share chunks of codes word by word */
+#define BY_WORD (FORMAT == INT4 && (GROUP < 128 || !NARROW || ONE_ORDER)) /* lanes share chunks of codes word by word */
 
 #define SINGLE (MOST == 8 && STACK == 1 && !BY_WORD) /* a token alone has a kernel of its own (single.cuh) */
 

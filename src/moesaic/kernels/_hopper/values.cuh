@@ -34,6 +34,7 @@ struct Arguments {
     const int *ids;      // of a token alone, or null
     int *counters;       // see below
     int experts, tile_limit, top_k, columns, width, hidden, phases;  // columns: I; width: of a row of h; phases: 1 first product, 2 second
+    int likely;         // whether most experts will have one tile of rows
     int parts, groups;  // of a tile's h: how many are announced; groups that are encoded apart
     float limit, alpha;  // of gpt-oss's activation; alpha 0: SiLU
 };

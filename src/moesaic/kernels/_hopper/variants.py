@@ -42,8 +42,8 @@ class Tile:
 @dataclass(frozen=True)
 class Variant:
     """form, encoding: numbers as the sources have them.  codes: rows that come encoded hold E4M3 codes.  group: of INT4
-    scales.  aligned: rows of scales along K begin at multiples of `scale_bytes`.  one_order: all tiles of up to NARROW
-    rows add up in the same order.  See `defines`."""
+    scales.  aligned: rows of scales along K begin at multiples of `scale_bytes`.  one_order: a tile of up to NARROW
+    rows adds up in the order of the higher ones.  See `defines`."""
 
     form: int
     encoding: int

@@ -108,9 +108,10 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
                 int mine = TURNS ? m : 0, before = m ? group : group - 1;
                 u32 words[2][PER_GROUP];
 #pragma unroll
-                for (int c = 0; c < PER_GROUP; c++)
-#pragma unroll
-                    for (int r = 0; r < 2; r++) words[r][c] = load_word(w + m * W_BLOCK, row + 8 * r, g * PER_GROUP + c, word);
+                for (int c = 0; c < PER_GROUP; c++) {
+                    const u8 *codes = chunk_at(w + m * W_BLOCK, row, g * PER_GROUP + c) + 4 * word;
+                    words[0][c] = *(const u32 *)codes, words[1][c] = *(const u32 *)(codes + 8 * W_ROW);
+                }
 #pragma unroll
                 for (int c = 0; c < PER_GROUP; c += AT_ONCE) {
                     Words of = {};
@@ -160,7 +161,8 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 #pragma unroll
             for (int m = 0; m < STACK; m++) {
                 u32 bits[2] = {scales.bits(m, 0, half, me.lane), scales.bits(m, 1, half, me.lane)};
-                uint4 upper = load_chunk(w + m * W_BLOCK, row, chunk + 4 * half), lower = load_chunk(w + m * W_BLOCK, row + 8, chunk + 4 * half);
+                const u8 *codes = chunk_at(w + m * W_BLOCK, row, chunk + 4 * half);
+                uint4 upper = *(const uint4 *)codes, lower = *(const uint4 *)(codes + 8 * W_ROW);  // eight rows on, chunks are exchanged alike
 #pragma unroll
                 for (int word = 0; word < 4; word += AT_ONCE) {
                     Words of;

@@ -18,7 +18,7 @@ from moesaic.kernels._triton.pdl import options, wait
 GROUP = 128
 SLOTS, GROUPS, WARPS = 2, 8, 4
 """Of a program."""
-PROGRAMS = 2560
+PROGRAMS = 2112
 """About how many there are, whatever is in use: each takes turns at an expert's slots."""
 UP, DOWN = tl.constexpr(2.0**96), tl.constexpr(2.0**-96)
 
