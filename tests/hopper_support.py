@@ -18,7 +18,7 @@ from moesaic.contracts.spec import SILU, Activation
 from moesaic.formats import encodings
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import reference, triton
-from moesaic.kernels._hopper import launch, single
+from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.variants import Tile, Variant, variant_of
 from moesaic.kernels.ops import ExpertWeights
 from tests.compare import assert_rows_close
@@ -184,29 +184,3 @@ def check_together(layer: Layer, rows: Rows, y: Tensor, hidden: Tensor, at: Tens
     full[now] = both[now].double()
     kept = (layer.weights * (layer.ids >= 0)).double()
     assert_rows_close(out, (full.view(tokens, top_k, -1) * kept[..., None]).sum(1), LIMIT, "sum")
-
-
-def check_single(layer: Layer) -> None:
-    """A token alone: activated rows against FP64; then their codes, as the twin makes them, multiplied in FP64."""
-    w, how, ids, v = layer.w, layer.scheme.activation, layer.ids, layer.variant
-    assert single.serves(v, w, ids, launch.processors(0))
-    rows, columns = layer.rows(), w.w2.columns
-    out, wide = single.single(v, rows, w, ids, layer.weights)
-    if how.by_row:
-        again, same = single.single(v, layer.x, w, ids, layer.weights, layer.scale)
-        assert torch.equal(again, out)
-        assert torch.equal(same[: (ids >= 0).sum(), :columns], wide[: (ids >= 0).sum(), :columns])
-    at = (ids[0] >= 0).nonzero().flatten()
-    if not len(at):
-        assert not out.any()
-        return
-    chosen, count = ids[0, at], len(at)
-    values = reference.row_values(in_double(rows)).expand(count, -1)
-    both = reference.expert_products(values, w.w13, chosen, w.biases[0] if w.biases else None)
-    assert_rows_close(wide[:count, :columns], reference.activate(both, w.activation), LIMIT, "first product")
-    given = None if w.between_scale is None else w.between_scale.cpu()
-    made = wide[:count, :columns].cpu()
-    codes = made.bfloat16().float() if how.name == "bf16" else encodings.encode(made, how, given).decode()
-    y = reference.expert_products(codes.double().cuda(), w.w2, chosen, w.biases[1] if w.biases else None)
-    wanted = (layer.weights[0, at, None].double() * y).sum(0, keepdim=True)
-    assert_rows_close(out, wanted, LIMIT, "the sum of second products")

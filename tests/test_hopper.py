@@ -20,7 +20,7 @@ from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper import launch, single
+from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, Variant, tile_for, variant_of, with_tile
 from moesaic.kernels.ops import ExpertWeights
 
@@ -68,10 +68,6 @@ def check_code(name: str, tile: int, folder: Path) -> None:
     threads = (96 if TILES[tile].narrow else 128) + 256
     assert registers * threads * TILES[tile].blocks <= 65536
     assert stack <= 256, "registers spill"
-    if alone := re.search(r"Function single:\s*REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage", image, folder)):
-        registers, stack = map(int, alone.groups())
-        assert (registers * 512 <= 65536, stack) == (True, 0)
-    assert (alone is not None) == (tile == 8 and SCHEMES[name].weight.group in (0, 128))
     text = dump("-sass", image, folder)
     body = text[text.index("Function : experts") :]
     wanted = "HMMA" if TILES[tile].narrow else WIDE.get(name, "HGMMA")
@@ -100,7 +96,7 @@ def declared_fields(struct: str) -> list[str]:
 def test_arguments_lie_as_the_sources_have_them() -> None:
     """The same fields in the same order and of the same sizes."""
     kinds = {"Weight": launch.WeightC, "Rows": launch.RowsC, "Arguments": launch.Arguments, "Maps": launch.Maps,
-             "Preparation": launch.Preparation, "Single": single.SingleC}  # fmt: skip
+             "Preparation": launch.Preparation}  # fmt: skip
     lines = ['#include "values.cuh"']
     for name, kind in kinds.items():
         lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "{name}");')
@@ -156,7 +152,7 @@ def test_more_experts_than_it_sorts_are_refused() -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_variants_in_one_order(name: str) -> None:
-    """Whatever the rows, E4M3 codes meet the tensor core as such, and low tiles of all else keep the high ones' order."""
+    """Whatever the rows: E4M3 codes meet the tensor core as such, low tiles of all else keep the high ones' order."""
     scheme = SCHEMES[name]
     usual = variant_of(scheme.weight, scheme.activation, TILES[8])
     for rows in (1, 8, 40, 300, 2000, 20000, 200000):

@@ -1,10 +1,10 @@
 """Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, and attention over heads.
 
-A call of `experts` is one launch for a token alone with large weights. Else it is three: rows are sorted by expert
-while they are encoded; both products, the activation and the encoding in between run in one persistent kernel; a
-token's results are weighted and summed. Weights are read as they are stored.
-E4M3 rows of many tokens meet the FP8 tensor cores; everything else is multiplied as the BF16 or FP16 numbers that codes
-stand for, for all pairs of formats that tensor cores multiply.
+A call of `experts` is three launches: rows are sorted by expert while they are encoded; both products, the activation
+and the encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read
+as they are stored.
+E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
+BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
 Attention over heads is a launch for sequences that decode and one for prompts; latents and other sizes are left to
 Triton.
 
@@ -14,8 +14,6 @@ Letters: T tokens, A experts per token, R = T A routed rows, D hidden size.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,7 +54,7 @@ ADAPTS = True
 
 def worth(rows: float, tile: int) -> bool:
     """Whether a tile can be the fastest at so many rows per expert, about: neither far too low nor far too high."""
-    return min(0.7 * rows, 64) <= TILES[tile].height <= max(8, 6 * rows + 8, 64 if rows > 3 else 0)
+    return min(0.7 * rows, 64) <= TILES[tile].height <= max(64, 6 * rows + 8)
 
 
 def usual(form: WeightFormat, encoding: Encoding, rows: int, experts: int) -> dict[str, int]:
@@ -142,8 +140,8 @@ def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int) -> Variant:
 
 def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,
                weights_TA: Tensor) -> tuple[Variant, ExpertTerms]:  # fmt: skip
-    """What is to be weighted, and what computed it. A token alone is one term, summed already."""
-    from moesaic.kernels._hopper import launch, single
+    """What is to be weighted, and what computed it."""
+    from moesaic.kernels._hopper import launch
 
     count = w.w13.shape[0]
     if count > MOST_EXPERTS:
@@ -157,8 +155,6 @@ def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,
     if plain is None and x.encoding.name in ("mxfp8", "nvfp4"):
         given = Rows(x.encoding, {**x.parts, "exact": exact(x)}, x.dtype)
     with torch.cuda.device(ids.device):
-        if single.pays(variant, w, ids, launch.processors(torch.cuda.current_device())):
-            return variant, ExpertTerms(single.single(variant, given, w, ids, weights, static)[0], *alone(ids.device))
         stored, routed = launch.prepare(variant, given, ids, w, static)
         _, y_RD, _ = launch.multiply(variant, stored, w, routed)
     return variant, ExpertTerms(y_RD, ids, weights)
@@ -170,16 +166,8 @@ def summed(variant: Variant, terms: ExpertTerms) -> Tensor:
     tokens, top_k = terms.ids_TA.shape
     if not tokens or not top_k:
         return terms.y_RD.new_empty(tokens, terms.y_RD.shape[1])
-    if terms.ids_TA is alone(terms.ids_TA.device)[0]:
-        return terms.y_RD
     with torch.cuda.device(terms.ids_TA.device):
         return launch.combine(variant, terms.y_RD, terms.ids_TA, terms.weights_TA)
-
-
-@cache
-def alone(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids and weights of one term that counts once."""
-    return torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, 1, device=device)
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,

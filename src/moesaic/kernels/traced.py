@@ -199,19 +199,11 @@ def run(what: str, inputs: list[Tensor], numbers: list[int], changed: Sequence[T
     out: list[Tensor] = []
     taken = {each.untyped_storage().data_ptr() for each in (*inputs, *changed)}
     value = getattr(backends()[backend], op)(*args, **parameters)
-    for each in tensors_in(in_full(value, args[2]) if isinstance(value, ExpertTerms) else value):
+    for each in tensors_in(value):
         shared = each.untyped_storage().data_ptr() in taken
         out.append(each.clone(memory_format=CONTIGUOUS) if shared else each.contiguous())
         taken.add(out[-1].untyped_storage().data_ptr())
     return out
-
-
-def in_full(terms: ExpertTerms, ids_TA: Tensor) -> ExpertTerms:
-    """As many terms as the fake kernel says: of a token alone some backends leave one, summed already. Ids and weights
-    are copies, since a backend may keep its own."""
-    short, pad = ids_TA.numel() - len(terms.y_RD), torch.nn.functional.pad
-    y_RD = pad(terms.y_RD, (0, 0, 0, short)) if short else terms.y_RD
-    return ExpertTerms(y_RD, pad(terms.ids_TA, (0, short), value=-1), pad(terms.weights_TA, (0, short)))
 
 
 def fake(what: str, inputs: list[Tensor], numbers: list[int], changed: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -111,6 +111,12 @@ DEVICE void wait_for_grid() { asm volatile("griddepcontrol.wait;" ::: "memory");
 
 DEVICE void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+DEVICE u64 nanoseconds() {
+    u64 t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
 // --- clusters of thread blocks ---
 
 DEVICE int cluster_rank() {

@@ -5,7 +5,8 @@
 // encodings, then second-product tiles. What an item needs was taken before it, so that waiting for it ends. While its rows
 // of h are not ready, the weights of a second product are on their way already.
 // Of a token alone, weights are on their way even while `prepare` is at work on its row: a thread block's first item is that
-// of its own number. There, waiting ends because thread blocks begin in the order of their numbers.
+// of its own number. There, waiting ends because thread blocks begin in the order of their numbers. Those that begin with the
+// second product let the first one's weights come through before they ask for any.
 #pragma once
 #include "room.cuh"
 
@@ -99,6 +100,7 @@ DEVICE void fetch_likely(const Arguments &a, const Maps &maps) {
 DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
     Ring slot = {0, 0}, at = {0, 0};
     ScaleFetcher scales;
+    u64 begun = nanoseconds();
     bool ahead = a.ids;  // whoever wrote `ids` had ended before `prepare` let this grid start
     int none = 0, tiles = ahead ? lone_tiles(a, -1, none, lane) : a.counters[0], taken = ahead ? gridDim.x : 0;
     int next = blockIdx.x;
@@ -120,6 +122,9 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
         bool up = item.phase == 1;
         const Weight &weight = up ? a.first : a.second;
         scales.begin(item, weight, lane);
+        if (ahead && !up)
+            while (nanoseconds() - begun < a.lead) __nanosleep(50);
+        __syncwarp();
         for (int s = 0; s < weight.stages; s++) {
             u32 bar = shared_address(room.full + at.slot), to = shared_address(room.w[at.slot]);
             wait_empty(room.empty, at);

@@ -1,6 +1,5 @@
 #include "experts.cuh"
 #include "prepare.cuh"
-#include "single.cuh"
 
 static_assert(sizeof(Room) <= ROOM_LIMIT, "fewer stages are needed: Variant.stages");
 

@@ -108,13 +108,10 @@ template <int N> DEVICE void fold(float *sums, const float *part, float first, f
 #define FOLDS (FORMAT == INT4 || BLOCK_SCALES || ROWS8)
 #define BY_WORD (FORMAT == INT4 && (GROUP < 128 || !NARROW || ONE_ORDER)) /* lanes share chunks of codes word by word */
 
-#define SINGLE (MOST == 8 && STACK == 1 && !BY_WORD) /* a token alone has a kernel of its own (single.cuh) */
-
 // Scales along K of this thread's two rows in block m, at stage `slot`.
 struct RowScales {
     const u8 *at;
     DEVICE_MEMBER RowScales(int slot, int row) : at(room.w_scales[slot] + (BLOCK_SCALES ? 0 : row * SCALE_BYTES)) {}
-    DEVICE_MEMBER explicit RowScales(const u8 *mine) : at(mine) {}
     // What a sum is multiplied by. group: of the stage.
     DEVICE_MEMBER float fold_by(int m, int r, int group) const {
         if (BLOCK_SCALES) return ((const float *)at)[2 * m + r];

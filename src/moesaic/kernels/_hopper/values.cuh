@@ -35,6 +35,7 @@ struct Arguments {
     int *counters;       // see below
     int experts, tile_limit, top_k, columns, width, hidden, phases;  // columns: I; width: of a row of h; phases: 1 first product, 2 second
     int likely;         // whether most experts will have one tile of rows
+    int lead;           // of a token alone: nanoseconds by which weights of the first product go before those of the second
     int parts, groups;  // of a tile's h: how many are announced; groups that are encoded apart
     float limit, alpha;  // of gpt-oss's activation; alpha 0: SiLU
 };
@@ -62,23 +63,4 @@ struct Preparation {
     int tokens, columns, width; // columns: K; width: of a stored row, in elements
     int routed, experts, counter_count;
     int given_row, given_group;  // strides of `given`, elements
-};
-
-// A token alone: everything at once.
-struct Single {
-    Weight first, second;
-    const u8 *source;      // the token's row: BF16, or encoded and not yet in order
-    const float *given;    // scales of an encoded row, or the one of a static encoding
-    const float *between;  // that of a static encoding of h
-    const int *ids;        // [A], -1 for padding
-    const float *weights;  // [A]
-    float *wide;           // FP32 [A, h_width]: activated rows
-    u16 *out;              // BF16 [hidden]
-    int given_group, encoded, top_k, experts;
-    int x_columns, x_width, h_columns, h_width, hidden;  // widths: of stored rows, in elements
-    int units;    // most tiles of eight elements of y that a thread block has
-    int ring;     // stages of a warp
-    int shared_tiles;  // most tiles that a warp has a part of
-    int meeting;  // which of the counters is this launch's
-    float limit, alpha;
 };
