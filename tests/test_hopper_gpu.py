@@ -65,7 +65,7 @@ def test_a_token_alone(name: str) -> None:
     scheme = EVERY[name]
     four = scheme.weight.name in ("int4", "mxfp4", "nvfp4")
     odd, size = (1280, 2816) if four else (1408, 2880)
-    for tile in (Tile(8), Tile(64, 2, 1)):
+    for tile in (Tile(8), Tile(16, 2, 1), Tile(64, 2, 1)):
         for shape in ((16, 512, 256, 4), (32, 2048, 768, 8), (8, 1024, 512, 1), (8, 768, odd, 6), (16, 7168, 2048, 8)):
             check_layer(Layer.of(scheme, 1, shape, tile))
         layer = Layer.of(scheme, 1, (64, 1024, 768, 7), tile)
