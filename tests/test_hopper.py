@@ -80,6 +80,15 @@ def test_compiles(name: str, tile: int, tmp_path: Path) -> None:
     check_code(name, tile, tmp_path)
 
 
+@pytest.mark.parametrize(("name", "tile"), [("bf16", 8), ("wna16", 16)])
+def test_compiles_in_one_order(name: str, tile: int, tmp_path: Path) -> None:
+    """What `hopper_invariant` has of its own: sixteen neighbours of K at a time, words of chunks."""
+    made = hopper_invariant.in_one_order(variant(name, tile))
+    image = code.machine_code(made.defines, made.sizes)
+    assert image != machine_code(name, tile)
+    assert "HMMA" in dump("-sass", image, tmp_path)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "tile"), REST)
 def test_compiles_the_rest(name: str, tile: int, tmp_path: Path) -> None:

@@ -87,6 +87,21 @@ def test_measured_kernels_stand_behind_the_best_of_them_and_others_keep_their_ra
     assert chosen(tuning, wanted(4096), (*KNOWN[:-1], eager)) == "unmeasured", "a user's own backend comes as it asks"
 
 
+def test_a_kernel_that_ignores_the_batch_is_not_preferred_by_noise() -> None:
+    """`swift_invariant` is the code of `swift` for most sizes: only where the batch must not matter is it taken."""
+    twin = replace(OTHERS[0], backend="swift_invariant", batch_invariant=True, rank=62)
+    times = {tokens: {**ms, "swift_invariant": 0.99 * ms["swift"]} for tokens, ms in MEASURED.items()}
+    tuning = Tuning.of([table(times, packages={})], "h100")
+    for tokens, winner in WINNERS:
+        assert chosen(tuning, wanted(tokens), (*KNOWN, twin)) == winner
+    assert tuning.buckets(wanted(9000), ("swift", "swift_invariant")) == (9000,)
+    alone = tuple(each for each in KNOWN if each.backend != "swift")
+    assert chosen(tuning, wanted(1024), (*alone, twin)) == "swift_invariant", "who is without a twin counts as measured"
+    same = wanted(1024)
+    same = replace(same, need=replace(same.need, batch_invariant=True))
+    assert set(tuning.costs(same, ("swift", "swift_invariant"))) == {"swift", "swift_invariant"}
+
+
 @pytest.mark.parametrize(("wide", "layout", "taken"), [
     (8.0, "plain", ["triton", "swift", "triton", "swift"]),  # a cell that `wide` would have is `swift`'s
     (0.1, "tiles", ["wide", "wide"]),  # so much faster at the end that it is worth its slowness before

@@ -21,6 +21,8 @@ from moesaic.contracts.plan import MixtureNeed, Parameters
 from moesaic.contracts.scheme import Encoding
 from moesaic.planning.timetable import Point, Points, Shape, interpolated, mean, nearest, points_of
 
+SAME = "_invariant"
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -46,12 +48,14 @@ class Tuning:
         """Milliseconds, at the need's tokens, of those backends that were measured.
 
         Where results may not depend on the batch, neither may the choice: then their geometric mean over all sizes.
+        Where they may, `NAME_invariant` is left to stand behind NAME, which nothing but noise would put in front.
         """
         points = self.near(need)
         names = [name for name in dict.fromkeys(backends) if any(name in point.ms for point in points)]
         if need.need.batch_invariant:
             common = [point.ms for point in points if all(name in point.ms for name in names)]
             return {name: exp(sum(log(ms[name]) for ms in common) / len(common)) for name in names if common}
+        names = [name for name in names if not name.endswith(SAME) or name.removesuffix(SAME) not in names]
         each = {name: [(point.rows, point.ms[name]) for point in points if name in point.ms] for name in names}
         return {name: interpolated(times, mean(shape_of(need), need.tokens)) for name, times in each.items()}
 

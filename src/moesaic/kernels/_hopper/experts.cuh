@@ -14,14 +14,7 @@ DEVICE int row_in_tile(const Consumer &me, int m) { return (8 * m + me.warp) * 1
 
 DEVICE int element_of_h(const Consumer &me, int m) { return (8 * m + me.warp) * 8 + lane_row(me.lane); }
 
-// gate -> the activated gate times up. alpha 0: SiLU.
-DEVICE float joined(float limit, float alpha, float gate, float up) {
-    float slope = 1.0f;
-    if (alpha != 0.0f) gate = fminf(gate, limit), up = fminf(fmaxf(up, -limit), limit) + 1.0f, slope = alpha;
-    return __fdividef(gate, 1.0f + __expf(-gate * slope)) * up;
-}
-
-// The same for many, a step of all of them at a time.
+// gate -> the activated gate times up, for many, a step of all of them at a time. alpha 0: SiLU.
 template <int R, int C> DEVICE void join_all(const Arguments &a, float (&gate)[R][C], float (&up)[R][C]) {
     float below[R][C], slope = 1.0f;
     if (a.alpha != 0.0f) {

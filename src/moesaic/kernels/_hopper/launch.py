@@ -200,7 +200,7 @@ def shared_scales(stored: Stored, scales: Tensor | None) -> Stored:
 
 def room_for_routing(variant: Variant, ids_TA: Tensor, w: ExpertWeights) -> Routed:
     rows, (experts, _, _), width, stack = ids_TA.numel(), w.w13.shape, w.w2.columns, variant.tile.stack
-    limit = max(1, min(experts, rows) + rows // variant.tile.height)
+    limit = max(1, rows if len(ids_TA) == 1 else min(experts, rows) + rows // variant.tile.height)
     groups = up(width, max(128, variant.elements)) // 128 if variant.encoding == 4 else 1
     parts = (groups if variant.encoding == 4 else 1) if variant.needs_wide else -(-width // (64 * stack))
     counters = ids_TA.new_empty(4 + limit * (1 + groups))

@@ -157,7 +157,7 @@ def tile_for(variant: Variant, rows: int, experts: int) -> Tile:
     mean, four = rows / max(1, experts), variant.form >= FORMATS["mxfp4"]
     room = mean + (2.5 if four else 4) * mean**0.5
     if variant.form == FORMATS["fp8_block"] and variant.codes:  # which tensor cores of groups of warps take as they are
-        room = max(room, 64 if mean > 1 else 16)
+        room = max(room, 64)
     height = next((each for each in HEIGHTS if each >= room), 128)
     if height == NARROW and mean > (0 if not four else 10 if variant.form == FORMATS["int4"] else 14):
         height = 64
