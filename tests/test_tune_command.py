@@ -51,7 +51,10 @@ def test_it_measures_every_kernel_and_plans_go_by_the_table(tmp_path: Path) -> N
             if each.op == "experts" and each.misses(CASE.need(local_cpu(), 1).need) is None}  # fmt: skip
     assert set(table["rows"][0]["ms"]) == able - {"reference", *(c.backend for c in local_catalogue() if not c.built)}
     tuning, asks = Tuning.of([table], local_cpu().name), CASE.need(local_cpu(), 16)
-    assert tuning.costs(asks, table["rows"][1]["ms"]) == pytest.approx(table["rows"][1]["ms"])
+    times = table["rows"][1]["ms"]
+    assert {name: tuning.costs(asks, [name])[name] for name in times} == pytest.approx(times)
+    others = {name: ms for name, ms in times.items() if name != "cpu_invariant"}
+    assert tuning.costs(asks, times) == pytest.approx(others), "a twin for --deterministic is no candidate beside its own"
     assert tuning.costs(replace(asks, need=replace(asks.need, dtype="float32")), able) == {}, "measured in BF16"
 
     assert call(*argv, "--scheme", "bf16", "--tokens", "4", "--kernels", "cpu").code == 0
