@@ -54,7 +54,7 @@ def test_it_measures_every_kernel_and_plans_go_by_the_table(tmp_path: Path) -> N
     times = table["rows"][1]["ms"]
     assert {name: tuning.costs(asks, [name])[name] for name in times} == pytest.approx(times)
     others = {name: ms for name, ms in times.items() if name != "cpu_invariant"}
-    assert tuning.costs(asks, times) == pytest.approx(others), "a twin for --deterministic is no candidate beside its own"
+    assert tuning.costs(asks, times) == pytest.approx(others), "a twin stands behind its own"
     assert tuning.costs(replace(asks, need=replace(asks.need, dtype="float32")), able) == {}, "measured in BF16"
 
     assert call(*argv, "--scheme", "bf16", "--tokens", "4", "--kernels", "cpu").code == 0
