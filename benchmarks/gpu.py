@@ -19,8 +19,15 @@ from moesaic.commands._measure import CACHE, time_calls, time_replays
 __all__ = ["BF16", "CACHE", "FP8", "READ", "Report", "ceilings", "describe", "device_slug", "time_calls",
            "time_replays"]  # fmt: skip
 
-READ, BF16, FP8 = 3.07e12, 747e12, 1261e12
-"""Bytes read and products per second that one H100 80GB reached (8192^3 on random data); `ceilings` measures anew."""
+REACHED = {"h100": (3.07e12, 747e12, 1261e12), "h200": (4.38e12, 798e12, 1483e12)}
+"""Bytes read, and products of BF16 and of FP8, per second, that one of each reached (8192^3 on random data, rested)."""
+
+
+def limits() -> tuple[float, float, float]:
+    """Those of this machine's GPU: as above, of an unknown one as `ceilings` measures, without one of an H100."""
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else "h100"
+    found = next((each for key, each in REACHED.items() if key in name), None)
+    return found or tuple(ceilings().values())
 
 
 def describe() -> dict[str, Any]:
@@ -70,3 +77,6 @@ def ceilings() -> dict[str, float]:
     fp8 = time_calls([lambda: torch._scaled_mm(e, e.t(), one, one, out_dtype=torch.bfloat16)], 10)
     work = 2 * 8192**3
     return {"read": 2**31 / read * 1e3, "bf16": work / bf16 * 1e3, "fp8": work / fp8 * 1e3}
+
+
+READ, BF16, FP8 = limits()

@@ -143,6 +143,13 @@ def test_a_tile_for_every_number_of_rows(name: str) -> None:
         assert with_tile(variant(name, 8), tile).stages >= 2
 
 
+def test_low_tiles_of_fp8_for_a_token_alone_that_reads_little() -> None:
+    made = variant("fp8", 8)
+    assert tile_for(made, 8, 128, 3 * 2048 * 768) is TILES[16]
+    assert tile_for(made, 16, 128, 3 * 2048 * 768) is TILES[64]
+    assert tile_for(made, 8, 256, 3 * 7168 * 2048) is TILES[64]
+
+
 def test_what_tuning_tries() -> None:
     for rows in (0.01, 1, 4, 16, 64, 500):
         tried = [tile for tile in TILES if hopper.worth(rows, tile)]

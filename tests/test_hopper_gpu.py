@@ -21,6 +21,7 @@ pytestmark = pytest.mark.gpu
 OAI = Activation("swiglu_oai")
 OTHERS = {
     "int4_g64 fp8_token": Scheme("", WeightFormat("int4", 64, "bfloat16"), Encoding("fp8_token")),
+    "int4_g32 bf16": Scheme("", WeightFormat("int4", 32, "bfloat16"), Encoding("bf16")),
 }
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
 EVERY = KNOWN | OTHERS
@@ -46,6 +47,13 @@ def test_many_rows(name: str) -> None:
     check_layer(Layer.of(scheme, 700, (16, 1024, 768, 4), Tile(128, 2, 1), "holes"))
     check_layer(Layer.of(scheme, 333, (16, 768, 768, 4), Tile(96, 2, 1), "one expert"))
     check_layer(Layer.of(scheme, 333, (16, 2048, width, 4), Tile(128, 1, 1)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("height", [96, 128])
+def test_every_height(name: str, height: int) -> None:
+    """Experts with 8, 16 .. 128 rows: one for each number of columns that products come in, and between."""
+    check_layer(Layer.of(EVERY[name], 1088, (16, 768, 512, 1), Tile(height, 2, 1), "every height"))
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp8", "mxfp4", "nvfp4", "wna16", "w4afp8"])

@@ -57,9 +57,12 @@ def worth(rows: float, tile: int) -> bool:
     return min(0.7 * rows, 64) <= TILES[tile].height <= max(64, 6 * rows + 8)
 
 
-def usual(form: WeightFormat, encoding: Encoding, rows: int, experts: int) -> dict[str, int]:
-    """What a call chooses by itself for so many routed rows, of what TUNABLE names."""
-    tile = tile_for(variant_of(form, encoding, TILES[8]), rows, experts)
+def usual(form: WeightFormat, encoding: Encoding, rows: int, experts: int, elements: int) -> dict[str, int]:
+    """What a call chooses by itself for so many routed rows, of what TUNABLE names.
+
+    elements: of an expert's weights.
+    """
+    tile = tile_for(variant_of(form, encoding, TILES[8]), rows, experts, elements)
     return {"tile": next(key for key, each in TILES.items() if each == tile)}
 
 
@@ -135,7 +138,10 @@ def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor,
 
 def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int) -> Variant:
     variant = variant_of(w.w13.form, x.encoding, TILES[tile or 8])
-    return variant if tile else with_tile(variant, tile_for(variant, ids_TA.numel(), w.w13.shape[0]))
+    if tile:
+        return variant
+    experts, columns, hidden = w.w13.shape
+    return with_tile(variant, tile_for(variant, ids_TA.numel(), experts, columns * hidden * 3 // 2))
 
 
 def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,

@@ -184,17 +184,18 @@ DEVICE void finish_tile(const Arguments &a, const Item &item, int slot, const Co
 
 // `rounded` is one of the sizes that code exists for.
 DEVICE void multiply_tile(float (&sums)[STACK][HALF], Consumer &me, int stages, int rounded) {
-#define TRY(HEIGHT)                                     \
-    if ((HEIGHT) < MOST && rounded <= (HEIGHT))         \
-        return product<((HEIGHT) < MOST ? (HEIGHT) : MOST)>(sums, me, stages);
-    TRY(COARSE)
-    TRY(2 * COARSE)
-    TRY(MOST == 96 ? 80 : 3 * STEP)
+#define TRY(HEIGHT)                         \
+    if (HEIGHT < MOST && rounded <= HEIGHT) \
+        return product<HEIGHT>(sums, me, stages);
+    TRY(HEIGHT_0)
+    TRY(HEIGHT_1)
+    TRY(HEIGHT_2)
+    TRY(HEIGHT_3)
     product<MOST>(sums, me, stages);
 }
 
 DEVICE void consume(const Arguments &a) {
-    Consumer me = {{0, 0}, (int)(threadIdx.x - FETCHERS) / 32, (int)threadIdx.x % 32};
+    Consumer me = {{0, 0}, (int)(threadIdx.x - FETCHERS) / 32, (int)threadIdx.x % 32, SCALE_SLOTS - 1};
     Ring slot = {0, 0};
     for (;;) {
         wait_full(room.item_full, slot);

@@ -35,7 +35,7 @@ DEVICE Item item_of(const Arguments &a, int i, int tiles, int lane) {
     item.tile = at / per, item.column = at % per;
     if (a.ids) {
         lone_tiles(a, item.tile, item.e, lane);
-        item.first = item.tile, item.count = 1, item.rounded = STEP;
+        item.first = item.tile, item.count = 1, item.rounded = HEIGHT_0;
         return item;
     }
     int4 rows = __ldg(a.tiles + item.tile);
@@ -50,15 +50,20 @@ DEVICE int weight_row(const Item &item, const Weight &weight, int r) {
     return min(item.column * H_COLUMNS + r / 16 * 8 + r % 8, weight.rows - 1) + r / 8 % 2 * weight.rows;
 }
 
-// Scales along K of a tile's weight rows, or of its blocks of weight rows: where a lane's lie, and copies for a stage.
+// Scales along K of a tile's weight rows, for SPAN stages at a time, or of its blocks of weight rows, stage by stage: where a
+// lane's lie, and copies. A slot of spans is filled anew when consumers are through with the stages that it served.
 struct ScaleFetcher {
-    static constexpr int MINE = BLOCK_SCALES ? 1 : 4 * STACK;
+    static constexpr int MINE = BLOCK_SCALES ? 1 : 4 * STACK, OLDER = SPAN > 1 ? SCALE_SLOTS - 1 : 1;
     const u8 *base;
     u32 row[MINE];
     int bytes;  // of a row
+    bool by16;
+    int span;
+    u32 stage, begun[OLDER];  // stages since the kernel began; at which of them the spans before began, the newest first
+    DEVICE_MEMBER ScaleFetcher() : span(SCALE_SLOTS - 1), stage(0), begun() {}
     DEVICE_MEMBER void begin(const Item &item, const Weight &weight, int lane) {
         base = weight.scales + item.e * weight.scales_expert;
-        bytes = weight.scale_bytes;
+        bytes = weight.scale_bytes, by16 = ((u64)base | weight.scales_row) % 16 == 0;
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             int n = BLOCK_SCALES ? 0 : weight_row(item, weight, lane + 32 * i);
@@ -69,21 +74,48 @@ struct ScaleFetcher {
             row[i] = (u32)(n * weight.scales_row);
         }
     }
-    DEVICE_MEMBER void fetch(int stage, int slot, int lane) const {
-        constexpr int SIZE = BLOCK_SCALES ? 4 : SCALE_BYTES ? SCALE_BYTES : 4;
-        if (!STAGE_SCALES || (BLOCK_SCALES && lane >= 2 * STACK)) return;
+    template <int SIZE> DEVICE_MEMBER void copy(int first) const {
+        int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            u8 *to = room.w_scales[slot] + (lane + 32 * i) * SIZE;
-            int at = stage / SCALED_STAGES * SIZE, real = min(SIZE, bytes - at);
-            const u8 *from = base + row[i] + at;
-#if ALIGNED_SCALES
-            copy_small<SIZE>(shared_address(to), real > 0 ? from : base, max(real, 0));
-#else
+        for (int i = 0; i < MINE; i++)
 #pragma unroll
-            for (int k = 0; k < SIZE; k += 2) *(u16 *)(to + k) = k < real ? *(const u16 *)(from + k) : 0;
-#endif
-        }
+            for (int k = 0; k < SPAN_BYTES; k += SIZE) {
+                u8 *to = room.w_scales[span] + (lane + 32 * i) * SPAN_BYTES + k;
+                int real = min(SIZE, bytes - first - k);
+                const u8 *from = base + row[i] + first + k;
+                if (SIZE == 2)
+                    *(u16 *)to = real > 0 ? *(const u16 *)from : 0;
+                else
+                    copy_small<SIZE == 2 ? 4 : SIZE>(shared_address(to), real > 0 ? from : base, max(real, 0));
+            }
+    }
+    // s: of this product, whose place in the ring is free.
+    DEVICE_MEMBER void fetch(int s, int slot, int lane) {
+        if (BLOCK_SCALES && lane < 2 * STACK) copy_small<4>(shared_address(room.w_scales[slot] + 4 * lane), base + row[0] + 4 * s, 4);
+        if (!SCALE_BYTES) return;
+        if (SPAN == 1)
+            span = slot;
+        else if (s % SPAN == 0)
+            claim();
+        stage++;
+        int first = s / SPAN * SPAN_BYTES;
+        if (s % SPAN)
+            return;
+        else if (!ALIGNED_SCALES)
+            copy<2>(first);
+        else if (SPAN > 1 && by16)
+            copy<16>(first);
+        else
+            copy<SCALE_UNIT>(first);
+    }
+    // The slot of the span that begins.
+    DEVICE_MEMBER void claim() {
+        if (++span == SCALE_SLOTS) span = 0;
+        u32 end = begun[OLDER - 1];  // of the span that has been there
+        if (end && end - 1 + STAGES > stage) barrier_wait(shared_address(room.empty + (end - 1) % STAGES), (end - 1) / STAGES & 1);
+#pragma unroll
+        for (int i = OLDER - 1; i > 0; i--) begun[i] = begun[i - 1];
+        begun[0] = stage;
     }
 };
 
@@ -262,7 +294,7 @@ DEVICE void fetch_tiles(const Maps &maps, const Item &item, const Rows &rows, in
         u32 bar = shared_address(room.full + at.slot), to = shared_address(room.x[at.slot]);
         fetch_group_scales(item, rows, tables, s, at.slot, lane);
         if (lane == 0) {
-            barrier_announce(bar, item.rounded * X_ROW);
+            barrier_announce(bar, (item.rounded + STEP - 1) / STEP * STEP * X_ROW);
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++)
                 for (int r = 0; r < item.rounded; r += STEP) copy_tile2(to + piece * MOST * 128 + r * 128, &maps.h, bar, s * X_ROW + piece * 128, item.first + r);

@@ -83,7 +83,7 @@ def processors(device: int) -> int:
 def fitted(variant: Variant, w: ExpertWeights) -> Variant:
     """The variant for these very weights: whether their scales can be copied as they lie."""
     rows = (part for each in (w.w13, w.w2) if (part := each.parts.get("scale")) is not None and part.dim() == 3)
-    step = variant.scale_bytes
+    step = variant.scale_unit
     sizes = [(part.data_ptr(), *(stride * part.element_size() for stride in part.stride()[:2])) for part in rows]
     return replace(variant, aligned=not step or not any(size % step for each in sizes for size in each))
 

@@ -20,7 +20,7 @@ DEVICE void sort_one(const Preparation &p) {
         bool real = e >= 0 && e < p.experts;
         u32 all = __ballot_sync(0xFFFFFFFFu, real);
         int at = tiles + __popc(all & ((1u << threadIdx.x) - 1));
-        if (real) p.order[at] = r, p.tiles[at] = make_int4(e, at, 1, STEP);
+        if (real) p.order[at] = r, p.tiles[at] = make_int4(e, at, 1, HEIGHT_0);
         tiles += __popc(all);
     }
     if (threadIdx.x == 0) p.counters[0] = tiles;

@@ -6,15 +6,18 @@
 #define W_BLOCK (128 * W_ROW)       /* bytes of 128 weight rows in a stage */
 #define W_BYTES (W_BLOCK * STACK)
 #define X_BYTES (MOST * X_ROW)      /* and as many elements of K of up to MOST rows of x */
-#define STEP (MOST < 64 ? 8 : MOST == 128 ? 32 : 16) /* heights of tiles that code exists for are its multiples */
-#define COARSE (MOST > 64 ? 32 : STEP) /* ... up to 64 of this: low tiles wait for memory anyway */
+#define STEP (MOST < 64 ? 8 : 16) /* rows of h that are copied at a time */
 #define GROUP_SCALES (ENCODING == GROUP128)
 #define BLOCK_SCALES (FORMAT == FP8 && BLOCKS)
 #define ROW_SCALES (!GROUP_SCALES && ENCODING != PLAIN && ENCODING != MX8) /* a row of x has one scale, or all have */
 #define DIRECT !(BY_ROW || (ENCODING == GROUP128 && STACK == 1)) /* a tile of h is encoded where it is made */
-#define SCALE_BYTES (FORMAT == MXFP8 || FORMAT == MXFP4 ? ELEMENTS / 32 : FORMAT == NVFP4 ? ELEMENTS / 16 : FORMAT == INT4 ? ELEMENTS * SCALED_STAGES / GROUP * 2 : 0) /* of a weight row, at a time */
-#define SCALED_STAGES (FORMAT == INT4 && ELEMENTS == GROUP ? 2 : 1) /* that such bytes serve: two of them are the fewest that can be copied */
-#define STAGE_SCALES (BLOCK_SCALES ? 16 : 128 * STACK * SCALE_BYTES)
+#define SCALE_BYTES (FORMAT == MXFP8 || FORMAT == MXFP4 ? ELEMENTS / 32 : FORMAT == NVFP4 ? ELEMENTS / 16 : FORMAT == INT4 ? ELEMENTS / GROUP * 2 : 0) /* of a weight row, per stage */
+#define SPAN_BYTES (FORMAT == INT4 ? (NARROW && SCALE_BYTES < 4 ? 4 : NARROW ? SCALE_BYTES : 16) : SCALE_BYTES) /* ... that are fetched at a time */
+#define SPAN (SCALE_BYTES ? SPAN_BYTES / SCALE_BYTES : 1) /* stages that they serve */
+#define SCALE_UNIT (SCALE_BYTES < 4 ? 4 : SCALE_BYTES > 16 ? 16 : SCALE_BYTES) /* copied together where rows do not begin at multiples of 16 */
+#define SCALE_SLOTS (SPAN == 1 ? STAGES : STAGES < 3 ? 2 : (STAGES + SPAN - 3) / SPAN + 1)
+#define SCALE_ROOM (BLOCK_SCALES ? 16 : SCALE_BYTES ? 128 * STACK * SPAN_BYTES : 16)
+#define STAGE_SCALES (BLOCK_SCALES || SCALE_BYTES)
 #define ROW_TERMS (FORMAT == NVFP4 || (FORMAT == FP8 && !BLOCKS)) /* weight rows have factors */
 #define SLOTS (NARROW ? 4 : 3) /* items under way */
 #define FETCHERS (NARROW ? 96 : 128) /* threads before the consumers; three warps of them work */
@@ -34,7 +37,7 @@ struct Room {
     alignas(1024) u8 w[STAGES][W_BYTES];
     alignas(1024) u8 x[STAGES][X_BYTES];
     alignas(128) float x_scales[GROUP_SCALES ? STAGES : 1][GROUP_SCALES ? (MOST + 31) / 32 * 32 : 4];
-    alignas(16) u8 w_scales[STAGES][STAGE_SCALES ? STAGE_SCALES : 16];
+    alignas(16) u8 w_scales[SCALE_SLOTS][SCALE_ROOM];
     alignas(16) float chunk[CHUNK][H_COLUMNS + 4];  // of h, or of y in BF16
     alignas(16) Item items[SLOTS];
     int place[SLOTS][MOST];
@@ -58,8 +61,7 @@ struct Ring {
 
 // Of a tile of so many rows, the height that code exists for.
 DEVICE int height_of(int rows) {
-    int step = rows <= 64 ? COARSE : STEP;
-    return (rows + step - 1) / step * step;
+    return rows <= HEIGHT_0 ? HEIGHT_0 : rows <= HEIGHT_1 ? HEIGHT_1 : rows <= HEIGHT_2 ? HEIGHT_2 : rows <= HEIGHT_3 ? HEIGHT_3 : MOST;
 }
 
 DEVICE void wait_full(u64 *bars, const Ring &at) { barrier_wait(shared_address(bars + at.slot), at.parity); }
@@ -80,7 +82,10 @@ DEVICE void release(u64 *bar, int lane) {
 
 struct Consumer {
     Ring at;
-    int warp, lane;
+    int warp, lane, scales;  // scales: the slot of those in use
+    DEVICE_MEMBER void begin_stage(int s) {
+        if (SPAN > 1 && s % SPAN == 0 && ++scales == SCALE_SLOTS) scales = 0;
+    }
 };
 
 #define PERMUTED (W_ROW == 128 && (DECODED || NARROW))
@@ -108,20 +113,21 @@ template <int N> DEVICE void fold(float *sums, const float *part, float first, f
 #define FOLDS (FORMAT == INT4 || BLOCK_SCALES || ROWS8)
 #define BY_WORD (FORMAT == INT4 && (GROUP < 128 || !NARROW || ONE_ORDER)) /* lanes share chunks of codes word by word */
 
-// Scales along K of this thread's two rows in block m, at stage `slot`.
+// Scales along K of this thread's two rows in block m, at stage s of the product.
 struct RowScales {
     const u8 *at;
-    DEVICE_MEMBER RowScales(int slot, int row) : at(room.w_scales[slot] + (BLOCK_SCALES ? 0 : row * SCALE_BYTES)) {}
+    DEVICE_MEMBER RowScales(const Consumer &me, int s, int row)
+        : at(room.w_scales[SPAN == 1 ? me.at.slot : me.scales] + (BLOCK_SCALES ? 0 : row * SPAN_BYTES + s % SPAN * SCALE_BYTES)) {}
     // What a sum is multiplied by. group: of the stage.
     DEVICE_MEMBER float fold_by(int m, int r, int group) const {
         if (BLOCK_SCALES) return ((const float *)at)[2 * m + r];
         if (FORMAT != INT4) return 1.0f;
-        const u8 *mine = at + (128 * m + 8 * r) * SCALE_BYTES;
+        const u8 *mine = at + (128 * m + 8 * r) * SPAN_BYTES;
         return __uint_as_float((u32)((const u16 *)mine)[group] << 16);
     }
     // Of the chunk of 16 bytes that a lane takes in a half of the stage: bits.
     DEVICE_MEMBER u32 bits(int m, int r, int half, int lane) const {
-        const u8 *mine = at + (128 * m + 8 * r) * SCALE_BYTES;
+        const u8 *mine = at + (128 * m + 8 * r) * SPAN_BYTES;
         if (FORMAT == MXFP8) return mine[2 * half + lane % 4 / 2];
         if (FORMAT == MXFP4) return mine[4 * half + lane % 4];
         return FORMAT == NVFP4 ? ((const u16 *)mine)[4 * half + lane % 4] : 0;

@@ -22,6 +22,8 @@ PAIRS = frozenset(
 HEIGHTS = (8, 16, 32, 64, 96, 128)
 NARROW = 32
 """Tiles of up to so many rows of x are multiplied by warps; as NARROW in decode.cuh."""
+SMALL = 1 << 23
+"""Elements of an expert's weights; see tile_for."""
 SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that one of so many thread blocks of a multiprocessor can have."""
 
@@ -42,7 +44,7 @@ class Tile:
 @dataclass(frozen=True)
 class Variant:
     """form, encoding: numbers as the sources have them.  codes: rows that come encoded hold E4M3 codes.  group: of INT4
-    scales.  aligned: rows of scales along K begin at multiples of `scale_bytes`.  one_order: a tile of up to NARROW
+    scales.  aligned: rows of scales along K begin at multiples of `scale_unit`.  one_order: a tile of up to NARROW
     rows adds up in the order of the higher ones.  See `defines`."""
 
     form: int
@@ -87,26 +89,41 @@ class Variant:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of columns that products come in; as multiply_tile in experts.cuh."""
-        height, step = self.tile.height, self.step
-        some = (32, 64, 80 if height == 96 else 96) if height > 64 else (step, 2 * step, 3 * step)
-        return (*(each for each in some if each < height), height)
+        """Numbers of columns that products come in. Low tiles of many wait for memory anyway: coarse steps do there."""
+        height = self.tile.height
+        few = (32, 64, 96) if self.form in (3, 4) else (64, 80, 96, 112)  # of FP4 more would not fit into registers
+        some = few if height == 128 else (32, 64, 72, 80) if height == 96 else range(self.step, height, self.step)
+        return (*some, height)
 
     @property
     def step(self) -> int:
         """As STEP in room.cuh."""
-        return 8 if self.tile.narrow else 32 if self.tile.height == 128 else 16
+        return 8 if self.tile.narrow else 16
 
     @property
     def scale_bytes(self) -> int:
-        """Of a weight row, at a time; as SCALE_BYTES in room.cuh."""
+        """Of a weight row, per stage; as SCALE_BYTES in room.cuh."""
         if self.form == 5:
-            return max(4, self.elements // self.group * 2)
+            return self.elements // self.group * 2
         return self.elements // {2: 32, 3: 32, 4: 16}[self.form] if self.form in (2, 3, 4) else 0
 
     @property
+    def scale_unit(self) -> int:
+        """Bytes that are copied together at least; as SCALE_UNIT in room.cuh."""
+        return min(16, max(4, self.scale_bytes)) if self.scale_bytes else 0
+
+    def scale_room(self, stages: int) -> int:
+        """Bytes of shared memory; as SCALE_SLOTS and SCALE_ROOM in room.cuh."""
+        if not self.scale_bytes:
+            return 16 * stages
+        size = self.scale_bytes if self.form != 5 else max(4, self.scale_bytes) if self.tile.narrow else 16
+        span = size // self.scale_bytes
+        slots = stages if span == 1 else max(2, (stages + span - 3) // span + 1)
+        return 128 * self.tile.stack * size * slots
+
+    @property
     def stages(self) -> int:
-        """As many as fit into shared memory beside everything else, up to 8."""
+        """As many as fit into shared memory beside everything else, and are of use."""
         tile, slots = self.tile, 4 if self.tile.narrow else 3
         scaled = self.encoding not in (0, 4, 5)  # ROW_SCALES, ROW_TERMS in room.cuh
         terms = 8 if self.form == 4 or (self.form == 1 and not self.block_scales) else 4
@@ -115,12 +132,14 @@ class Variant:
             fixed += 256 * (2 if tile.height < 32 else 4) * (8 if tile.narrow and self.encoding in (2, 3, 7) else 1)
         fixed += slots * (tile.height * (8 if scaled else 4) + 128 * tile.stack * terms)
         stage = 128 * self.row_bytes * tile.stack + tile.height * self.elements * (1 if self.eight_bit else 2)
-        stage += 128 * tile.stack * self.scale_bytes + 16
         stage += -(-tile.height // 32) * 128 if self.encoding == 4 else 0
-        return max(2, min(8, (SHARED[tile.blocks] - fixed) // stage))
+        left = SHARED[tile.blocks] - fixed
+        most = 8 if tile.narrow else 5 if tile.height == 64 else 4  # more are not faster
+        return next((each for each in range(most, 2, -1) if each * stage + self.scale_room(each) <= left), 2)
 
     @property
     def defines(self) -> dict[str, int]:
+        heights = (*self.sizes[:-1], *4 * (self.tile.height,))[:4]
         return {
             "FORMAT": self.form, "ROWS8": int(self.eight_bit), "HALVES": int(self.halves),
             "ENCODING": self.encoding, "MOST": self.tile.height,
@@ -128,7 +147,7 @@ class Variant:
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,
             "ALIGNED_SCALES": int(self.aligned),
-            "ONE_ORDER": int(self.one_order),
+            "ONE_ORDER": int(self.one_order), **{f"HEIGHT_{i}": each for i, each in enumerate(heights)},
         }  # fmt: skip
 
 
@@ -147,17 +166,19 @@ def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
     )  # fmt: skip
 
 
-def tile_for(variant: Variant, rows: int, experts: int) -> Tile:
+def tile_for(variant: Variant, rows: int, experts: int, elements: int = 0) -> Tile:
     """A tile that holds an expert's rows, if routing is even: the mean and some standard deviations of chance.
+    elements: of an expert's weights, where known.
 
     Where weights of 4 bits wait for their decoding, two low tiles may be cheaper than a high one; weights of 8 bits and
     more need none to speak of, nor does INT4 that becomes E4M3, and groups of warps pay earlier there. Where sums of
-    groups, or of blocks of a 16-bit product, are kept apart, registers bound the height.
+    groups, or of blocks of a 16-bit product, are kept apart, registers bound the height. A token alone that reads
+    little has low tiles of FP8 too.
     """
     mean, four = rows / max(1, experts), variant.form >= FORMATS["mxfp4"]
     room = mean + (2.5 if four else 4) * mean**0.5
     if variant.form == FORMATS["fp8_block"] and variant.codes:  # which tensor cores of groups of warps take as they are
-        room = max(room, 64)
+        room = max(room, 16 if rows <= 8 and 0 < elements < SMALL else 64)
     height = next((each for each in HEIGHTS if each >= room), 128)
     if height == NARROW and mean > (0 if not four else 10 if variant.form == FORMATS["int4"] else 14):
         height = 64

@@ -18,7 +18,7 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 #if FORMAT == FP8
             float part[N / 2];
             multiply_stage<N>(part, w_tile + m * 1024, x_tile);
-            RowScales scales(me.at.slot, 0);
+            RowScales scales(me, s, 0);
             fold<N>(sums[m], part, scales.fold_by(m, 0, 0), scales.fold_by(m, 1, 0), room.x_scales[GROUP_SCALES ? me.at.slot : 0], me.lane);
 #else
             products_fence();
@@ -62,20 +62,35 @@ struct Words {
 typedef u32 Operands[AT_ONCE][4 * STEPS];
 
 // Decodes and multiplies; then the products of the words before are done, and their registers free. fresh: they begin a new sum.
+// Where sums are folded and operands have 16 bits, each step is a product of its own: what comes next is decoded meanwhile.
 template <int N> DEVICE void multiply_words(float *sums, Operands &a, Operands &before, const Words &of, bool fresh) {
+    constexpr bool APART = FORMAT == INT4 && !ROWS8;
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], a[k]);
-    products_fence();
+    for (int k = 0; k < AT_ONCE && !APART; k++) decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], a[k]);
+    if (!APART) products_fence();
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
         for (int t = 0; t < STEPS; t++) {
-            const u32 *mine = a[k] + 4 * t;
+            u32 *mine = a[k] + 4 * t, *last = t ? mine - 4 : (k ? a[k - 1] : before[AT_ONCE - 1]) + 4 * (STEPS - 1);
+            if (APART) {
+                u32 both[4 * STEPS];
+                decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], both);
+#pragma unroll
+                for (int i = 0; i < 4; i++) mine[i] = both[4 * t + i];
+                products_fence();
+            }
             if (fresh && k + t == 0)
                 begin_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], of.x_tile[k] + 2 * t);
             else
                 multiply_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], of.x_tile[k] + 2 * t);
+            if (APART) {
+                products_commit();
+                products_wait<1>();
+                hold(*(u32(*)[4])last);
+            }
         }
+    if (APART) return;
     products_commit();
     products_wait<1>();
 #pragma unroll
@@ -96,16 +111,16 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
         wait_full(room.full, me.at);
         fence_shared_to_async();  // rows of x came by ordinary copies
         const u8 *w = room.w[me.at.slot];
-        RowScales scales(me.at.slot, row);
+        me.begin_stage(s);
+        RowScales scales(me, s, row);
         u64 x_tile = tile_descriptor(shared_address(room.x[me.at.slot]));
         float part[TURNS ? 2 : 1][N / 2];
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
-            int group = g + s % SCALED_STAGES;
 #pragma unroll
             for (int m = 0; m < STACK; m++) {
                 bool last = g == GROUPS - 1 && m == STACK - 1;
-                int mine = TURNS ? m : 0, before = m ? group : group - 1;
+                int mine = TURNS ? m : 0, before = m ? g : g - 1;
                 u32 words[2][PER_GROUP];
 #pragma unroll
                 for (int c = 0; c < PER_GROUP; c++) {
@@ -130,7 +145,7 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
                 if (TURNS && !last) continue;
                 products_wait<0>();
                 hold(part[mine]);
-                fold<N>(sums[m], part[mine], scales.fold_by(m, 0, group), scales.fold_by(m, 1, group), nullptr, me.lane);
+                fold<N>(sums[m], part[mine], scales.fold_by(m, 0, g), scales.fold_by(m, 1, g), nullptr, me.lane);
             }
         }
         release(room.empty + me.at.slot, me.lane);
@@ -151,7 +166,8 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
         wait_full(room.full, me.at);
         fence_shared_to_async();  // rows of x came by ordinary copies
         const u8 *w = room.w[me.at.slot];
-        RowScales scales(me.at.slot, row);
+        me.begin_stage(s);
+        RowScales scales(me, s, row);
         u64 x_tile = tile_descriptor(shared_address(room.x[me.at.slot]));
 #if FOLDS
         float part[STACK][N / 2];
