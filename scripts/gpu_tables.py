@@ -1,6 +1,6 @@
 """The tables and drawings of docs/gpu.md, from the results of the GPU benchmarks; see readme_tables.py.
 
-A result file ends with the name of the device that it was measured on; the newest card's come first.
+A result file ends with the name of the device that it was measured on.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def throughput(results: Sequence[Result]) -> Iterator[str]:
 
 
 def experts(results: Sequence[Result]) -> Iterator[str]:
-    for result, shown in zip(results, once(results), strict=True):
-        yield from by_tokens([shown], "shape", "Milliseconds (floor / time) by tokens.")
-        yield from choices(result)
+    for mine in by_device(results).values():
+        for result, shown in zip(mine, once(mine), strict=True):
+            yield from by_tokens([shown], "shape", "Milliseconds (floor / time) by tokens.")
+            yield from choices(result)
 
 
 def once(results: Sequence[Result]) -> list[Result]:
@@ -64,6 +65,14 @@ def once(results: Sequence[Result]) -> list[Result]:
 
 def cell(row: Result) -> tuple[Any, ...]:
     return row["shape"], row["scheme"], row["backend"], row["tokens"]
+
+
+def by_device(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """By the word that names the device in file names, an H100's first."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault("h200" if "H200" in result["device"] else "h100", []).append(result)
+    return found
 
 
 def choices(result: Result) -> Iterator[str]:
@@ -152,8 +161,12 @@ TABLES: dict[str, Callable[[Sequence[Result]], Iterator[str]]] = {
     "throughput": throughput, "experts": experts, "gemm": gemm, "route": route, "attention": attention,
     "schemes": schemes,
 }  # fmt: skip
-DRAWINGS = {"throughput": ("gpu-steps.svg", draw_gpu.steps),
-            "experts": ("gpu-experts.svg", lambda results: draw_gpu.experts(once(results)))}  # fmt: skip
+DRAWINGS = {"throughput": ("gpu-steps", draw_gpu.steps),
+            "experts": ("gpu-experts", lambda results: draw_gpu.experts(once(results)))}  # fmt: skip
+
+
+def name_of(kind: str, device: str) -> str:
+    return f"{DRAWINGS[kind][0]}{'' if device == 'h100' else '-' + device}.svg"
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -161,12 +174,13 @@ def tables(folder: Path) -> dict[str, str]:
     found = {}
     for kind, render in TABLES.items():
         results = read(folder, kind)
-        picture = f"![{kind}]({DRAWINGS[kind][0]})\n\n" if kind in DRAWINGS else ""
-        found[f"gpu-{kind}"] = picture + "\n".join(render(results)) if results else "Not measured yet."
+        devices = by_device(results) if kind in DRAWINGS else {}
+        pictures = "".join(f"![{kind}, {device.upper()}]({name_of(kind, device)})\n\n" for device in devices)
+        found[f"gpu-{kind}"] = pictures + "\n".join(render(results)) if results else "Not measured yet."
     return found
 
 
 def drawings(folder: Path) -> dict[str, str]:
     """By file name; none of what was never measured."""
-    each = ((name, read(folder, kind), draw) for kind, (name, draw) in DRAWINGS.items())
-    return {name: draw(results) for name, results, draw in each if results}
+    return {name_of(kind, device): draw(mine) for kind, (_, draw) in DRAWINGS.items()
+            for device, mine in by_device(read(folder, kind)).items()}  # fmt: skip

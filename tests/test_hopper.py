@@ -143,6 +143,18 @@ def test_a_tile_for_every_number_of_rows(name: str) -> None:
         assert with_tile(variant(name, 8), tile).stages >= 2
 
 
+@pytest.mark.parametrize(("name", "width", "unit"), [
+    ("nvfp4", 768, 16), ("nvfp4", 1408, 8), ("nvfp4", 2880, 4), ("mxfp4", 1408, 4), ("wna16", 768, 4),
+    ("wna16", 896, 0),
+])  # fmt: skip
+def test_scales_are_copied_as_they_lie(name: str, width: int, unit: int) -> None:
+    """Rows of 88 bytes of scales begin at multiples of eight, and so on."""
+    scheme, like = SCHEMES[name], torch.empty(0, dtype=torch.bfloat16, device="meta")
+    w13 = QuantTensor.empty(scheme.weight, (width, width), 2048, like, (4,))
+    w = ExpertWeights(w13, QuantTensor.empty(scheme.weight, (2048,), width, like, (4,)), SILU, scheme.activation)
+    assert launch.fitted(variant(name, 8), w).scale_unit == unit
+
+
 def test_low_tiles_of_fp8_for_a_token_alone_that_reads_little() -> None:
     made = variant("fp8", 8)
     assert tile_for(made, 8, 128, 3 * 2048 * 768) is TILES[16]

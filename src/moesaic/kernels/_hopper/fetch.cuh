@@ -101,12 +101,12 @@ struct ScaleFetcher {
         int first = s / SPAN * SPAN_BYTES;
         if (s % SPAN)
             return;
-        else if (!ALIGNED_SCALES)
+        else if (!SCALE_UNIT)
             copy<2>(first);
         else if (SPAN > 1 && by16)
             copy<16>(first);
         else
-            copy<SCALE_UNIT>(first);
+            copy<SCALE_UNIT ? SCALE_UNIT : 4>(first);
     }
     // The slot of the span that begins.
     DEVICE_MEMBER void claim() {
@@ -174,7 +174,7 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
             }
             if (STAGE_SCALES) {
                 scales.fetch(s, at.slot, lane);
-                if (ALIGNED_SCALES)
+                if (SCALE_UNIT)
                     barrier_arrive_copies(bar);
                 else
                     barrier_arrive(bar);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -81,11 +82,13 @@ def processors(device: int) -> int:
 
 
 def fitted(variant: Variant, w: ExpertWeights) -> Variant:
-    """The variant for these very weights: whether their scales can be copied as they lie."""
+    """The variant for these very weights: how many bytes of their scales can be copied together."""
     rows = (part for each in (w.w13, w.w2) if (part := each.parts.get("scale")) is not None and part.dim() == 3)
-    step = variant.scale_unit
     sizes = [(part.data_ptr(), *(stride * part.element_size() for stride in part.stride()[:2])) for part in rows]
-    return replace(variant, aligned=not step or not any(size % step for each in sizes for size in each))
+    step = gcd(16, *(size for each in sizes for size in each))
+    if step >= max(4, variant.scale_bytes):
+        return variant
+    return replace(variant, aligned=step if step >= 4 else 0)
 
 
 def up(size: int, step: int) -> int:

@@ -14,7 +14,7 @@
 #define SCALE_BYTES (FORMAT == MXFP8 || FORMAT == MXFP4 ? ELEMENTS / 32 : FORMAT == NVFP4 ? ELEMENTS / 16 : FORMAT == INT4 ? ELEMENTS / GROUP * 2 : 0) /* of a weight row, per stage */
 #define SPAN_BYTES (FORMAT == INT4 ? (NARROW && SCALE_BYTES < 4 ? 4 : NARROW ? SCALE_BYTES : 16) : SCALE_BYTES) /* ... that are fetched at a time */
 #define SPAN (SCALE_BYTES ? SPAN_BYTES / SCALE_BYTES : 1) /* stages that they serve */
-#define SCALE_UNIT (SCALE_BYTES < 4 ? 4 : SCALE_BYTES > 16 ? 16 : SCALE_BYTES) /* copied together where rows do not begin at multiples of 16 */
+/* SCALE_UNIT: bytes copied together; 0 where rows begin at odd multiples of 2 */
 #define SCALE_SLOTS (SPAN == 1 ? STAGES : STAGES < 3 ? 2 : (STAGES + SPAN - 3) / SPAN + 1)
 #define SCALE_ROOM (BLOCK_SCALES ? 16 : SCALE_BYTES ? 128 * STACK * SPAN_BYTES : 16)
 #define STAGE_SCALES (BLOCK_SCALES || SCALE_BYTES)

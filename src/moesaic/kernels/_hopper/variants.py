@@ -44,8 +44,8 @@ class Tile:
 @dataclass(frozen=True)
 class Variant:
     """form, encoding: numbers as the sources have them.  codes: rows that come encoded hold E4M3 codes.  group: of INT4
-    scales.  aligned: rows of scales along K begin at multiples of `scale_unit`.  one_order: a tile of up to NARROW
-    rows adds up in the order of the higher ones.  See `defines`."""
+    scales.  aligned: bytes of which all rows of scales along K begin at multiples (0: of 2).  one_order: a tile of up
+    to NARROW rows adds up in the order of the higher ones.  See `defines`."""
 
     form: int
     encoding: int
@@ -54,7 +54,7 @@ class Variant:
     block_scales: bool = False
     by_segment: bool = False
     group: int = 128
-    aligned: bool = True
+    aligned: int = 16
     one_order: bool = False
 
     @property
@@ -109,8 +109,8 @@ class Variant:
 
     @property
     def scale_unit(self) -> int:
-        """Bytes that are copied together at least; as SCALE_UNIT in room.cuh."""
-        return min(16, max(4, self.scale_bytes)) if self.scale_bytes else 0
+        """Bytes that are copied together, 4, 8 or 16; 0: copies are not possible."""
+        return min(self.aligned, max(4, self.scale_bytes))
 
     def scale_room(self, stages: int) -> int:
         """Bytes of shared memory; as SCALE_SLOTS and SCALE_ROOM in room.cuh."""
@@ -146,7 +146,7 @@ class Variant:
             "STACK": self.tile.stack, "BLOCKS_PER_SM": self.tile.blocks, "STAGES": self.stages,
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,
-            "ALIGNED_SCALES": int(self.aligned),
+            "SCALE_UNIT": self.scale_unit,
             "ONE_ORDER": int(self.one_order), **{f"HEIGHT_{i}": each for i, each in enumerate(heights)},
         }  # fmt: skip
 
@@ -183,7 +183,7 @@ def tile_for(variant: Variant, rows: int, experts: int, elements: int = 0) -> Ti
     if height == NARROW and mean > (0 if not four else 10 if variant.form == FORMATS["int4"] else 14):
         height = 64
     if variant.form == FORMATS["int4"]:
-        height = max(height, 64 if variant.codes and mean > 3 else 0)
+        height = max(height, 64 if variant.codes and mean > 6 else 0)
         height = min(height, 128 if variant.encoding == ENCODINGS["fp8_tensor", True] else 96)
     if variant.form == FORMATS["fp8_block"] and not variant.codes:
         height = min(height, 64)
