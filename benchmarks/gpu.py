@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,25 @@ import torch
 from benchmarks.machine import commit, installed, keep, save
 from moesaic.commands._measure import CACHE, time_calls, time_replays
 
-__all__ = ["BF16", "CACHE", "FP8", "READ", "Report", "ceilings", "describe", "device_slug", "time_calls",
-           "time_replays"]  # fmt: skip
+__all__ = ["CACHE", "Report", "ceilings", "describe", "device_slug", "limits", "time_calls", "time_replays"]
 
+LIMITS = ("READ", "BF16", "FP8")
 REACHED = {"h100": (3.07e12, 747e12, 1261e12), "h200": (4.38e12, 798e12, 1483e12)}
 """Bytes read, and products of BF16 and of FP8, per second, that one of each reached (8192^3 on random data, rested)."""
 
 
-def limits() -> tuple[float, float, float]:
-    """Those of this machine's GPU: as above, of an unknown one as `ceilings` measures, without one of an H100."""
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else "h100"
-    found = next((each for key, each in REACHED.items() if key in name), None)
-    return found or tuple(ceilings().values())
+def __getattr__(name: str) -> float:
+    """READ, BF16, FP8: those of this machine's GPU."""
+    if name in LIMITS:
+        return limits()[LIMITS.index(name)]
+    raise AttributeError(name)
+
+
+@cache
+def limits() -> tuple[float, ...]:
+    """As above; of an unknown GPU as `ceilings` measures."""
+    words = torch.cuda.get_device_name().lower().split()
+    return next((each for word, each in REACHED.items() if word in words), None) or tuple(ceilings().values())
 
 
 def describe() -> dict[str, Any]:
@@ -73,10 +81,8 @@ def ceilings() -> dict[str, float]:
     read = time_calls([lambda: torch.amax(big.view(torch.int32))], 10)
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     bf16 = time_calls([lambda: a @ a], 10)
-    e, one = a.to(torch.float8_e4m3fn), torch.ones((), device="cuda")
-    fp8 = time_calls([lambda: torch._scaled_mm(e, e.t(), one, one, out_dtype=torch.bfloat16)], 10)
+    e, one, fp8 = a.to(torch.float8_e4m3fn), torch.ones((), device="cuda"), bf16
+    if torch.cuda.get_device_capability() >= (8, 9):  # FP8 products
+        fp8 = time_calls([lambda: torch._scaled_mm(e, e.t(), one, one, out_dtype=torch.bfloat16)], 10)
     work = 2 * 8192**3
     return {"read": 2**31 / read * 1e3, "bf16": work / bf16 * 1e3, "fp8": work / fp8 * 1e3}
-
-
-READ, BF16, FP8 = limits()

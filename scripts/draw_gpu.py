@@ -1,7 +1,7 @@
 """Draw what a GPU's benchmarks found, as SVG by hand: equal results give equal bytes on every machine.
 
 docs/gpu-steps.svg: decoding steps over their floor. docs/gpu-experts.svg: for every shape and scheme the floor over the
-time of a mixture layer, by kernel; 1 is the hardware's limit.
+time of a mixture layer, by kernel; 1 is the hardware's limit. Those of another device than an H100 end with its name.
 """
 
 from __future__ import annotations

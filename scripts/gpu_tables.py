@@ -69,10 +69,10 @@ def cell(row: Result) -> tuple[Any, ...]:
 
 def by_device(results: Sequence[Result]) -> dict[str, list[Result]]:
     """By the word that names the device in file names, an H100's first."""
-    found: dict[str, list[Result]] = {}
+    found: dict[str, list[Result]] = {"h100": [], "h200": []}
     for result in results:
-        found.setdefault("h200" if "H200" in result["device"] else "h100", []).append(result)
-    return found
+        found["h200" if "H200" in result["device"] else "h100"].append(result)
+    return {device: mine for device, mine in found.items() if mine}
 
 
 def choices(result: Result) -> Iterator[str]:

@@ -56,6 +56,16 @@ def test_every_result_is_in_its_table(folder: Path) -> None:
     assert all("NVIDIA H100, torch 2, Triton 3, commit abc" in table for table in found.values())
 
 
+def test_devices_stand_beside_each_other(folder: Path) -> None:
+    """A faster card hides nothing of a slower one, whatever the files are called."""
+    rows = [{**row, "ms": 0.05, "share": 0.4} for row in RESULTS["experts-small"]["rows"]]
+    (folder / "experts-early-h200.json").write_text(json.dumps({**ABOUT, "device": "NVIDIA H200", "rows": rows}))
+    table = gpu_tables.tables(folder)["gpu-experts"]
+    assert table.index("](gpu-experts.svg)") < table.index("](gpu-experts-h200.svg)")
+    assert table.index("| E8 | fp8 | triton | 0.1000 (0.25) | 0.1000 (0.50) |") < table.index("0.0500 (0.40)")
+    assert set(gpu_tables.drawings(folder)) == {"gpu-steps.svg", "gpu-experts.svg", "gpu-experts-h200.svg"}
+
+
 def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
     assert set(gpu_tables.tables(tmp_path).values()) == {"Not measured yet."}
     assert gpu_tables.drawings(tmp_path) == {}

@@ -67,7 +67,8 @@ def check_code(name: str, tile: int, folder: Path) -> None:
     registers, stack = map(int, used.groups())
     threads = (96 if TILES[tile].narrow else 128) + 256
     assert registers * threads * TILES[tile].blocks <= 65536
-    assert stack <= 256, "registers spill"
+    highest = tile_for(variant(name, 8), 10**6, 1)
+    assert stack <= 256 or TILES[tile].height > highest.height, "registers spill"
     text = dump("-sass", image, folder)
     body = text[text.index("Function : experts") :]
     wanted = "HMMA" if TILES[tile].narrow else WIDE.get(name, "HGMMA")
@@ -158,7 +159,8 @@ def test_scales_are_copied_as_they_lie(name: str, width: int, unit: int) -> None
 def test_low_tiles_of_fp8_for_a_token_alone_that_reads_little() -> None:
     made = variant("fp8", 8)
     assert tile_for(made, 8, 128, 3 * 2048 * 768) is TILES[16]
-    assert tile_for(made, 16, 128, 3 * 2048 * 768) is TILES[64]
+    assert tile_for(made, 10, 512, 3 * 2048 * 512) is TILES[16]
+    assert tile_for(made, 8, 128) is TILES[64], "two tokens of four choices"
     assert tile_for(made, 8, 256, 3 * 7168 * 2048) is TILES[64]
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 OAI = Activation("swiglu_oai")
 OTHERS = {
     "int4_g64 fp8_token": Scheme("", WeightFormat("int4", 64, "bfloat16"), Encoding("fp8_token")),
-    "int4_g32 bf16": Scheme("", WeightFormat("int4", 32, "bfloat16"), Encoding("bf16")),
+    "int4_g32 fp8_token": Scheme("", WeightFormat("int4", 32, "bfloat16"), Encoding("fp8_token")),
 }
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
 EVERY = KNOWN | OTHERS
@@ -47,6 +47,8 @@ def test_many_rows(name: str) -> None:
     check_layer(Layer.of(scheme, 700, (16, 1024, 768, 4), Tile(128, 2, 1), "holes"))
     check_layer(Layer.of(scheme, 333, (16, 768, 768, 4), Tile(96, 2, 1), "one expert"))
     check_layer(Layer.of(scheme, 333, (16, 2048, width, 4), Tile(128, 1, 1)))
+    for height in (64, 96):  # INT4's scales come for eight stages of K: then for one, and for one again
+        check_layer(Layer.of(scheme, 700, (64, 1152, 128, 4), Tile(height, 2, 1), "holes"))
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -57,12 +57,12 @@ def worth(rows: float, tile: int) -> bool:
     return min(0.7 * rows, 64) <= TILES[tile].height <= max(64, 6 * rows + 8)
 
 
-def usual(form: WeightFormat, encoding: Encoding, rows: int, experts: int, elements: int) -> dict[str, int]:
+def usual(form: WeightFormat, encoding: Encoding, rows: int, experts: int, lone: int) -> dict[str, int]:
     """What a call chooses by itself for so many routed rows, of what TUNABLE names.
 
-    elements: of an expert's weights.
+    lone: of a token alone, the elements of an expert's weights; else 0.
     """
-    tile = tile_for(variant_of(form, encoding, TILES[8]), rows, experts, elements)
+    tile = tile_for(variant_of(form, encoding, TILES[8]), rows, experts, lone)
     return {"tile": next(key for key, each in TILES.items() if each == tile)}
 
 
@@ -141,7 +141,8 @@ def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int) -> Variant:
     if tile:
         return variant
     experts, columns, hidden = w.w13.shape
-    return with_tile(variant, tile_for(variant, ids_TA.numel(), experts, columns * hidden * 3 // 2))
+    lone = columns * hidden * 3 // 2 if len(ids_TA) == 1 else 0
+    return with_tile(variant, tile_for(variant, ids_TA.numel(), experts, lone))
 
 
 def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,

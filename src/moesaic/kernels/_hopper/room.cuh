@@ -15,7 +15,7 @@
 #define SPAN_BYTES (FORMAT == INT4 ? (NARROW && SCALE_BYTES < 4 ? 4 : NARROW ? SCALE_BYTES : 16) : SCALE_BYTES) /* ... that are fetched at a time */
 #define SPAN (SCALE_BYTES ? SPAN_BYTES / SCALE_BYTES : 1) /* stages that they serve */
 /* SCALE_UNIT: bytes copied together; 0 where rows begin at odd multiples of 2 */
-#define SCALE_SLOTS (SPAN == 1 ? STAGES : STAGES < 3 ? 2 : (STAGES + SPAN - 3) / SPAN + 1)
+#define SCALE_SLOTS (SPAN == 1 ? STAGES : (STAGES + SPAN - 2) / SPAN + 1)
 #define SCALE_ROOM (BLOCK_SCALES ? 16 : SCALE_BYTES ? 128 * STACK * SPAN_BYTES : 16)
 #define STAGE_SCALES (BLOCK_SCALES || SCALE_BYTES)
 #define ROW_TERMS (FORMAT == NVFP4 || (FORMAT == FP8 && !BLOCKS)) /* weight rows have factors */

@@ -91,8 +91,10 @@ class Variant:
     def sizes(self) -> tuple[int, ...]:
         """Numbers of columns that products come in. Low tiles of many wait for memory anyway: coarse steps do there."""
         height = self.tile.height
-        few = (32, 64, 96) if self.form in (3, 4) else (64, 80, 96, 112)  # of FP4 more would not fit into registers
-        some = few if height == 128 else (32, 64, 72, 80) if height == 96 else range(self.step, height, self.step)
+        apart = self.form == 5 or (self.block_scales and not self.codes)  # sums of groups or blocks are kept apart
+        spills = self.form in (3, 4) or (apart and not self.eight_bit)
+        high = (32, 64, 96) if spills else (64, 80, 96, 112)
+        some = high if height == 128 else (32, 64, 72, 80) if height == 96 else range(self.step, height, self.step)
         return (*some, height)
 
     @property
@@ -118,7 +120,7 @@ class Variant:
             return 16 * stages
         size = self.scale_bytes if self.form != 5 else max(4, self.scale_bytes) if self.tile.narrow else 16
         span = size // self.scale_bytes
-        slots = stages if span == 1 else max(2, (stages + span - 3) // span + 1)
+        slots = stages if span == 1 else (stages + span - 2) // span + 1
         return 128 * self.tile.stack * size * slots
 
     @property
@@ -166,9 +168,9 @@ def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
     )  # fmt: skip
 
 
-def tile_for(variant: Variant, rows: int, experts: int, elements: int = 0) -> Tile:
+def tile_for(variant: Variant, rows: int, experts: int, lone: int = 0) -> Tile:
     """A tile that holds an expert's rows, if routing is even: the mean and some standard deviations of chance.
-    elements: of an expert's weights, where known.
+    lone: of a token alone, the elements of an expert's weights.
 
     Where weights of 4 bits wait for their decoding, two low tiles may be cheaper than a high one; weights of 8 bits and
     more need none to speak of, nor does INT4 that becomes E4M3, and groups of warps pay earlier there. Where sums of
@@ -178,7 +180,7 @@ def tile_for(variant: Variant, rows: int, experts: int, elements: int = 0) -> Ti
     mean, four = rows / max(1, experts), variant.form >= FORMATS["mxfp4"]
     room = mean + (2.5 if four else 4) * mean**0.5
     if variant.form == FORMATS["fp8_block"] and variant.codes:  # which tensor cores of groups of warps take as they are
-        room = max(room, 16 if rows <= 8 and 0 < elements < SMALL else 64)
+        room = max(room, 16 if 0 < lone < SMALL else 64)
     height = next((each for each in HEIGHTS if each >= room), 128)
     if height == NARROW and mean > (0 if not four else 10 if variant.form == FORMATS["int4"] else 14):
         height = 64

@@ -64,7 +64,7 @@ typedef u32 Operands[AT_ONCE][4 * STEPS];
 // Decodes and multiplies; then the products of the words before are done, and their registers free. fresh: they begin a new sum.
 // Where sums are folded and operands have 16 bits, each step is a product of its own: what comes next is decoded meanwhile.
 template <int N> DEVICE void multiply_words(float *sums, Operands &a, Operands &before, const Words &of, bool fresh) {
-    constexpr bool APART = FORMAT == INT4 && !ROWS8;
+    constexpr bool APART = FORMAT == INT4 && !ROWS8 && GROUP >= 64;
 #pragma unroll
     for (int k = 0; k < AT_ONCE && !APART; k++) decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], a[k]);
     if (!APART) products_fence();
