@@ -70,7 +70,8 @@ def measure(name: str, sequences: int, length: int, decode: bool, fp8: bool = Fa
         partial(attend, q, pool, batch, view, 0.1) for pool in (each if decode else each[:1])
     ]
     work = sequences * count * length * heads * (view.key_dim + view.value_dim) * (2 if decode else 1)
-    floor = max(sequences * length * each[0].shape[1] * each[0].itemsize / gpu.READ, work / gpu.BF16) * 1e3
+    limits, nbytes = gpu.limits(), sequences * length * each[0].shape[1] * each[0].itemsize
+    floor = max(nbytes / limits.read, work / limits.bf16) * 1e3
     phase, milliseconds = "decode" if decode else "prompt", gpu.time_calls(calls)
     return row(name, phase, sequences, length, milliseconds, floor, fp8, backend)
 
@@ -79,7 +80,7 @@ def measure_plain(length: int) -> dict[str, Any]:
     """A prompt of latent attention: 16 heads, keys of 192, values of 128."""
     q, k = (torch.randn(length, 16, 192, device="cuda").bfloat16() for _ in range(2))
     v = torch.randn(length, 16, 128, device="cuda").bfloat16()
-    floor = length**2 * 16 * (192 + 128) / gpu.BF16 * 1e3
+    floor = length**2 * 16 * (192 + 128) / gpu.limits().bf16 * 1e3
     milliseconds = gpu.time_calls([lambda: triton.attend_dense(q, k, v, 0.1)])
     return row("MLA plain 16 x 192/128", "prompt", 1, length, milliseconds, floor, False)
 

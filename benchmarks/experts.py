@@ -96,8 +96,8 @@ class Bench:
         best = min(times, key=lambda each: times[each])
         nbytes = Inputs.of(case, w, tokens).touched * (w.w13.nbytes + w.w2.nbytes) / case.experts
         products = 2 * tokens * case.top_k * 3 * case.hidden * case.width
-        peak = gpu.FP8 if case.scheme.activation.name.startswith("fp8") else gpu.BF16
-        floor = max(nbytes / gpu.READ, products / peak) * 1e3
+        peak = gpu.limits().fp8 if case.scheme.activation.name.startswith("fp8") else gpu.limits().bf16
+        floor = max(nbytes / gpu.limits().read, products / peak) * 1e3
         row = {"tokens": tokens, "parameters": dict(best.parameters), "ms": times[best], "floor_ms": floor,
                "share": floor / times[best]}  # fmt: skip
         return row | self.usual(case, tokens, times)

@@ -62,7 +62,7 @@ def measure(scheme: Scheme, size: tuple[int, tuple[int, ...]], tokens: int, back
 
     eight = scheme.activation.name.startswith("fp8") and scheme.weight.name.startswith(("fp8", "int4"))
     work = 2 * tokens * columns * sum(segments)
-    floor = max(one.nbytes / gpu.READ, work / (gpu.FP8 if eight else gpu.BF16)) * 1e3
+    floor = max(one.nbytes / gpu.limits().read, work / (gpu.limits().fp8 if eight else gpu.limits().bf16)) * 1e3
     milliseconds = gpu.time_calls([lambda w=w: call(w) for w in weights])
     return {"ms": milliseconds, "floor_ms": floor, "share": floor / milliseconds}
 

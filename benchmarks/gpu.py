@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
@@ -19,23 +19,24 @@ from moesaic.commands._measure import CACHE, time_calls, time_replays
 
 __all__ = ["CACHE", "Report", "ceilings", "describe", "device_slug", "limits", "time_calls", "time_replays"]
 
-LIMITS = ("READ", "BF16", "FP8")
-REACHED = {"h100": (3.07e12, 747e12, 1261e12), "h200": (4.38e12, 798e12, 1483e12)}
-"""Bytes read, and products of BF16 and of FP8, per second, that one of each reached (8192^3 on random data, rested)."""
+
+class Limits(NamedTuple):
+    """Bytes read, and products of BF16 and of FP8, per second."""
+
+    read: float
+    bf16: float
+    fp8: float
 
 
-def __getattr__(name: str) -> float:
-    """READ, BF16, FP8: those of this machine's GPU."""
-    if name in LIMITS:
-        return limits()[LIMITS.index(name)]
-    raise AttributeError(name)
+REACHED = {"h100": Limits(3.07e12, 747e12, 1261e12), "h200": Limits(4.38e12, 798e12, 1483e12)}
+"""What one of each reached (8192^3 on random data, rested)."""
 
 
 @cache
-def limits() -> tuple[float, ...]:
-    """As above; of an unknown GPU as `ceilings` measures."""
+def limits() -> Limits:
+    """Of this machine's GPU; of one that REACHED does not name, measured by `ceilings`."""
     words = torch.cuda.get_device_name().lower().split()
-    return next((each for word, each in REACHED.items() if word in words), None) or tuple(ceilings().values())
+    return next((each for word, each in REACHED.items() if word in words), None) or Limits(**ceilings())
 
 
 def describe() -> dict[str, Any]:

@@ -68,7 +68,7 @@ def requantise(experts: int, capacity: int, columns: int, used: int) -> dict[str
     scales = torch.rand(experts, columns // 128, capacity, device="cuda").transpose(1, 2) + 0.1
     one, out = torch.tensor(0.3, device="cuda"), torch.empty_like(data[0])
     calls = [lambda each=each: requantize_slots(each, scales, counts, one, out) for each in data]
-    us, floor = gpu.time_calls(calls) * 1e3, nbytes / gpu.READ * 1e6
+    us, floor = gpu.time_calls(calls) * 1e3, nbytes / gpu.limits().read * 1e6
     return {"experts": experts, "capacity": capacity, "columns": columns, "rows": rows, "us": us, "floor_us": floor,
             "time_over_floor": us / floor}  # fmt: skip
 

@@ -161,7 +161,7 @@ def decode(engine: Engine, batch: int, context: int, with_profile: bool) -> dict
     finally:
         drain(engine)
     wall = min(first, second)
-    floor = floor_bytes(engine, batch, context, parts) / gpu.READ * 1e3
+    floor = floor_bytes(engine, batch, context, parts) / gpu.limits().read * 1e3
     row = {"batch": batch, "context": context, "step_ms": wall, "other_window_ms": max(first, second),
            "floor_ms": floor, "step_over_floor": wall / floor, "tokens_per_s": batch / wall * 1e3,
            "experts_touched": sum(parts) / max(1, len(parts)), **found}  # fmt: skip
@@ -181,7 +181,7 @@ def prompts(engine: Engine, count: int, length: int, with_profile: bool) -> dict
         drain(engine)
     work = 2 * active(engine) * count * length
     row = {"prompts": count, "length": length, "seconds": seconds, "tokens_per_s": count * length / seconds,
-           "tflops": work / seconds / 1e12, "of_fp8_peak": work / seconds / gpu.FP8}  # fmt: skip
+           "tflops": work / seconds / 1e12, "of_fp8_peak": work / seconds / gpu.limits().fp8}  # fmt: skip
     if with_profile:
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
         for i in range(2 * CHUNK // length):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import moesaic
+from benchmarks import gpu
 from moesaic.commands._scripts import SCRIPTS
 from tests.cli_support import call
 
@@ -37,3 +39,15 @@ def test_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_something_must_be_named() -> None:
     assert call("bench").code == 2
     assert call("bench", "nothing").code == 2
+
+
+@pytest.mark.parametrize(("name", "read"), [
+    ("NVIDIA H100 80GB HBM3", 3.07e12), ("NVIDIA H200", 4.38e12), ("NVIDIA GH200 480GB", 1.0), ("NVIDIA B200", 1.0),
+])  # fmt: skip
+def test_floors_are_counted_with_what_the_card_reaches(monkeypatch: pytest.MonkeyPatch, name: str, read: float) -> None:
+    """Whose limits are not known is measured."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(gpu, "ceilings", lambda: {"read": 1.0, "bf16": 2.0, "fp8": 3.0})
+    gpu.limits.cache_clear()
+    assert gpu.limits().read == read
+    gpu.limits.cache_clear()

@@ -43,7 +43,6 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
     for (int s = 0; s < stages; s++) {
         wait_full(room.full, me.at);
         const u8 *w = room.w[me.at.slot], *x = room.x[me.at.slot];
-        me.begin_stage(s);
         RowScales scales(me, s, row);
 #pragma unroll UNROLL
         for (int i = 0; i < PARTS; i++) {

@@ -12,7 +12,7 @@
 #define ROW_SCALES (!GROUP_SCALES && ENCODING != PLAIN && ENCODING != MX8) /* a row of x has one scale, or all have */
 #define DIRECT !(BY_ROW || (ENCODING == GROUP128 && STACK == 1)) /* a tile of h is encoded where it is made */
 #define SCALE_BYTES (FORMAT == MXFP8 || FORMAT == MXFP4 ? ELEMENTS / 32 : FORMAT == NVFP4 ? ELEMENTS / 16 : FORMAT == INT4 ? ELEMENTS / GROUP * 2 : 0) /* of a weight row, per stage */
-#define SPAN_BYTES (FORMAT == INT4 ? (NARROW && SCALE_BYTES < 4 ? 4 : NARROW ? SCALE_BYTES : 16) : SCALE_BYTES) /* ... that are fetched at a time */
+#define SPAN_BYTES (FORMAT == INT4 && !NARROW ? 16 : SCALE_BYTES) /* ... that are fetched at a time */
 #define SPAN (SCALE_BYTES ? SPAN_BYTES / SCALE_BYTES : 1) /* stages that they serve */
 /* SCALE_UNIT: bytes copied together; 0 where rows begin at odd multiples of 2 */
 #define SCALE_SLOTS (SPAN == 1 ? STAGES : (STAGES + SPAN - 2) / SPAN + 1)
@@ -82,7 +82,7 @@ DEVICE void release(u64 *bar, int lane) {
 
 struct Consumer {
     Ring at;
-    int warp, lane, scales;  // scales: the slot of those in use
+    int warp, lane, scales;  // scales: the slot of those in use, where they serve several stages
     DEVICE_MEMBER void begin_stage(int s) {
         if (SPAN > 1 && s % SPAN == 0 && ++scales == SCALE_SLOTS) scales = 0;
     }

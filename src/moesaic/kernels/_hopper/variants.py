@@ -118,7 +118,7 @@ class Variant:
         """Bytes of shared memory; as SCALE_SLOTS and SCALE_ROOM in room.cuh."""
         if not self.scale_bytes:
             return 16 * stages
-        size = self.scale_bytes if self.form != 5 else max(4, self.scale_bytes) if self.tile.narrow else 16
+        size = 16 if self.form == 5 and not self.tile.narrow else self.scale_bytes
         span = size // self.scale_bytes
         slots = stages if span == 1 else (stages + span - 2) // span + 1
         return 128 * self.tile.stack * size * slots

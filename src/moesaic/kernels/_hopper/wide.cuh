@@ -61,41 +61,52 @@ struct Words {
 
 typedef u32 Operands[AT_ONCE][4 * STEPS];
 
-// Decodes and multiplies; then the products of the words before are done, and their registers free. fresh: they begin a new sum.
-// Where sums are folded and operands have 16 bits, each step is a product of its own: what comes next is decoded meanwhile.
+template <int N> DEVICE void multiply_step(float *sums, const u32 *mine, u64 x_tile, bool fresh) {
+    if (fresh)
+        begin_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], x_tile);
+    else
+        multiply_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], x_tile);
+}
+
+#if FORMAT == INT4 && !ROWS8 && GROUP >= 64
+
+// Decodes and multiplies, step by step: while one is multiplied, the next is decoded, and the registers of the one before are
+// free. fresh: they begin a new sum.
 template <int N> DEVICE void multiply_words(float *sums, Operands &a, Operands &before, const Words &of, bool fresh) {
-    constexpr bool APART = FORMAT == INT4 && !ROWS8 && GROUP >= 64;
-#pragma unroll
-    for (int k = 0; k < AT_ONCE && !APART; k++) decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], a[k]);
-    if (!APART) products_fence();
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++)
 #pragma unroll
         for (int t = 0; t < STEPS; t++) {
-            u32 *mine = a[k] + 4 * t, *last = t ? mine - 4 : (k ? a[k - 1] : before[AT_ONCE - 1]) + 4 * (STEPS - 1);
-            if (APART) {
-                u32 both[4 * STEPS];
-                decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], both);
+            u32 *mine = a[k] + 4 * t, *last = t ? mine - 4 : (k ? a[k - 1] : before[AT_ONCE - 1]) + 4 * (STEPS - 1), all[4 * STEPS];
+            decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], all);
 #pragma unroll
-                for (int i = 0; i < 4; i++) mine[i] = both[4 * t + i];
-                products_fence();
-            }
-            if (fresh && k + t == 0)
-                begin_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], of.x_tile[k] + 2 * t);
-            else
-                multiply_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], of.x_tile[k] + 2 * t);
-            if (APART) {
-                products_commit();
-                products_wait<1>();
-                hold(*(u32(*)[4])last);
-            }
+            for (int i = 0; i < 4; i++) mine[i] = all[4 * t + i];
+            products_fence();
+            multiply_step<N>(sums, mine, of.x_tile[k] + 2 * t, fresh && k + t == 0);
+            products_commit();
+            products_wait<1>();
+            hold(*(u32(*)[4])last);
         }
-    if (APART) return;
+}
+
+#else
+
+// Decodes and multiplies; then the products of the words before are done, and their registers free. fresh: they begin a new sum.
+template <int N> DEVICE void multiply_words(float *sums, Operands &a, Operands &before, const Words &of, bool fresh) {
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], a[k]);
+    products_fence();
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+        for (int t = 0; t < STEPS; t++) multiply_step<N>(sums, a[k] + 4 * t, of.x_tile[k] + 2 * t, fresh && k + t == 0);
     products_commit();
     products_wait<1>();
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) hold(before[k]);
 }
+
+#endif
 
 #if FORMAT == INT4
 
@@ -166,7 +177,6 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
         wait_full(room.full, me.at);
         fence_shared_to_async();  // rows of x came by ordinary copies
         const u8 *w = room.w[me.at.slot];
-        me.begin_stage(s);
         RowScales scales(me, s, row);
         u64 x_tile = tile_descriptor(shared_address(room.x[me.at.slot]));
 #if FOLDS
