@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -27,7 +28,6 @@ from tests.serve_support import Server, shared
 
 VOCAB, END = 4096, 2
 LIMITS = ServeConfig()
-COUNTS: Counter[str] = Counter()
 
 
 @cache
@@ -114,7 +114,7 @@ def shape(rng: random.Random, depth: int = 2) -> Any:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_taken_is_followed(seed: int) -> None:
-    rng = random.Random(seed)
+    rng, seen = random.Random(seed), Counter[str]()
     for _ in range(150):
         schema = shape(rng)
         if isinstance(schema, dict) and "$ref" in json.dumps(schema):
@@ -122,26 +122,20 @@ def test_what_is_taken_is_followed(seed: int) -> None:
         try:
             compiled = grammars().compile("json_schema", check_schema(schema, LIMITS, "s"))
         except HTTPError:
-            COUNTS["refused"] += 1
+            seen["refused"] += 1
             continue
         except RequestError:
-            COUNTS["not compiled"] += 1
+            seen["not compiled"] += 1
             continue
         validator = jsonschema_rs.validator_for(schema)
         for _ in range(6):
             text = walk(compiled, rng)
             if text is None or "\ufffd" in text:  # bytes that are no UTF-8, as any byte-level model can choose them
-                COUNTS["no answer"] += 1
+                seen["no answer"] += 1
                 continue
-            COUNTS["answers"] += 1
+            seen["answers"] += 1
             assert validator.is_valid(json.loads(text, parse_float=number)), (schema, text)
-
-
-def test_enough_was_seen() -> None:
-    """The last of these runs."""
-    print("\nschemas:", dict(COUNTS))
-    for name in ("refused", "not compiled", "answers"):
-        assert COUNTS[name] > 20, name
+    assert min(seen[name] for name in ("refused", "not compiled", "answers")) > 5, seen
 
 
 @pytest.mark.parametrize(
@@ -194,7 +188,8 @@ def test_a_form_that_nothing_meets_is_the_client_s_fault(server: Server, schema:
     body = {"model": "tiny", "prompt": "Hello", "max_tokens": 5, "response_format": form}
     answer = server.post("/v1/completions", body)
     assert answer.status_code == 400, answer.text
-    assert "nothing may follow" in answer.json()["error"]["message"]
+    said = answer.json()["error"]["message"]
+    assert re.search("nothing may follow|Circular", said), "by us, or by xgrammar from 0.2.9 on"
     late = server.post("/v1/completions", {**body, "regex": "ab(?=c)", "response_format": None})
     assert (late.status_code, late.json()["error"]["param"]) == (400, "regex")
     assert server.post("/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 1}).status_code == 200

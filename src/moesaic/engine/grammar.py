@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from moesaic.text.tokenizer import Tokenizer
 log = logging.getLogger("moesaic.engine")
 KINDS = ("json_object", "json_schema", "regex", "choice")
 CACHE_BYTES = 256 << 20
+SOURCE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
+"""Where in xgrammar an error arose, which it says first."""
 
 
 def available() -> bool:
@@ -100,7 +103,7 @@ class Grammars:
                 return self.compiler.compile_regex(text)
             return self.compiler.compile_grammar(self.library.Grammar.from_ebnf(choices(json.loads(text))))
         except Exception as error:  # xgrammar's own types are RuntimeError and ValueError, today
-            reason = str(error).strip().rpartition(": ")[2].splitlines()
+            reason = SOURCE.sub("", str(error).strip()).splitlines()
             raise RequestError(
                 f"cannot be compiled ({reason[0] if reason else type(error).__name__})", where=field_of(kind),
                 remedy="Correct or simplify it.",
