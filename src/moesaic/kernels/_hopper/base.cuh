@@ -77,18 +77,25 @@ DEVICE void copy_tile2(u32 to, const TensorMap *map, u32 bar, int x, int y) {
                  : "memory");
 }
 
-DEVICE void copy_tile3(u32 to, const TensorMap *map, u32 bar, int x, int y, int z) {
+// What is read once: the first that the L2 cache gives up.
+DEVICE u64 read_once() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+DEVICE void copy_tile3(u32 to, const TensorMap *map, u32 bar, int x, int y, int z, u64 policy) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
-        "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+        "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(policy)
         : "memory");
 }
 
-DEVICE void copy_tile5(u32 to, const TensorMap *map, u32 bar, int x, int group, int e) {
+DEVICE void copy_tile5(u32 to, const TensorMap *map, u32 bar, int x, int group, int e, u64 policy) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %4, %5, %6}], [%2];" ::"r"(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(
             to),
-        "l"(map), "r"(bar), "r"(x), "r"(0), "r"(group), "r"(e)
+        "l"(map), "r"(bar), "r"(x), "r"(0), "r"(group), "r"(e), "l"(policy)
         : "memory");
 }
 

@@ -1,11 +1,11 @@
-// The end of a tile of 128 elements of h, or 256 of y. Of h a lane takes 16 elements of one row, so that what belongs to a block
+// The end of a tile of 64 or 128 elements of h, or twice as many of y. Of h a lane takes 16 elements of one row, so that what belongs to a block
 // of them is computed once; y is transposed on its way to shared memory.
 #pragma once
 #include "room.cuh"
 
 // Where element e of a row of a chunk lies: the four quarters of 16 elements change places, so that eight lanes that read a
-// quarter each meet no other in a bank.
-DEVICE int broad_place(int e) { return e ^ (e / 32 % 4 * 4); }
+// quarter each, of one row or of two, meet no other in a bank.
+DEVICE int broad_place(int e) { return e ^ (STACK == 2 ? e / 32 % 4 * 4 : e / 32 % 2 * 8); }
 
 // Of every EACH-th number.
 template <int EACH = 1> DEVICE u32 codes_of(const float *v) { return e4m3_pair(v[0], v[EACH]) | (u32)e4m3_pair(v[2 * EACH], v[3 * EACH]) << 16; }
@@ -40,9 +40,30 @@ DEVICE void put_broad(u8 *row, int column, const float (&v)[16]) {
 #endif
 }
 
-// The chunk of rows from `begin` of the tile on. A warp takes four rows, eight lanes to each.
+// 16 elements of sorted row `row`, from `column` on.
+DEVICE void emit_elements(const Arguments &a, i64 row, int column, bool wanted, float (&v)[1][16], int slot) {
+    if (a.wide && wanted)
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) *(float4 *)(a.wide + row * a.width + column + i) = make_float4(v[0][i], v[0][i + 1], v[0][i + 2], v[0][i + 3]);
+    if (ENCODING == TENSOR_DYNAMIC) {
+        float top[1] = {};
+#pragma unroll
+        for (int i = 0; i < 16; i++) top[0] = larger(top[0], wanted ? fabsf(v[0][i]) : 0.0f);
+        largest_of<32>(top);
+        if (threadIdx.x % 32 == 0) atomicMax(a.counters + 3, __float_as_int(top[0]));
+    }
+    if (!DIRECT) return;
+    float scale[1] = {ENCODING == TENSOR || ENCODING == NV4 ? room.h_scale[slot] : 1.0f};
+    encode_elements(v, scale);
+    if (!wanted) return;
+    put_broad(a.h.data + row * a.h.stride, column, v[0]);
+    if (GROUP_SCALES && column % 128 == 0) a.h.scales[row * a.h.scale_row + (i64)column / 128 * a.h.scale_group] = scale[0];
+}
+
+// The chunk of rows from `begin` of the tile on, 16 elements to a lane.
 DEVICE void emit_broad(const Arguments &a, const Item &item, int begin, int slot, const Consumer &me) {
-    int local = me.warp * 4 + me.lane / 8, part = me.lane % 8, column = item.column * H_COLUMNS + part * 16;
+    constexpr int LANES = H_COLUMNS / 16;
+    int local = (me.warp * 32 + me.lane) / LANES, part = me.lane % LANES, column = item.column * H_COLUMNS + part * 16;
     bool wanted = begin + local < item.count;
     i64 row = item.first + begin + local;
     float v[1][16];
@@ -54,22 +75,13 @@ DEVICE void emit_broad(const Arguments &a, const Item &item, int begin, int slot
     if (column >= a.columns)
 #pragma unroll
         for (int i = 0; i < 16; i++) v[0][i] = 0.0f;
-    if (a.wide && wanted)
+    emit_elements(a, row, column, wanted, v, slot);
+    if (H_COLUMNS == 128 || item.column != a.first.tiles - 1) return;
+    for (column += H_COLUMNS; column - part * 16 < a.width; column += H_COLUMNS) {  // behind the last tile h is zero
 #pragma unroll
-        for (int i = 0; i < 16; i += 4) *(float4 *)(a.wide + row * a.width + column + i) = make_float4(v[0][i], v[0][i + 1], v[0][i + 2], v[0][i + 3]);
-    if (ENCODING == TENSOR_DYNAMIC) {
-        float top[1] = {};
-#pragma unroll
-        for (int i = 0; i < 16; i++) top[0] = larger(top[0], wanted ? fabsf(v[0][i]) : 0.0f);
-        largest_of<32>(top);
-        if (me.lane == 0) atomicMax(a.counters + 3, __float_as_int(top[0]));
+        for (int i = 0; i < 16; i++) v[0][i] = 0.0f;
+        emit_elements(a, row, column, wanted, v, slot);
     }
-    if (!DIRECT) return;
-    float scale[1] = {ENCODING == TENSOR || ENCODING == NV4 ? room.h_scale[slot] : 1.0f};
-    encode_elements(v, scale);
-    if (!wanted) return;
-    put_broad(a.h.data + row * a.h.stride, column, v[0]);
-    if (GROUP_SCALES && part == 0) a.h.scales[row * a.h.scale_row + (i64)column / 128 * a.h.scale_group] = scale[0];
 }
 
 // Sums of this lane's rows of w (8 rows apart) with CHUNK rows of x, as BF16, into the rows of the chunk.

@@ -102,14 +102,14 @@ DEVICE void emit_h(const Arguments &a, const Item &item, int begin, int slot, co
 }
 
 DEVICE void emit_y(const Arguments &a, const Item &item, int begin, int slot, const Consumer &me) {
-    constexpr int C = Y_COLUMNS / 32;
-    int column = item.column * Y_COLUMNS + me.lane * C;
+    constexpr int C = BROAD ? 8 : Y_COLUMNS / 32, LANES = Y_COLUMNS / C, BESIDE = 32 / LANES;  // rows that a warp stores at a time
+    int part = me.lane % LANES * C, column = item.column * Y_COLUMNS + part;
     if (column >= a.hidden) return;
 #pragma unroll
-    for (int r = 0; r < TAKEN; r++) {
-        int local = me.warp + 8 * r;
+    for (int r = 0; r < TAKEN / BESIDE; r++) {
+        int local = (me.warp + 8 * r) * BESIDE + me.lane / LANES;
         if (begin + local >= item.count) continue;
-        const u16 *from = (const u16 *)room.chunk[local] + me.lane * C;
+        const u16 *from = (const u16 *)room.chunk[local] + part;
         u16 *to = a.y + (i64)room.place[slot][begin + local] * a.hidden + column;
         if (BROAD)
             *(uint4 *)to = in_order(*(const uint4 *)from);
@@ -197,6 +197,9 @@ DEVICE void multiply_tile(float (&sums)[STACK][HALF], Consumer &me, int stages, 
 DEVICE void consume(const Arguments &a) {
     Consumer me = {{0, 0}, (int)(threadIdx.x - FETCHERS) / 32, (int)threadIdx.x % 32, SCALE_SLOTS - 1};
     Ring slot = {0, 0};
+#if TAKES_TURNS
+    if (me.warp >= 4) end_turn(1);
+#endif
     for (;;) {
         wait_full(room.item_full, slot);
         Item item = room.items[slot.slot];

@@ -218,8 +218,6 @@ extern "C" __global__ void __launch_bounds__(PREPARERS) prepare_encoded(const __
 // out[t] = sum over a of weights[t, a] y[t A + a], of ids >= 0, in FP32 in the order of a. Eight elements per thread.
 extern "C" __global__ void __launch_bounds__(COMBINERS)
     combine(const u16 *y, const int *ids, const float *weights, u16 *out, int tokens, int hidden, int top_k) {
-    wait_for_grid();
-    let_next_grid_start();
     int per = hidden / 8, at = blockIdx.x * COMBINERS + threadIdx.x, t = at / per, column = at % per * 8;
     if (t >= tokens) return;
     float sum[8] = {};
@@ -228,13 +226,22 @@ extern "C" __global__ void __launch_bounds__(COMBINERS)
 #pragma unroll 1
     for (int first = 0; first < top_k; first += AHEAD, y += AHEAD * (i64)hidden, ids += AHEAD, weights += AHEAD) {
         float weight[AHEAD];
+        bool wanted[AHEAD];
         uint4 q[AHEAD];
         const u16 *row = y;
 #pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            wanted[i] = i < top_k - first && ids[i] >= 0;
+            weight[i] = i < top_k - first ? weights[i] : 0.0f;
+        }
+        if (first == 0) {  // whoever wrote ids and weights had ended before `prepare` let `experts` start
+            wait_for_grid();
+            let_next_grid_start();
+        }
+#pragma unroll
         for (int i = 0; i < AHEAD; i++, row += hidden) {
-            bool wanted = i < top_k - first && ids[i] >= 0;
-            weight[i] = wanted ? weights[i] : 0.0f, q[i] = make_uint4(0, 0, 0, 0);
-            if (wanted) q[i] = *(const uint4 *)row;
+            weight[i] = wanted[i] ? weight[i] : 0.0f, q[i] = make_uint4(0, 0, 0, 0);
+            if (wanted[i]) q[i] = *(const uint4 *)row;
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {

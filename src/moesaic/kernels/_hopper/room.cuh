@@ -23,11 +23,16 @@
 #define FETCHERS (NARROW ? 96 : 128) /* threads before the consumers; three warps of them work */
 #define CONSUMERS 256
 #define THREADS (FETCHERS + CONSUMERS)
-#define CHUNK (MOST < 32 ? MOST : 32) /* rows of x that the epilogue takes at a time */
+#define CHUNK (BROAD ? 64 / STACK : MOST < 32 ? MOST : 32) /* rows of x that the epilogue takes at a time */
 #define H_COLUMNS (64 * STACK)        /* elements of h per tile */
 #define Y_COLUMNS (128 * STACK)
 #define ENCODED (MOST < 32 ? 2 : 4) /* rows that a warp encodes at a time */
-#define BROAD (!NARROW && STACK == 2) /* the epilogue of tiles of 128 elements of h (broad.cuh) */
+#define BROAD !NARROW /* the epilogue of groups of warps (broad.cuh) */
+
+/* where both groups of warps decode what they multiply, they may do so in turn (wide.cuh) */
+#ifndef TAKES_TURNS
+#define TAKES_TURNS (!NARROW && (FORMAT == INT4 || (FORMAT == NVFP4 && MOST >= 96)))
+#endif
 
 struct Item {
     int phase, tile, column, e, first, count, rounded, padding;  // phase 0: the end, 1 first product, 2 encoding of all, 3 second
@@ -43,7 +48,7 @@ struct Room {
     int place[SLOTS][MOST];
     float row_scale[SLOTS][ROW_SCALES ? MOST : 1], h_scale[SLOTS];
     float factor[SLOTS][ROW_TERMS ? 128 * STACK : 1], bias[SLOTS][128 * STACK];
-    alignas(16) u8 encoding[BROAD ? 16 : 256 * ENCODED * (BY_ROW && NARROW ? 8 : 1)];  // a warp's rows on their way into K's order
+    alignas(16) u8 encoding[BROAD && (DIRECT || BY_ROW) ? 16 : 256 * ENCODED * (BY_ROW && NARROW ? 8 : 1)];  // a warp's rows on their way into K's order
     u64 full[STAGES], empty[STAGES];
     u64 item_full[SLOTS], item_empty[SLOTS], table_full[SLOTS], stored[SLOTS];
 };

@@ -94,7 +94,8 @@ class Variant:
         apart = self.form == 5 or (self.block_scales and not self.codes)  # sums of groups or blocks are kept apart
         spills = self.form in (3, 4) or (apart and not self.eight_bit)
         high = (32, 64, 96) if spills else (64, 80, 96, 112)
-        some = high if height == 128 else (32, 64, 72, 80) if height == 96 else range(self.step, height, self.step)
+        tall = {96: (32, 64, 72, 80), 128: high, 160: (64, 96, 128, 144)}
+        some = tall.get(height, range(self.step, height, self.step))
         return (*some, height)
 
     @property
@@ -129,8 +130,9 @@ class Variant:
         tile, slots = self.tile, 4 if self.tile.narrow else 3
         scaled = self.encoding not in (0, 4, 5)  # ROW_SCALES, ROW_TERMS in room.cuh
         terms = 8 if self.form == 4 or (self.form == 1 and not self.block_scales) else 4
-        fixed = 1024 + min(tile.height, 32) * (64 * tile.stack + 4) * 4
-        if tile.narrow or tile.stack == 1:
+        rows = min(tile.height, 32) if tile.narrow else 64 // tile.stack  # CHUNK in room.cuh
+        fixed = 1024 + rows * (64 * tile.stack + 4) * 4
+        if tile.narrow or (self.encoding == 4 and tile.stack == 1):
             fixed += 256 * (2 if tile.height < 32 else 4) * (8 if tile.narrow and self.encoding in (2, 3, 7) else 1)
         fixed += slots * (tile.height * (8 if scaled else 4) + 128 * tile.stack * terms)
         stage = 128 * self.row_bytes * tile.stack + tile.height * self.elements * (1 if self.eight_bit else 2)
@@ -155,7 +157,7 @@ class Variant:
 
 TILES = {
     8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 32: Tile(32, 2, 1), 33: Tile(32), 64: Tile(64, 2, 1),
-    96: Tile(96, 2, 1), 128: Tile(128, 2, 1),
+    96: Tile(96, 2, 1), 128: Tile(128, 2, 1), 160: Tile(160, 1, 1),
 }  # fmt: skip
 """Those that are the fastest somewhere."""
 

@@ -44,14 +44,130 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 #endif
 }
 
+#elif TAKES_TURNS
+
+// A thread's words of codes of two rows are decoded together and multiplied together: those of a block of weight rows in a
+// stage, or in a group of scales. Of INT4 a chunk of 16 bytes holds 32 elements, of which a thread takes a word; of other
+// formats it takes chunks, lane % 4 and then lane % 4 + 4, if there are so many.
+#if FORMAT == INT4
+#define WORDS (GROUP / 32)
+#else
+#define WORDS (W_ROW / 16)
+#endif
+#define GROUPS (W_ROW / 16 / WORDS) /* in a stage */
+
+struct Codes {
+    u32 upper[WORDS], lower[WORDS], bits[2][(WORDS + 3) / 4];
+    DEVICE_MEMBER void load(const u8 *block, const RowScales &scales, int row, int m, int group, int lane) {
+#if FORMAT == INT4
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) {
+            const u8 *at = chunk_at(block, row, group * WORDS + k) + lane % 4 * 4;
+            upper[k] = *(const u32 *)at, lower[k] = *(const u32 *)(at + 8 * W_ROW);  // eight rows on, chunks are exchanged alike
+        }
+#else
+#pragma unroll
+        for (int half = 0; half < WORDS / 4; half++) {
+            const u8 *at = chunk_at(block, row, lane % 4 + 4 * half);
+            uint4 first = *(const uint4 *)at, second = *(const uint4 *)(at + 8 * W_ROW);
+#pragma unroll
+            for (int i = 0; i < 4; i++) upper[4 * half + i] = word_of(first, i), lower[4 * half + i] = word_of(second, i);
+            bits[0][half] = scales.bits(m, 0, half, lane), bits[1][half] = scales.bits(m, 1, half, lane);
+        }
+#endif
+    }
+    DEVICE_MEMBER void decode(u32 (&a)[WORDS][4 * STEPS]) const {
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) decode_words(upper[k], lower[k], operand_scale(bits[0][k / 4], k % 4), operand_scale(bits[1][k / 4], k % 4), a[k]);
+    }
+};
+
+// The two groups of warps multiply in turn. A warp that gives the tensor cores products waits until all but the last have
+// begun; meanwhile the other group's decodes, for which it would otherwise have no time left: both would do the same at once.
+#ifdef NO_TURNS
+DEVICE void begin_turn(int group) {}
+DEVICE void end_turn(int group) {}
+#else
+DEVICE void begin_turn(int group) { asm volatile("bar.sync %0, %1;" ::"r"(3 + group), "n"(CONSUMERS) : "memory"); }
+
+DEVICE void end_turn(int group) { asm volatile("bar.arrive %0, %1;" ::"r"(3 + (group ^ 1)), "n"(CONSUMERS) : "memory"); }
+#endif
+
+template <int N> DEVICE void multiply(float *sums, const u32 (&a)[WORDS][4 * STEPS], u64 x_tile, int first) {
+    constexpr int PER_PIECE = W_ROW / 16 / PIECES;  // words that one piece of x serves
+#pragma unroll
+    for (int k = 0; k < WORDS; k++)
+#pragma unroll
+        for (int t = 0; t < STEPS; t++) {
+            const u32 *mine = a[k] + 4 * t;
+            u64 x = x_tile + (first + k) / PER_PIECE * (MOST * 8) + (first + k) % PER_PIECE * 2 * STEPS + 2 * t;
+            if (FOLDS && k + t == 0)
+                begin_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], x);
+            else
+                multiply_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], x);
+        }
+}
+
+template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, int stages) {
+    int row = me.warp * 16 + lane_row(me.lane), group = me.warp / 4;
+    Codes codes;
+    u32 a[WORDS][4 * STEPS];
+    wait_full(room.full, me.at);
+    fence_shared_to_async();  // rows of x came by ordinary copies
+    me.begin_stage(0);
+    RowScales scales(me, 0, row);
+    codes.load(room.w[me.at.slot], scales, row, 0, 0, me.lane);
+    for (int s = 0; s < stages; s++) {
+        u64 x_tile = tile_descriptor(shared_address(room.x[me.at.slot])), *mine = room.empty + me.at.slot;
+        RowScales here = scales;
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+#pragma unroll
+            for (int m = 0; m < STACK; m++) {
+                codes.decode(a);
+#if FOLDS
+                float part[N / 2];
+#else
+                float *part = sums[m];
+#endif
+                begin_turn(group);
+                products_fence();
+                multiply<N>(part, a, x_tile, g * WORDS);
+                products_commit();
+                end_turn(group);
+                if (m + 1 < STACK) {
+                    codes.load(room.w[me.at.slot] + (m + 1) * W_BLOCK, here, row, m + 1, g, me.lane);
+                } else if (g + 1 < GROUPS) {
+                    codes.load(room.w[me.at.slot], here, row, 0, g + 1, me.lane);
+                } else if (s + 1 < stages) {
+                    me.at.next(STAGES);
+                    wait_full(room.full, me.at);
+                    fence_shared_to_async();
+                    me.begin_stage(s + 1);
+                    scales = RowScales(me, s + 1, row);
+                    codes.load(room.w[me.at.slot], scales, row, 0, 0, me.lane);
+                }
+                products_wait<0>();
+#pragma unroll
+                for (int k = 0; k < WORDS; k++) hold(a[k]);
+#if FOLDS
+                hold(part);
+                fold<N>(sums[m], part, here.fold_by(m, 0, g), here.fold_by(m, 1, g), nullptr, me.lane);
+#endif
+            }
+        release(mine, me.lane);
+    }
+    me.at.next(STAGES);
+#if !FOLDS
+#pragma unroll
+    for (int m = 0; m < STACK; m++) hold(sums[m]);
+#endif
+}
+
 #else
 
 // Words that are decoded together, so that their steps need not wait for one another; where there are registers for it.
-#if FORMAT == INT4
-#define AT_ONCE (GROUP < 64 || (MOST == 128 && !ROWS8) ? 1 : 2)
-#else
-#define AT_ONCE (MOST == 128 || (MOST == 96 && FOUR_BIT) ? 1 : 2)
-#endif
+#define AT_ONCE (MOST >= 128 || (MOST == 96 && FOUR_BIT) ? 1 : 2)
 
 // Words of codes of two rows, the scales of their blocks, and where the rows of x begin that they meet.
 struct Words {
@@ -68,29 +184,6 @@ template <int N> DEVICE void multiply_step(float *sums, const u32 *mine, u64 x_t
         multiply_registers<N>(sums, mine[0], mine[1], mine[2], mine[3], x_tile);
 }
 
-#if FORMAT == INT4 && !ROWS8 && GROUP >= 64
-
-// Decodes and multiplies, step by step: while one is multiplied, the next is decoded, and the registers of the one before are
-// free. fresh: they begin a new sum.
-template <int N> DEVICE void multiply_words(float *sums, Operands &a, Operands &before, const Words &of, bool fresh) {
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; k++)
-#pragma unroll
-        for (int t = 0; t < STEPS; t++) {
-            u32 *mine = a[k] + 4 * t, *last = t ? mine - 4 : (k ? a[k - 1] : before[AT_ONCE - 1]) + 4 * (STEPS - 1), all[4 * STEPS];
-            decode_words(of.upper[k], of.lower[k], of.upper_scale[k], of.lower_scale[k], all);
-#pragma unroll
-            for (int i = 0; i < 4; i++) mine[i] = all[4 * t + i];
-            products_fence();
-            multiply_step<N>(sums, mine, of.x_tile[k] + 2 * t, fresh && k + t == 0);
-            products_commit();
-            products_wait<1>();
-            hold(*(u32(*)[4])last);
-        }
-}
-
-#else
-
 // Decodes and multiplies; then the products of the words before are done, and their registers free. fresh: they begin a new sum.
 template <int N> DEVICE void multiply_words(float *sums, Operands &a, Operands &before, const Words &of, bool fresh) {
 #pragma unroll
@@ -105,66 +198,6 @@ template <int N> DEVICE void multiply_words(float *sums, Operands &a, Operands &
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) hold(before[k]);
 }
-
-#endif
-
-#if FORMAT == INT4
-
-// Groups of GROUP elements, each summed by itself. A chunk of 16 bytes holds 32 elements, of which a thread takes a word.
-// Where there are registers for two such sums, one is folded while the other grows; at the end of a stage nothing is under way,
-// or the assembler would do one product after another.
-template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, int stages) {
-    constexpr int PER_GROUP = GROUP / 32, PER_PIECE = 128 / ROW_BYTES / 32, GROUPS = ELEMENTS / GROUP;
-    constexpr bool TURNS = STACK == 2 && N <= 64;
-    Operands a[2] = {};
-    int row = me.warp * 16 + lane_row(me.lane), word = me.lane % 4;
-    for (int s = 0; s < stages; s++) {
-        wait_full(room.full, me.at);
-        fence_shared_to_async();  // rows of x came by ordinary copies
-        const u8 *w = room.w[me.at.slot];
-        me.begin_stage(s);
-        RowScales scales(me, s, row);
-        u64 x_tile = tile_descriptor(shared_address(room.x[me.at.slot]));
-        float part[TURNS ? 2 : 1][N / 2];
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-#pragma unroll
-            for (int m = 0; m < STACK; m++) {
-                bool last = g == GROUPS - 1 && m == STACK - 1;
-                int mine = TURNS ? m : 0, before = m ? g : g - 1;
-                u32 words[2][PER_GROUP];
-#pragma unroll
-                for (int c = 0; c < PER_GROUP; c++) {
-                    const u8 *codes = chunk_at(w + m * W_BLOCK, row, g * PER_GROUP + c) + 4 * word;
-                    words[0][c] = *(const u32 *)codes, words[1][c] = *(const u32 *)(codes + 8 * W_ROW);
-                }
-#pragma unroll
-                for (int c = 0; c < PER_GROUP; c += AT_ONCE) {
-                    Words of = {};
-#pragma unroll
-                    for (int k = 0; k < AT_ONCE; k++) {
-                        int chunk = g * PER_GROUP + c + k;
-                        of.upper[k] = words[0][c + k], of.lower[k] = words[1][c + k];
-                        of.x_tile[k] = x_tile + chunk / PER_PIECE * (MOST * 8) + chunk % PER_PIECE * 2 * STEPS;
-                    }
-                    int turn = ((g * STACK + m) * PER_GROUP + c) / AT_ONCE;
-                    multiply_words<N>(part[mine], a[turn % 2], a[1 - turn % 2], of, c == 0);
-                    if (!TURNS || c || g + m == 0) continue;
-                    hold(part[TURNS - mine]);
-                    fold<N>(sums[STACK - 1 - m], part[TURNS - mine], scales.fold_by(STACK - 1 - m, 0, before), scales.fold_by(STACK - 1 - m, 1, before), nullptr, me.lane);
-                }
-                if (TURNS && !last) continue;
-                products_wait<0>();
-                hold(part[mine]);
-                fold<N>(sums[m], part[mine], scales.fold_by(m, 0, g), scales.fold_by(m, 1, g), nullptr, me.lane);
-            }
-        }
-        release(room.empty + me.at.slot, me.lane);
-        me.at.next(STAGES);
-    }
-}
-
-#else
 
 // A thread takes chunks of 16 bytes of a row: lane % 4, then lane % 4 + 4, if there are so many. A stage is released a product
 // late.
@@ -225,5 +258,4 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
     for (int m = 0; m < STACK; m++) hold(sums[m]);
 }
 
-#endif
 #endif
