@@ -31,7 +31,7 @@
 
 /* where both groups of warps decode what they multiply, they may do so in turn (wide.cuh) */
 #ifndef TAKES_TURNS
-#define TAKES_TURNS (!NARROW && (FORMAT == INT4 || (FORMAT == NVFP4 && MOST >= 96)))
+#define TAKES_TURNS (!NARROW && (FORMAT == INT4 || (FORMAT == NVFP4 && HALVES && MOST >= 80)))
 #endif
 
 struct Item {

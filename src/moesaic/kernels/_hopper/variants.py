@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from moesaic.contracts.scheme import Encoding, WeightFormat
@@ -19,7 +20,7 @@ PAIRS = frozenset(
     | {("mxfp8", "mxfp8"), ("mxfp4", "mxfp8"), ("nvfp4", "nvfp4")}
 )  # fmt: skip
 """Weight formats and encodings that meet in a tensor core as they are."""
-HEIGHTS = (8, 16, 32, 64, 96, 128)
+HEIGHTS = (8, 16, 32, 64, 80, 96, 128, 160)
 NARROW = 32
 """Tiles of up to so many rows of x are multiplied by warps; as NARROW in decode.cuh."""
 SMALL = 1 << 23
@@ -93,10 +94,9 @@ class Variant:
         height = self.tile.height
         apart = self.form == 5 or (self.block_scales and not self.codes)  # sums of groups or blocks are kept apart
         spills = self.form in (3, 4) or (apart and not self.eight_bit)
-        high = (32, 64, 96) if spills else (64, 80, 96, 112)
-        tall = {96: (32, 64, 72, 80), 128: high, 160: (64, 96, 128, 144)}
-        some = tall.get(height, range(self.step, height, self.step))
-        return (*some, height)
+        high = (32, 64, 96) if spills else (72, 80, 96, 112)
+        some = {80: (32, 56, 64, 72), 96: (32, 64, 72, 80), 128: high, 160: (64, 96, 128, 144)}
+        return (*some.get(height, range(self.step, height, self.step)), height)
 
     @property
     def step(self) -> int:
@@ -157,7 +157,7 @@ class Variant:
 
 TILES = {
     8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 32: Tile(32, 2, 1), 33: Tile(32), 64: Tile(64, 2, 1),
-    96: Tile(96, 2, 1), 128: Tile(128, 2, 1), 160: Tile(160, 1, 1),
+    80: Tile(80, 2, 1), 96: Tile(96, 2, 1), 128: Tile(128, 2, 1), 160: Tile(160, 1, 1),
 }  # fmt: skip
 """Those that are the fastest somewhere."""
 
@@ -176,22 +176,39 @@ def tile_for(variant: Variant, rows: int, experts: int, lone: int = 0) -> Tile:
 
     Where weights of 4 bits wait for their decoding, two low tiles may be cheaper than a high one; weights of 8 bits and
     more need none to speak of, nor does INT4 that becomes E4M3, and groups of warps pay earlier there. Where sums of
-    groups, or of blocks of a 16-bit product, are kept apart, registers bound the height. A token alone that reads
-    little has low tiles of FP8 too.
+    groups, or of blocks of a 16-bit product, are kept apart, registers bound the height, or the weight rows: tiles of
+    160 have half of those, and decode them once where others would come in pairs. FP8 codes that tensor cores of groups
+    of warps take as they are have no low tiles, but for a token alone that reads little.
     """
-    mean, four = rows / max(1, experts), variant.form >= FORMATS["mxfp4"]
-    room = mean + (2.5 if four else 4) * mean**0.5
-    if variant.form == FORMATS["fp8_block"] and variant.codes:  # which tensor cores of groups of warps take as they are
-        room = max(room, 16 if 0 < lone < SMALL else 64)
-    height = next((each for each in HEIGHTS if each >= room), 128)
-    if height == NARROW and mean > (0 if not four else 10 if variant.form == FORMATS["int4"] else 14):
+    mean, four, int4 = rows / max(1, experts), variant.form >= FORMATS["mxfp4"], variant.form == FORMATS["int4"]
+    least = 0 if variant.form != FORMATS["fp8_block"] or not variant.codes else 16 if 0 < lone < SMALL else 64
+    heights = heights_of(variant)
+
+    def holds(height: int) -> bool:
+        deviations = 4 if not four else 2.5 if height <= NARROW else 2
+        if height == 96 and 128 not in heights:
+            deviations = 0
+        room = mean + deviations * math.sqrt(mean)
+        if int4:  # an expert's tiles are of equal height
+            room /= max(1, -(-room // heights[-1]))
+        return height >= max(room, least)
+
+    height = next(filter(holds, heights), heights[-1])
+    if height == NARROW and mean > (0 if not four else 10 if int4 else 14):
         height = 64
-    if variant.form == FORMATS["int4"]:
-        height = max(height, 64 if variant.codes and mean > 6 else 0)
-        height = min(height, 128 if variant.encoding == ENCODINGS["fp8_tensor", True] else 96)
-    if variant.form == FORMATS["fp8_block"] and not variant.codes:
-        height = min(height, 64)
+    if int4 and variant.codes and mean > 6:
+        height = max(height, 64)
     return TILES[height]
+
+
+def heights_of(variant: Variant) -> tuple[int, ...]:
+    """Of the tiles that can be the fastest for a variant's formats."""
+    if variant.form == FORMATS["fp8_block"] and not variant.codes:
+        return tuple(each for each in HEIGHTS if each <= 64)
+    if variant.form == FORMATS["int4"]:
+        static = variant.encoding == ENCODINGS["fp8_tensor", True]
+        return tuple(each for each in HEIGHTS if static or each != 128)
+    return tuple(each for each in HEIGHTS if each <= 128 and (each != 80 or variant.form >= FORMATS["mxfp4"]))
 
 
 def with_tile(variant: Variant, tile: Tile) -> Variant:
