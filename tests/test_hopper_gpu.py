@@ -47,15 +47,17 @@ def test_many_rows(name: str) -> None:
     check_layer(Layer.of(scheme, 700, (16, 1024, 768, 4), Tile(128, 2, 1), "holes"))
     check_layer(Layer.of(scheme, 333, (16, 768, 768, 4), Tile(96, 2, 1), "one expert"))
     check_layer(Layer.of(scheme, 333, (16, 2048, width, 4), Tile(128, 1, 1)))
+    check_layer(Layer.of(scheme, 333, (16, 768, 768, 4), TILES[80], "one expert"))
+    check_layer(Layer.of(scheme, 700, (16, 1024, width, 4), TILES[160], "holes"))
     for height in (64, 96):  # INT4's scales come for eight stages of K: then for one, and for one again
         check_layer(Layer.of(scheme, 700, (64, 1152, 128, 4), Tile(height, 2, 1), "holes"))
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("height", [96, 128])
+@pytest.mark.parametrize("height", [80, 96, 128, 160])
 def test_every_height(name: str, height: int) -> None:
-    """Experts with 8, 16 .. 128 rows: one for each number of columns that products come in, and between."""
-    check_layer(Layer.of(EVERY[name], 1088, (16, 768, 512, 1), Tile(height, 2, 1), "every height"))
+    """Experts with 8, 16 .. 160 rows: one for each number of columns that products come in, and between."""
+    check_layer(Layer.of(EVERY[name], 1680, (20, 768, 512, 1), TILES[height], "every height"))
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp8", "mxfp4", "nvfp4", "wna16", "w4afp8"])

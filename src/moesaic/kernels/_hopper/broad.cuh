@@ -1,10 +1,10 @@
-// The end of a tile of 64 or 128 elements of h, or twice as many of y. Of h a lane takes 16 elements of one row, so that what belongs to a block
-// of them is computed once; y is transposed on its way to shared memory.
+// The end of a tile of 64 or 128 elements of h, or twice as many of y. Of h a lane takes 16 elements of one row, so that what
+// belongs to a block of them is computed once; y is transposed on its way to shared memory.
 #pragma once
 #include "room.cuh"
 
-// Where element e of a row of a chunk lies: the four quarters of 16 elements change places, so that eight lanes that read a
-// quarter each, of one row or of two, meet no other in a bank.
+// Where element e of a row of a chunk lies: quarters (halves, where a row has 64 elements) of 16 elements change places, so
+// that eight lanes that read 16 bytes each, of one row or of two, meet no other in a bank.
 DEVICE int broad_place(int e) { return e ^ (STACK == 2 ? e / 32 % 4 * 4 : e / 32 % 2 * 8); }
 
 // Of every EACH-th number.

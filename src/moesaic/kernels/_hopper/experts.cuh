@@ -34,7 +34,7 @@ template <int R, int C> DEVICE void join_all(const Arguments &a, float (&gate)[R
         for (int i = 0; i < C; i++) gate[r][i] = __fdividef(gate[r][i], below[r][i]) * up[r][i];
 }
 
-// The rows of a chunk that a warp takes: one in eight.
+// The rows of a chunk that each warp takes.
 #define TAKEN (CHUNK / 8)
 
 struct Emitted {
@@ -102,7 +102,7 @@ DEVICE void emit_h(const Arguments &a, const Item &item, int begin, int slot, co
 }
 
 DEVICE void emit_y(const Arguments &a, const Item &item, int begin, int slot, const Consumer &me) {
-    constexpr int C = BROAD ? 8 : Y_COLUMNS / 32, LANES = Y_COLUMNS / C, BESIDE = 32 / LANES;  // rows that a warp stores at a time
+    constexpr int C = !NARROW ? 8 : Y_COLUMNS / 32, LANES = Y_COLUMNS / C, BESIDE = 32 / LANES;  // rows that a warp stores at a time
     int part = me.lane % LANES * C, column = item.column * Y_COLUMNS + part;
     if (column >= a.hidden) return;
 #pragma unroll
@@ -111,7 +111,7 @@ DEVICE void emit_y(const Arguments &a, const Item &item, int begin, int slot, co
         if (begin + local >= item.count) continue;
         const u16 *from = (const u16 *)room.chunk[local] + part;
         u16 *to = a.y + (i64)room.place[slot][begin + local] * a.hidden + column;
-        if (BROAD)
+        if (!NARROW)
             *(uint4 *)to = in_order(*(const uint4 *)from);
         else if (C == 8)
             *(uint4 *)to = *(const uint4 *)from;
@@ -136,14 +136,14 @@ DEVICE void put_chunk(const Arguments &a, int begin, int slot, const Consumer &m
             first[m][i] = sums[m][at] * (factor[m][0] * x_scale[i]) + bias[m][0], second[m][i] = sums[m][at + 2] * (factor[m][1] * x_scale[i]) + bias[m][1];
         }
     if (FIRST) join_all(a, first, second);
-    if (BROAD && !FIRST) return put_broad_y(me, first, second);
+    if (!NARROW && !FIRST) return put_broad_y(me, first, second);
 #pragma unroll
     for (int m = 0; m < STACK; m++)
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             int local = i / 2 * 8 + 2 * (me.lane % 4) + i % 2;
             if (FIRST) {
-                room.chunk[local][BROAD ? broad_place(element_of_h(me, m)) : element_of_h(me, m)] = first[m][i];
+                room.chunk[local][!NARROW ? broad_place(element_of_h(me, m)) : element_of_h(me, m)] = first[m][i];
             } else {
                 u16 *to = (u16 *)room.chunk[local] + row_in_tile(me, m);
                 u32 pair = bf16_pair(first[m][i], second[m][i]);
@@ -176,7 +176,7 @@ DEVICE void finish_tile(const Arguments &a, const Item &item, int slot, const Co
             for (int i = 0; i + CHUNK / 2 < HALF; i++) sums[m][i] = sums[m][i + CHUNK / 2];
         group_sync<2, CONSUMERS>();
         if (item.phase == 1)
-            BROAD ? emit_broad(a, item, begin, slot, me) : emit_h(a, item, begin, slot, me);
+            !NARROW ? emit_broad(a, item, begin, slot, me) : emit_h(a, item, begin, slot, me);
         else
             emit_y(a, item, begin, slot, me);
     }
@@ -198,7 +198,7 @@ DEVICE void consume(const Arguments &a) {
     Consumer me = {{0, 0}, (int)(threadIdx.x - FETCHERS) / 32, (int)threadIdx.x % 32, SCALE_SLOTS - 1};
     Ring slot = {0, 0};
 #if TAKES_TURNS
-    if (me.warp >= 4) end_turn(1);
+    if (me.warp >= 4) end_turn(1);  // the first turn is the other group's
 #endif
     for (;;) {
         wait_full(room.item_full, slot);

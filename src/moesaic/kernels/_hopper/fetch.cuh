@@ -132,7 +132,7 @@ DEVICE void fetch_likely(const Arguments &a, const Maps &maps) {
 DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
     Ring slot = {0, 0}, at = {0, 0};
     ScaleFetcher scales;
-    u64 begun = nanoseconds(), policy = read_once();
+    u64 begun = nanoseconds(), policy = first_to_go();
     bool ahead = a.ids;  // whoever wrote `ids` had ended before `prepare` let this grid start
     int none = 0, tiles = ahead ? lone_tiles(a, -1, none, lane) : a.counters[0], taken = ahead ? gridDim.x : 0;
     int next = blockIdx.x;
@@ -168,9 +168,9 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
                 }
                 barrier_announce(bar, W_BYTES);
                 if (up)
-                    copy_tile5(to, &maps.first, bar, s * W_ROW, item.column * H_COLUMNS / 8, item.e, policy);
+                    copy_weights5(to, &maps.first, bar, s * W_ROW, item.column * H_COLUMNS / 8, item.e, policy);
                 else
-                    copy_tile3(to, &maps.second, bar, s * W_ROW, item.column * Y_COLUMNS, item.e, policy);
+                    copy_weights3(to, &maps.second, bar, s * W_ROW, item.column * Y_COLUMNS, item.e, policy);
             }
             if (STAGE_SCALES) {
                 scales.fetch(s, at.slot, lane);

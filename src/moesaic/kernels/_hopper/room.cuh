@@ -23,16 +23,12 @@
 #define FETCHERS (NARROW ? 96 : 128) /* threads before the consumers; three warps of them work */
 #define CONSUMERS 256
 #define THREADS (FETCHERS + CONSUMERS)
-#define CHUNK (BROAD ? 64 / STACK : MOST < 32 ? MOST : 32) /* rows of x that the epilogue takes at a time */
+#define CHUNK (!NARROW ? 64 / STACK : MOST) /* rows of x that the epilogue takes at a time */
 #define H_COLUMNS (64 * STACK)        /* elements of h per tile */
 #define Y_COLUMNS (128 * STACK)
 #define ENCODED (MOST < 32 ? 2 : 4) /* rows that a warp encodes at a time */
-#define BROAD !NARROW /* the epilogue of groups of warps (broad.cuh) */
 
-/* where both groups of warps decode what they multiply, they may do so in turn (wide.cuh) */
-#ifndef TAKES_TURNS
-#define TAKES_TURNS (!NARROW && (FORMAT == INT4 || (FORMAT == NVFP4 && HALVES && MOST >= 80)))
-#endif
+#define TAKES_TURNS (!NARROW && (FORMAT == INT4 || (FORMAT == NVFP4 && HALVES && MOST >= 80))) /* groups of warps multiply in turn (wide.cuh) */
 
 struct Item {
     int phase, tile, column, e, first, count, rounded, padding;  // phase 0: the end, 1 first product, 2 encoding of all, 3 second
@@ -46,9 +42,9 @@ struct Room {
     alignas(16) float chunk[CHUNK][H_COLUMNS + 4];  // of h, or of y in BF16
     alignas(16) Item items[SLOTS];
     int place[SLOTS][MOST];
-    float row_scale[SLOTS][ROW_SCALES ? MOST : 1], h_scale[SLOTS];
+    float row_scale[SLOTS][ROW_SCALES ? (MOST + CHUNK - 1) / CHUNK * CHUNK : 1], h_scale[SLOTS];
     float factor[SLOTS][ROW_TERMS ? 128 * STACK : 1], bias[SLOTS][128 * STACK];
-    alignas(16) u8 encoding[BROAD && (DIRECT || BY_ROW) ? 16 : 256 * ENCODED * (BY_ROW && NARROW ? 8 : 1)];  // a warp's rows on their way into K's order
+    alignas(16) u8 encoding[!NARROW && (DIRECT || BY_ROW) ? 16 : 256 * ENCODED * (BY_ROW && NARROW ? 8 : 1)];  // a warp's rows on their way into K's order
     u64 full[STAGES], empty[STAGES];
     u64 item_full[SLOTS], item_empty[SLOTS], table_full[SLOTS], stored[SLOTS];
 };

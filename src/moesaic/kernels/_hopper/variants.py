@@ -130,11 +130,12 @@ class Variant:
         tile, slots = self.tile, 4 if self.tile.narrow else 3
         scaled = self.encoding not in (0, 4, 5)  # ROW_SCALES, ROW_TERMS in room.cuh
         terms = 8 if self.form == 4 or (self.form == 1 and not self.block_scales) else 4
-        rows = min(tile.height, 32) if tile.narrow else 64 // tile.stack  # CHUNK in room.cuh
+        rows = tile.height if tile.narrow else 64 // tile.stack  # CHUNK in room.cuh
         fixed = 1024 + rows * (64 * tile.stack + 4) * 4
         if tile.narrow or (self.encoding == 4 and tile.stack == 1):
             fixed += 256 * (2 if tile.height < 32 else 4) * (8 if tile.narrow and self.encoding in (2, 3, 7) else 1)
-        fixed += slots * (tile.height * (8 if scaled else 4) + 128 * tile.stack * terms)
+        fixed += slots * 4 * (tile.height + (-(-tile.height // rows) * rows if scaled else 1))
+        fixed += slots * 128 * tile.stack * terms
         stage = 128 * self.row_bytes * tile.stack + tile.height * self.elements * (1 if self.eight_bit else 2)
         stage += -(-tile.height // 32) * 128 if self.encoding == 4 else 0
         left = SHARED[tile.blocks] - fixed
@@ -177,8 +178,9 @@ def tile_for(variant: Variant, rows: int, experts: int, lone: int = 0) -> Tile:
     Where weights of 4 bits wait for their decoding, two low tiles may be cheaper than a high one; weights of 8 bits and
     more need none to speak of, nor does INT4 that becomes E4M3, and groups of warps pay earlier there. Where sums of
     groups, or of blocks of a 16-bit product, are kept apart, registers bound the height, or the weight rows: tiles of
-    160 have half of those, and decode them once where others would come in pairs. FP8 codes that tensor cores of groups
-    of warps take as they are have no low tiles, but for a token alone that reads little.
+    160 have half of those, and decode them once where others would come in pairs (those of 96 are kept up to so many
+    rows on average, where there are none of 128). FP8 codes that tensor cores of groups of warps take as they are have
+    no low tiles, but for a token alone that reads little.
     """
     mean, four, int4 = rows / max(1, experts), variant.form >= FORMATS["mxfp4"], variant.form == FORMATS["int4"]
     least = 0 if variant.form != FORMATS["fp8_block"] or not variant.codes else 16 if 0 < lone < SMALL else 64
@@ -190,7 +192,7 @@ def tile_for(variant: Variant, rows: int, experts: int, lone: int = 0) -> Tile:
             deviations = 0
         room = mean + deviations * math.sqrt(mean)
         if int4:  # an expert's tiles are of equal height
-            room /= max(1, -(-room // heights[-1]))
+            room /= max(1, math.ceil(mean / heights[-1]))
         return height >= max(room, least)
 
     height = next(filter(holds, heights), heights[-1])

@@ -47,17 +47,13 @@ template <int N> DEVICE void product(float (&sums)[STACK][HALF], Consumer &me, i
 #elif TAKES_TURNS
 
 // A thread's words of codes of two rows are decoded together and multiplied together: those of a block of weight rows in a
-// stage, or in a group of scales. Of INT4 a chunk of 16 bytes holds 32 elements, of which a thread takes a word; of other
-// formats it takes chunks, lane % 4 and then lane % 4 + 4, if there are so many.
-#if FORMAT == INT4
-#define WORDS (GROUP / 32)
-#else
-#define WORDS (W_ROW / 16)
-#endif
+// stage, or in a group of scales. Of INT4 a chunk of 16 bytes holds 32 elements, of which a thread takes a word; of NVFP4 it
+// takes chunk lane % 4.
+#define WORDS (FORMAT == INT4 ? GROUP / 32 : 4)
 #define GROUPS (W_ROW / 16 / WORDS) /* in a stage */
 
 struct Codes {
-    u32 upper[WORDS], lower[WORDS], bits[2][(WORDS + 3) / 4];
+    u32 upper[WORDS], lower[WORDS], bits[2];
     DEVICE_MEMBER void load(const u8 *block, const RowScales &scales, int row, int m, int group, int lane) {
 #if FORMAT == INT4
 #pragma unroll
@@ -65,33 +61,27 @@ struct Codes {
             const u8 *at = chunk_at(block, row, group * WORDS + k) + lane % 4 * 4;
             upper[k] = *(const u32 *)at, lower[k] = *(const u32 *)(at + 8 * W_ROW);  // eight rows on, chunks are exchanged alike
         }
+        bits[0] = bits[1] = 0;
 #else
+        const u8 *at = chunk_at(block, row, lane % 4);
+        uint4 first = *(const uint4 *)at, second = *(const uint4 *)(at + 8 * W_ROW);
 #pragma unroll
-        for (int half = 0; half < WORDS / 4; half++) {
-            const u8 *at = chunk_at(block, row, lane % 4 + 4 * half);
-            uint4 first = *(const uint4 *)at, second = *(const uint4 *)(at + 8 * W_ROW);
-#pragma unroll
-            for (int i = 0; i < 4; i++) upper[4 * half + i] = word_of(first, i), lower[4 * half + i] = word_of(second, i);
-            bits[0][half] = scales.bits(m, 0, half, lane), bits[1][half] = scales.bits(m, 1, half, lane);
-        }
+        for (int k = 0; k < WORDS; k++) upper[k] = word_of(first, k), lower[k] = word_of(second, k);
+        bits[0] = scales.bits(m, 0, 0, lane), bits[1] = scales.bits(m, 1, 0, lane);
 #endif
     }
     DEVICE_MEMBER void decode(u32 (&a)[WORDS][4 * STEPS]) const {
 #pragma unroll
-        for (int k = 0; k < WORDS; k++) decode_words(upper[k], lower[k], operand_scale(bits[0][k / 4], k % 4), operand_scale(bits[1][k / 4], k % 4), a[k]);
+        for (int k = 0; k < WORDS; k++) decode_words(upper[k], lower[k], operand_scale(bits[0], k), operand_scale(bits[1], k), a[k]);
     }
 };
 
-// The two groups of warps multiply in turn. A warp that gives the tensor cores products waits until all but the last have
-// begun; meanwhile the other group's decodes, for which it would otherwise have no time left: both would do the same at once.
-#ifdef NO_TURNS
-DEVICE void begin_turn(int group) {}
-DEVICE void end_turn(int group) {}
-#else
+// The two groups of warps multiply in turn: a warp that gives products to the tensor cores stands still until all but the last
+// have begun, and meanwhile the other group decodes. Left alone, both would do the same at once.
 DEVICE void begin_turn(int group) { asm volatile("bar.sync %0, %1;" ::"r"(3 + group), "n"(CONSUMERS) : "memory"); }
 
+// And lets the other one begin.
 DEVICE void end_turn(int group) { asm volatile("bar.arrive %0, %1;" ::"r"(3 + (group ^ 1)), "n"(CONSUMERS) : "memory"); }
-#endif
 
 template <int N> DEVICE void multiply(float *sums, const u32 (&a)[WORDS][4 * STEPS], u64 x_tile, int first) {
     constexpr int PER_PIECE = W_ROW / 16 / PIECES;  // words that one piece of x serves
