@@ -21,7 +21,7 @@ from moesaic.kernels._hopper.variants import Variant
 from moesaic.kernels.ops import ExpertWeights
 
 PREPARERS, COMBINERS = 512, 128
-SORTERS, MANY = 8, 4096
+SORTERS, MANY = 8, 2048
 """Thread blocks that share the sorting of so many rows or more."""
 I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
 
