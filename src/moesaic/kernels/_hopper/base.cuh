@@ -84,21 +84,29 @@ DEVICE void copy_tile3(u32 to, const TensorMap *map, u32 bar, int x, int y, int 
         : "memory");
 }
 
-// Weights, once for each tile of rows: what the L2 cache is to give up first.
+DEVICE void copy_tile5(u32 to, const TensorMap *map, u32 bar, int x, int group, int e) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %4, %5, %6}], [%2];" ::"r"(
+            to),
+        "l"(map), "r"(bar), "r"(x), "r"(0), "r"(group), "r"(e)
+        : "memory");
+}
+
+// The same of what is read once: the L2 cache is to give it up first.
 DEVICE u64 first_to_go() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
-DEVICE void copy_weights3(u32 to, const TensorMap *map, u32 bar, int x, int y, int z, u64 policy) {
+DEVICE void copy_once3(u32 to, const TensorMap *map, u32 bar, int x, int y, int z, u64 policy) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
         "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z), "l"(policy)
         : "memory");
 }
 
-DEVICE void copy_weights5(u32 to, const TensorMap *map, u32 bar, int x, int group, int e, u64 policy) {
+DEVICE void copy_once5(u32 to, const TensorMap *map, u32 bar, int x, int group, int e, u64 policy) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(
             to),
@@ -106,7 +114,7 @@ DEVICE void copy_weights5(u32 to, const TensorMap *map, u32 bar, int x, int grou
         : "memory");
 }
 
-// The latter, but only into the L2 cache.
+// Only into the L2 cache.
 DEVICE void prefetch_tile5(const TensorMap *map, int x, int group, int e) {
     asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %2, %3, %4}];" ::"l"(map), "r"(x), "r"(0), "r"(group), "r"(e) : "memory");
 }

@@ -167,10 +167,15 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
                     next = taken + atomicAdd(a.counters + 1, 1);
                 }
                 barrier_announce(bar, W_BYTES);
-                if (up)
-                    copy_weights5(to, &maps.first, bar, s * W_ROW, item.column * H_COLUMNS / 8, item.e, policy);
+                int column = up ? item.column * H_COLUMNS / 8 : item.column * Y_COLUMNS;
+                if (up && a.once)
+                    copy_once5(to, &maps.first, bar, s * W_ROW, column, item.e, policy);
+                else if (up)
+                    copy_tile5(to, &maps.first, bar, s * W_ROW, column, item.e);
+                else if (a.once)
+                    copy_once3(to, &maps.second, bar, s * W_ROW, column, item.e, policy);
                 else
-                    copy_weights3(to, &maps.second, bar, s * W_ROW, item.column * Y_COLUMNS, item.e, policy);
+                    copy_tile3(to, &maps.second, bar, s * W_ROW, column, item.e);
             }
             if (STAGE_SCALES) {
                 scales.fetch(s, at.slot, lane);

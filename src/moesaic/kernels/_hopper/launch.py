@@ -43,7 +43,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (("first", WeightC), ("second", WeightC), ("x", RowsC), ("h", RowsC), ("wide", PTR), ("y", PTR),
                 ("order", PTR), ("tiles", PTR), ("ids", PTR), ("counters", PTR), ("experts", I32),
                 ("tile_limit", I32), ("top_k", I32), ("columns", I32), ("width", I32),
-                ("hidden", I32), ("phases", I32), ("likely", I32), ("lead", I32), ("parts", I32),
+                ("hidden", I32), ("phases", I32), ("once", I32), ("likely", I32), ("lead", I32), ("parts", I32),
                 ("groups", I32), ("limit", F32), ("alpha", F32))  # fmt: skip
 
 
@@ -271,12 +271,12 @@ def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phas
     before = x.data.new_empty(rows, h.width, dtype=torch.float32) if wide or variant.needs_wide else None
     first = weight_values(variant, w.w13, w.biases[0] if w.biases else None, -(-width // (64 * tile.stack)))
     second = weight_values(variant, w.w2, w.biases[1] if w.biases else None, -(-hidden // (128 * tile.stack)))
-    oai = w.activation.kind == "swiglu_oai"
+    oai, once = w.activation.kind == "swiglu_oai", rows <= w.w13.shape[0] * tile.height
     arguments = Arguments(
         first, second, x.packed(), h.packed(), None if before is None else before.data_ptr(), y.data_ptr(),
         routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), None if routed.ids is None else routed.ids.data_ptr(),
         routed.counters.data_ptr(), w.w13.shape[0], len(routed.tiles_B4),
-        routed.top_k, width, h.width, hidden, phases, w.w13.shape[0] * 2 <= rows <= w.w13.shape[0] * tile.height,
+        routed.top_k, width, h.width, hidden, phases, once, once and rows >= w.w13.shape[0] * 2,
         lead_of(w, rows) if routed.ids is not None else 0, routed.parts, routed.groups, w.activation.limit,
         w.activation.alpha if oai else 0.0,
     )  # fmt: skip

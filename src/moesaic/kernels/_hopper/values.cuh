@@ -34,7 +34,8 @@ struct Arguments {
     const int *ids;      // of a token alone, or null
     int *counters;       // see below
     int experts, tile_limit, top_k, columns, width, hidden, phases;  // columns: I; width: of a row of h; phases: 1 first product, 2 second
-    int likely;         // whether most experts will have one tile of rows
+    int once;           // whether most experts will have at most one tile of rows, so that their weights are read once
+    int likely;         // and whether most will have one
     int lead;           // of a token alone: nanoseconds by which weights of the first product go before those of the second
     int parts, groups;  // of a tile's h: how many are announced; groups that are encoded apart
     float limit, alpha;  // of gpt-oss's activation; alpha 0: SiLU
