@@ -31,6 +31,8 @@ REST = [(name, tile) for name in KNOWN for tile in TILES if (name, tile) not in 
 WIDE = {"fp8": "QGMMA", "fp8_tensor": "QGMMA", "fp8_tensor_static": "QGMMA", "fp8_channel": "QGMMA", "w4afp8": "QGMMA",
         "w4afp8_static": "QGMMA", "w4afp8_token": "QGMMA"}  # fmt: skip
 """Schemes whose rows meet the FP8 tensor cores; the others are multiplied in 16 bits (HGMMA)."""
+SPILLING = (("fp8a16", 128), ("w4afp8", 128), ("w4afp8_token", 128))
+"""More than others do; calls take these tiles only where they are told to."""
 
 
 def variant(name: str, tile: int) -> Variant:
@@ -68,7 +70,7 @@ def check_code(name: str, tile: int, folder: Path) -> None:
     registers, stack = map(int, used.groups())
     threads = (96 if TILES[tile].narrow else 128) + 256
     assert registers * threads * TILES[tile].blocks <= 65536
-    assert stack <= 256 or TILES[tile].height not in heights_of(variant(name, 8)), "registers spill"
+    assert stack <= (288 if (name, tile) in SPILLING else 256), "registers spill"
     text = dump("-sass", image, folder)
     body = text[text.index("Function : experts") :]
     wanted = "HMMA" if TILES[tile].narrow else WIDE.get(name, "HGMMA")
@@ -172,13 +174,19 @@ def test_low_tiles_of_fp8_for_a_token_alone_that_reads_little() -> None:
     ("nvfp4a16", 64, 80), ("fp8", 64, 96), ("fp8", 128, 128), ("mxfp8", 64, 96), ("bf16", 64, 96),
 ])  # fmt: skip
 def test_the_height_that_was_the_fastest(name: str, rows: int, height: int) -> None:
-    """Tiles in turns with each other, so many rows an expert on average (docs/performance-log.md)."""
+    """Or within 3% of it, in turns (docs/performance-log.md) or in an H200's tables. rows: of an expert, on average."""
     assert tile_for(variant(name, 8), 128 * rows, 128).height == height
+
+
+@pytest.mark.parametrize(("name", "tile"), SPILLING)
+def test_tiles_that_spill_are_not_chosen(name: str, tile: int) -> None:
+    assert TILES[tile].height not in heights_of(variant(name, 8))
+    assert all(tile_for(variant(name, 8), rows, 1) is not TILES[tile] for rows in range(1, 1000))
 
 
 @pytest.mark.parametrize(("rows", "height"), [(140, 160), (150, 160), (180, 128), (300, 160)])
 def test_tiles_of_an_expert_are_of_equal_height(rows: int, height: int) -> None:
-    """As few as hold the mean: each decodes its weights anew."""
+    """As few tiles as hold the mean, since each decodes its weights anew: this was concluded, not measured."""
     assert tile_for(variant("w4afp8_static", 8), 128 * rows, 128).height == height
 
 
