@@ -150,6 +150,14 @@ def attend(view: KVView, heads: int, sequences: int, count: int, window: int | N
     attend_paged(q, pool_of(view, fp8), batch_of(sequences, count), view, 0.1, window, sinks)
 
 
+def check_parts(backend: str, terms_PTN: Tensor, x: Rows, w: QuantTensor) -> None:
+    """As many parts as the fake of the op says there are."""
+    from moesaic.kernels.fakes import FAKES
+
+    wanted = FAKES["linear_terms"](backend, x, w)
+    assert (terms_PTN.shape, terms_PTN.dtype) == (wanted.shape, wanted.dtype), backend
+
+
 def fused(tokens: int, name: str) -> None:
     """What stands between the products of a decoding step, for an encoding."""
     from moesaic.kernels._triton.add_norm_encode import add_norm_encode
@@ -167,7 +175,9 @@ def fused(tokens: int, name: str) -> None:
     for onto in (None, hidden):
         of_experts = ExpertTerms(results, ids, meta(tokens, 8, dtype=torch.float32), onto)
         add_norm_encode(of_experts, hidden, meta(2048), 1e-6, encoding, static)
-    x = linear_terms(rows, weight(scheme, (4096, 512, 512), 2048))
+    w = weight(scheme, (4096, 512, 512), 2048)
+    x = linear_terms(rows, w)
+    check_parts("triton", x, rows, w)
     norms = HeadNorms(meta(128), meta(128), 1e-6, False, torch.bfloat16)
     q = store_heads(x, norms, (angle, angle), pool_of(GROUPED, False), meta(tokens, dtype=torch.int64), GROUPED)
     attend_encode(q, pool_of(GROUPED, False), batch_of(tokens, 1), GROUPED, Softmax(0.1), encoding, static)
@@ -197,7 +207,7 @@ def invariant(name: str) -> None:
     else:
         x, w = encoded(48, 2048, scheme.activation), weight(scheme, (4096, 512, 512), 2048)
         backend.linear_quant(x, w)
-        backend.linear_terms(x, w)
+        check_parts("triton_invariant", backend.linear_terms(x, w), x, w)
     experts(name, 48, invariant=True)
     backend.gate(meta(48, 2048), meta(128, 2048, dtype=torch.float32), None, None, RouterSpec(128, 8, "softmax", "w"))
     q, batch = meta(48, 32, 128), batch_of(3, 16)

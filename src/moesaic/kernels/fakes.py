@@ -60,7 +60,8 @@ def linear_terms(backend: str, x: Rows, w: QuantTensor, bias_N: Tensor | None = 
     from moesaic.kernels._triton.linear_quant import parts_of
     from moesaic.kernels._triton.linear_terms import WAVES
 
-    parts = parts_of(x, w, WAVES, fixed=backend == "triton_invariant")
+    fixed = backend == "triton_invariant"
+    parts = parts_of(x, w, 1 if fixed else WAVES, fixed)
     rows = x.data.shape[:-1].numel()
     return x.data.new_empty(parts, rows, w.shape[-2], dtype=x.dtype if parts == 1 else torch.float32)
 

@@ -7,6 +7,26 @@
 // that eight lanes that read 16 bytes each, of one row or of two, meet no other in a bank.
 DEVICE int broad_place(int e) { return e ^ (STACK == 2 ? e / 32 % 4 * 4 : e / 32 % 2 * 8); }
 
+// gate -> the activated gate times up, for many, a step of all of them at a time. alpha 0: SiLU.
+template <int R, int C> DEVICE void join_all(const Arguments &a, float (&gate)[R][C], float (&up)[R][C]) {
+    float below[R][C], slope = 1.0f;
+    if (a.alpha != 0.0f) {
+        slope = a.alpha;
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int i = 0; i < C; i++) gate[r][i] = fminf(gate[r][i], a.limit), up[r][i] = fminf(fmaxf(up[r][i], -a.limit), a.limit) + 1.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int i = 0; i < C; i++) below[r][i] = 1.0f + __expf(-gate[r][i] * slope);
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int i = 0; i < C; i++) gate[r][i] = __fdividef(gate[r][i], below[r][i]) * up[r][i];
+}
+
 // Of every EACH-th number.
 template <int EACH = 1> DEVICE u32 codes_of(const float *v) { return e4m3_pair(v[0], v[EACH]) | (u32)e4m3_pair(v[2 * EACH], v[3 * EACH]) << 16; }
 

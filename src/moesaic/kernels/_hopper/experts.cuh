@@ -1,5 +1,5 @@
 // All experts of a layer in one launch: both products, the activation and the encoding between them. Who does what of an
-// item: eight warps multiply (narrow.cuh or wide.cuh) and finish the tile here, three more see to the rest (fetch.cuh).
+// item: eight warps multiply (narrow.cuh, wide.cuh; turned.cuh) and finish the tile here, three more see to the rest (fetch.cuh).
 #pragma once
 #include "room.cuh"
 #if NARROW
@@ -9,30 +9,11 @@
 #endif
 #include "fetch.cuh"
 #include "broad.cuh"
+#include "turned.cuh"
 
 DEVICE int row_in_tile(const Consumer &me, int m) { return (8 * m + me.warp) * 16 + lane_row(me.lane); }
 
 DEVICE int element_of_h(const Consumer &me, int m) { return (8 * m + me.warp) * 8 + lane_row(me.lane); }
-
-// gate -> the activated gate times up, for many, a step of all of them at a time. alpha 0: SiLU.
-template <int R, int C> DEVICE void join_all(const Arguments &a, float (&gate)[R][C], float (&up)[R][C]) {
-    float below[R][C], slope = 1.0f;
-    if (a.alpha != 0.0f) {
-        slope = a.alpha;
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int i = 0; i < C; i++) gate[r][i] = fminf(gate[r][i], a.limit), up[r][i] = fminf(fmaxf(up[r][i], -a.limit), a.limit) + 1.0f;
-    }
-#pragma unroll
-    for (int r = 0; r < R; r++)
-#pragma unroll
-        for (int i = 0; i < C; i++) below[r][i] = 1.0f + __expf(-gate[r][i] * slope);
-#pragma unroll
-    for (int r = 0; r < R; r++)
-#pragma unroll
-        for (int i = 0; i < C; i++) gate[r][i] = __fdividef(gate[r][i], below[r][i]) * up[r][i];
-}
 
 // The rows of a chunk that each warp takes.
 #define TAKEN (CHUNK / 8)
@@ -184,6 +165,9 @@ DEVICE void finish_tile(const Arguments &a, const Item &item, int slot, const Co
 
 // `rounded` is one of the sizes that code exists for.
 DEVICE void multiply_tile(float (&sums)[STACK][HALF], Consumer &me, int stages, int rounded) {
+#if TURNS_FULL
+    if (rounded == MOST) return product_turned(sums, me, stages);
+#endif
 #define TRY(HEIGHT)                         \
     if (HEIGHT < MOST && rounded <= HEIGHT) \
         return product<HEIGHT>(sums, me, stages);
@@ -191,7 +175,9 @@ DEVICE void multiply_tile(float (&sums)[STACK][HALF], Consumer &me, int stages, 
     TRY(HEIGHT_1)
     TRY(HEIGHT_2)
     TRY(HEIGHT_3)
+#if !TURNS_FULL
     product<MOST>(sums, me, stages);
+#endif
 }
 
 DEVICE void consume(const Arguments &a) {
@@ -217,7 +203,12 @@ DEVICE void consume(const Arguments &a) {
                 for (int i = 0; i < HALF; i++) sums[m][i] = 0.0f;
             multiply_tile(sums, me, weight.stages, item.rounded);
             wait_full(room.table_full, slot);
-            finish_tile(a, item, slot.slot, me, sums);
+#if TURNS_FULL
+            if (item.rounded == MOST)
+                finish_turned(a, item, slot.slot, me, sums);
+            else
+#endif
+                finish_tile(a, item, slot.slot, me, sums);
         }
         if (!NARROW) fence_to_async();  // the copy engine will read h
         __syncwarp();

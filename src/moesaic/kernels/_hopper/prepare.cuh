@@ -55,8 +55,8 @@ DEVICE Ends ends_of(int a, int b, int2 *sums) {
     return ends;
 }
 
-// Rows in order of their expert, stable, and tiles of up to MOST of them, each expert's of equal height. Every warp counts the
-// experts of its own stretch of rows, then hands out places. rank: of this block among those that share the rows. This runs once
+// Rows in order of their expert, stable, and tiles of up to MOST of them, each expert's of equal height (where full tiles are
+// cheaper, full ones first). Every warp counts the experts of its own stretch of rows, then hands out places. rank: of this block among those that share the rows. This runs once
 // and from cold memory: what is short is fast.
 DEVICE void sort_rows(const Preparation &p, int rank, int blocks) {
     if (p.tokens == 1) {
@@ -116,6 +116,7 @@ DEVICE void sort_rows(const Preparation &p, int rank, int blocks) {
     if (rank == 0) {
         if (thread == 0) p.counters[0] = ends.all_b;
         int height = tiles > 1 ? (all + tiles - 1) / tiles : all;
+        if (TURNS_FULL && tiles > 1 && height > 72) height = MOST;
 #pragma unroll 1
         for (int t = 0; t < tiles; t++) {
             int rows = min(height, all - t * height);

@@ -30,6 +30,9 @@
 
 #define TAKES_TURNS (!NARROW && (FORMAT == INT4 || (FORMAT == NVFP4 && HALVES && MOST >= 80))) /* groups of warps multiply in turn (wide.cuh) */
 
+/* A full tile's rows of x are those of the products, rows of w their columns (turned.cuh). */
+#define TURNS_FULL (BLOCK_SCALES && GROUP_SCALES && ROWS8 && MOST == 128 && STACK == 2)
+
 struct Item {
     int phase, tile, column, e, first, count, rounded, padding;  // phase 0: the end, 1 first product, 2 encoding of all, 3 second
 };

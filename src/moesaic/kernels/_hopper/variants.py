@@ -94,9 +94,14 @@ class Variant:
         height = self.tile.height
         apart = self.form == 5 or (self.block_scales and not self.codes)  # sums of groups or blocks are kept apart
         spills = self.form in (3, 4) or (apart and not self.eight_bit)
-        high = (32, 64, 96) if spills else (72, 80, 96, 112)
+        high = (32, 64, 96) if spills else (64, 72, 80, 96) if self.turns_full else (72, 80, 96, 112)
         some = {80: (32, 56, 64, 72), 96: (32, 64, 72, 80), 128: high, 160: (64, 96, 128, 144)}
         return (*some.get(height, range(self.step, height, self.step)), height)
+
+    @property
+    def turns_full(self) -> bool:
+        """Whether full tiles are multiplied the other way round, which is cheaper; as TURNS_FULL in room.cuh."""
+        return self.block_scales and self.encoding == 4 and (self.tile.height, self.tile.stack) == (128, 2)
 
     @property
     def step(self) -> int:

@@ -8,7 +8,7 @@ from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._triton.linear_quant import products
 
-WAVES = 2
+WAVES = 4
 """Programs per multiprocessor: parts cost no kernel here."""
 
 
