@@ -21,7 +21,17 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant
 from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper import launch
-from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, Variant, heights_of, tile_for, variant_of, with_tile
+from moesaic.kernels._hopper.variants import (
+    PAIRS,
+    TILES,
+    Tile,
+    Variant,
+    dense_tile,
+    heights_of,
+    tile_for,
+    variant_of,
+    with_tile,
+)
 from moesaic.kernels.ops import ExpertWeights
 
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
@@ -176,6 +186,25 @@ def test_low_tiles_of_fp8_for_a_token_alone_that_reads_little() -> None:
 def test_the_height_that_was_the_fastest(name: str, rows: int, height: int) -> None:
     """Or within 3% of it, in turns (docs/performance-log.md) or in an H200's tables. rows: of an expert, on average."""
     assert tile_for(variant(name, 8), 128 * rows, 128).height == height
+
+
+@pytest.mark.parametrize(("rows", "n", "columns", "height"), [
+    (256, 5120, 2048, 0), (512, 5120, 2048, 128), (8192, 5120, 2048, 128), (512, 2048, 4096, 0), (1024, 2048, 4096, 64),
+    (2048, 2048, 4096, 128), (64, 24576, 1536, 0), (128, 24576, 1536, 128), (128, 7168, 16384, 0),
+    (256, 7168, 16384, 64), (512, 7168, 16384, 128), (1024, 1536, 7168, 64), (512, 4096, 7168, 64),
+    (1024, 4096, 7168, 128), (64, 36864, 7168, 0), (256, 36864, 7168, 128), (256, 7168, 18432, 64),
+])  # fmt: skip
+def test_dense_products_that_were_the_fastest_here(rows: int, n: int, columns: int, height: int) -> None:
+    """In turns with Triton on an H200 (docs/performance-log.md). height: 0 is Triton."""
+    tile = dense_tile(rows, (n,), columns)
+    assert (tile.height if tile else 0) == height
+
+
+def test_dense_products_that_are_left_to_triton() -> None:
+    assert dense_tile(8192, (4096, 512, 512), 2048) is TILES[128]
+    assert dense_tile(8192, (4096, 500, 512), 2048) is None, "blocks begin anew within the weight"
+    assert dense_tile(8192, (4096, 512, 500), 2048) is None, "rows of results that do not lie on 16 bytes"
+    assert dense_tile(8192, (4096,), 2040) is None, "nor those of the operands"
 
 
 @pytest.mark.parametrize(("name", "tile"), SPILLING)

@@ -11,10 +11,11 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import SILU, Activation
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import launch
-from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, with_tile
+from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, variant_of, with_tile
+from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, on_hopper
-from tests.triton_support import in_double, sorted_rows
+from tests.triton_support import in_double, randn, sorted_rows, weight
 
 __all__ = ["on_hopper"]
 pytestmark = pytest.mark.gpu
@@ -164,6 +165,28 @@ def test_sums_in_fp32(name: str, tile: Tile) -> None:
     slack = 2**-9 * (first.norm(dim=-1) * up.abs().amax(-1) + second.norm(dim=-1) * gate.abs().amax(-1))
     assert (both.norm(dim=-1) < 0.05 * half.norm(dim=-1)).all(), "the terms cancel"
     assert (error <= slack).all(), (error / slack).max()
+
+
+@pytest.mark.parametrize("tokens", [128, 129, 333, 1000, 4200])
+@pytest.mark.parametrize(("segments", "columns"), [
+    ((4096, 512, 512), 2048), ((2048,), 4096), ((1536,), 7168), ((24, ), 128), ((1024, 520), 2896), ((8200,), 1536),
+])  # fmt: skip
+def test_dense_products(segments: tuple[int, ...], columns: int, tokens: int) -> None:
+    """Against FP64: many rows, the last tile ragged; columns and rows of the weight that fill no tile; biases."""
+    scheme = SCHEMES["fp8"]
+    w, x = weight(scheme, segments, columns), randn(tokens, columns)
+    rows = triton.encode(x, scheme.activation)
+    for bias in (None, randn(sum(segments))):
+        wanted = reference.linear_quant(in_double(rows), w, bias)
+        assert_rows_close(hopper.linear_quant(rows, w, bias), wanted, 2**-7, f"{segments} {columns}")
+        terms = hopper.linear_terms(rows, w, bias)
+        assert_rows_close(terms.double().sum(0), wanted, 2**-7, "terms")
+        fake = FAKES["linear_terms"]("hopper", rows, w, bias)
+        assert (terms.shape, terms.dtype) == (fake.shape, fake.dtype)
+        data, scale = rows.data, rows.parts["scale"]
+        for tile in (TILES[64], TILES[96], TILES[128], Tile(128, 1, 1)):
+            y = launch.linear(variant_of(scheme.weight, scheme.activation, tile), data, scale, w, bias)
+            assert torch.equal(y, terms[0]) or len(terms) > 1, tile
 
 
 @pytest.mark.parametrize("tokens", [40, 511, 512, 1000, 5003])

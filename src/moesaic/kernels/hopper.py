@@ -1,10 +1,11 @@
-"""Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, and attention over heads.
+"""Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, dense FP8 products, attention over heads.
 
 A call of `experts` is three launches: rows are sorted by expert while they are encoded; both products, the activation
 and the encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read
 as they are stored.
 E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
 BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
+A dense product of many FP8 rows is the second product of a layer with one expert; few rows are left to Triton.
 Attention over heads is a launch for sequences that decode and one for prompts; latents and other sizes are left to
 Triton.
 
@@ -23,8 +24,18 @@ from moesaic.contracts.scheme import ENCODINGS as ROWS
 from moesaic.contracts.scheme import FORMATS as WEIGHTS
 from moesaic.contracts.scheme import KV_FORMATS, Encoding, WeightFormat
 from moesaic.errors import UnsupportedError
+from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Variant, tile_for, variant_of, with_tile
+from moesaic.kernels._hopper.variants import (
+    FORMATS,
+    PAIRS,
+    TILES,
+    Variant,
+    dense_tile,
+    tile_for,
+    variant_of,
+    with_tile,
+)
 from moesaic.kernels.exact import exact
 from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, KVView, Softmax, Span
 
@@ -35,6 +46,13 @@ CONTRACTS = (
         forms=frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128)),
         activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
         limits=Limits(hidden_multiple=64, width_multiple=64),
+    ),
+    *(
+        Contract(
+            op, "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
+            formats=frozenset({"fp8_block"}), encodings=frozenset({"fp8_group128"}), arch=(90, 90), package="triton",
+            versions=">=3.6,<3.8", path=path_of(op),
+        ) for op in ("linear_quant", "linear_terms")
     ),
     *(
         Contract(
@@ -83,8 +101,6 @@ def probe() -> str | None:
 def tried() -> bool:
     """Experts whose weights are 0.5 (up rows: 1) and 2, times rows of 2^-7."""
     from moesaic.contracts.spec import SILU
-    from moesaic.formats.base import QuantTensor
-
     form, like = WeightFormat("bf16"), torch.empty(0, dtype=torch.bfloat16, device="cuda")
     w13 = QuantTensor.empty(form, (64, 64), 64, like, (2,))
     w2 = QuantTensor.empty(form, (64,), 64, like, (2,))
@@ -175,6 +191,42 @@ def summed(variant: Variant, terms: ExpertTerms) -> Tensor:
         return terms.y_RD.new_empty(tokens, terms.y_RD.shape[1])
     with torch.cuda.device(terms.ids_TA.device):
         return launch.combine(variant, terms.y_RD, terms.ids_TA, terms.weights_TA)
+
+
+def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
+    """Many rows here, few ones by Triton."""
+    y_TN = multiplied_densely(x, w, bias_N)
+    if y_TN is not None:
+        return y_TN.view(*x.data.shape[:-1], w.shape[-2])
+    from moesaic.kernels import triton
+
+    y: Tensor = triton.linear_quant(x, w, bias_N)
+    return y
+
+
+def linear_terms(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
+    """The same as terms [P, T, N]: of many rows one, in BF16."""
+    y_TN = multiplied_densely(x, w, bias_N)
+    if y_TN is not None:
+        return y_TN[None]
+    from moesaic.kernels import triton
+
+    terms: Tensor = triton.linear_terms(x, w, bias_N)
+    return terms
+
+
+def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tensor | None:
+    """[T, N], or None where Triton is to do it."""
+    columns = w.columns
+    rows = x.data.numel() // columns
+    tile = dense_tile(rows, w.segments, columns)
+    if tile is None:
+        return None
+    from moesaic.kernels._hopper import launch
+
+    data, scale = x.data.reshape(rows, columns).contiguous(), x.parts["scale"].reshape(rows, -1)
+    with torch.cuda.device(data.device):
+        return launch.linear(variant_of(w.form, x.encoding, tile), data, scale, w, bias_N)
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,

@@ -1,7 +1,7 @@
 // What goes on beside the consumers: one warp takes items in order and fetches weights, another fetches rows of x, a third
 // says what has been made.
 //
-// Items are handed out by a counter: first-product tiles of all tiles of rows, then (where a scale spans more than a tile)
+// Items are handed out by a counter (those of a dense product, which are all alike, in turn): first-product tiles of all tiles of rows, then (where a scale spans more than a tile)
 // encodings, then second-product tiles. What an item needs was taken before it, so that waiting for it ends. While its rows
 // of h are not ready, the weights of a second product are on their way already.
 // Of a token alone, weights are on their way even while `prepare` is at work on its row: a thread block's first item is that
@@ -25,7 +25,19 @@ DEVICE int lone_tiles(const Arguments &a, int tile, int &e, int lane) {
     return count;
 }
 
+// Of a dense product: columns of `band` tiles of rows, one after another, then the next so many tiles. What runs at one time
+// reads few rows and few columns, which the L2 cache holds.
+DEVICE Item dense_item(const Arguments &a, int i, int tiles) {
+    Item item = {};
+    if (i >= tiles * a.second.tiles) return item;
+    int all = a.band * a.second.tiles, at = i % all, begin = i / all * a.band, high = min(a.band, tiles - begin);
+    item.phase = 3, item.tile = begin + at % high, item.column = at / high;
+    item.first = item.tile * MOST, item.count = min(MOST, a.rows - item.first), item.rounded = height_of(item.count);
+    return item;
+}
+
 DEVICE Item item_of(const Arguments &a, int i, int tiles, int lane) {
+    if (a.band) return dense_item(a, i, tiles);
     int per1 = a.phases & 1 ? a.first.tiles : 0, per2 = a.phases & 2 ? a.second.tiles : 0;
     int end1 = tiles * per1, end2 = end1 + ((a.phases & 1) && BY_ROW ? tiles : 0), end3 = end2 + tiles * per2;
     Item item = {};
@@ -134,9 +146,9 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
     ScaleFetcher scales;
     u64 begun = nanoseconds(), policy = first_to_go();
     bool ahead = a.ids;  // whoever wrote `ids` had ended before `prepare` let this grid start
-    int none = 0, tiles = ahead ? lone_tiles(a, -1, none, lane) : a.counters[0], taken = ahead ? gridDim.x : 0;
-    int next = blockIdx.x;
-    if (!ahead && lane == 0) next = atomicAdd(a.counters + 1, 1);
+    int none = 0, tiles = ahead ? lone_tiles(a, -1, none, lane) : a.band ? (a.rows + MOST - 1) / MOST : a.counters[0];
+    int next = blockIdx.x, taken = ahead ? gridDim.x : 0;
+    if (!ahead && !a.band && lane == 0) next = atomicAdd(a.counters + 1, 1);
     for (;;) {
         Item item = item_of(a, __shfl_sync(0xFFFFFFFFu, next, 0), tiles, lane);
         if (lane == 0) {
@@ -164,7 +176,7 @@ DEVICE void fetch_weights(const Arguments &a, const Maps &maps, int lane) {
                 // Just in time: an item that is taken too early waits here while other thread blocks have nothing to do.
                 if (s == max(weight.stages - 2, 0)) {
                     if (ahead) wait_for_grid();
-                    next = taken + atomicAdd(a.counters + 1, 1);
+                    next = a.band ? next + gridDim.x : taken + atomicAdd(a.counters + 1, 1);
                 }
                 barrier_announce(bar, W_BYTES);
                 int column = up ? item.column * H_COLUMNS / 8 : item.column * Y_COLUMNS;
@@ -199,7 +211,7 @@ struct Tables {
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
             int sorted = item.first + min(lane + 32 * i, item.count - 1);
-            place[i] = a.order[sorted];
+            place[i] = a.order ? a.order[sorted] : sorted;
             source[i] = item.phase == 1 ? place[i] / a.top_k : sorted;
             if (ROW_SCALES) scale[i] = __ldcg(rows.scales + (i64)source[i] * rows.scale_row);
         }

@@ -44,7 +44,7 @@ class Arguments(ctypes.Structure):
                 ("order", PTR), ("tiles", PTR), ("ids", PTR), ("counters", PTR), ("experts", I32),
                 ("tile_limit", I32), ("top_k", I32), ("columns", I32), ("width", I32),
                 ("hidden", I32), ("phases", I32), ("once", I32), ("likely", I32), ("lead", I32), ("parts", I32),
-                ("groups", I32), ("limit", F32), ("alpha", F32))  # fmt: skip
+                ("groups", I32), ("rows", I32), ("band", I32), ("limit", F32), ("alpha", F32))  # fmt: skip
 
 
 class Maps(ctypes.Structure):
@@ -277,8 +277,8 @@ def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phas
         routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), None if routed.ids is None else routed.ids.data_ptr(),
         routed.counters.data_ptr(), w.w13.shape[0], len(routed.tiles_B4),
         routed.top_k, width, h.width, hidden, phases, once, once and rows >= w.w13.shape[0] * 2,
-        lead_of(w, rows) if routed.ids is not None else 0, routed.parts, routed.groups, w.activation.limit,
-        w.activation.alpha if oai else 0.0,
+        lead_of(w, rows) if routed.ids is not None else 0, routed.parts, routed.groups, 0, 0,
+        w.activation.limit, w.activation.alpha if oai else 0.0,
     )  # fmt: skip
     device = torch.cuda.current_device()
     kernels = loaded(variant, device)
@@ -286,6 +286,40 @@ def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phas
     blocks, given = min(processors(device) * tile.blocks, items), [all_maps(variant, w, h), arguments]
     launch(kernels.experts, blocks, kernels.threads, given, kernels.shared)
     return h, y, before
+
+
+BAND = 16
+"""Tiles of rows of a dense product that run side by side; see fetch.cuh."""
+
+
+@lru_cache(maxsize=4096)
+def dense_map(data: int, rows: int, columns: int, stride: int, box: tuple[int, int]) -> TensorMap:
+    """Of a weight. data: its address.  columns, stride: bytes of a row, and from one to the next.  box: of a tile."""
+    return tensor_map(data, (columns, rows, 1), (stride, rows * stride), (*box, 1))
+
+
+def linear(variant: Variant, x_TK: Tensor, scale_TG: Tensor, w: QuantTensor, bias_N: Tensor | None) -> Tensor:
+    """BF16 [T, N] = x w^T + bias, of rows that are multiplied in their own order: the second product of a layer whose
+    only expert takes all of them.
+
+    x_TK: E4M3, dense.  scale_TG: FP32, of 128 elements each.  w: in blocks of 128 x 128, which do not begin anew within
+    it.  bias_N: BF16.
+    """
+    (rows, k), n, tile = x_TK.shape, w.shape[0], variant.tile
+    y = x_TK.new_empty(rows, n, dtype=torch.bfloat16)
+    data, scale = w.parts["data"], w.parts["scale"]
+    tiles, stride = -(-n // (128 * tile.stack)), scale.stride(0) * scale.element_size()
+    weight = WeightC(scale.data_ptr(), 0, stride, None, None if bias_N is None else bias_N.data_ptr(),
+                     -(-k // variant.elements), 0, n, tiles)  # fmt: skip
+    stored = Stored(x_TK, scale_TG, scale_TG.stride(0), scale_TG.stride(1))
+    columns = dense_map(data.data_ptr(), n, k, data.stride(0), (variant.row_bytes, 128 * tile.stack))
+    arguments = Arguments(second=weight, h=stored.packed(), y=y.data_ptr(), experts=1, top_k=1, columns=k, width=k,
+                          hidden=n, phases=2, rows=rows, band=BAND)  # fmt: skip
+    kernels = loaded(variant, device := torch.cuda.current_device())
+    blocks = min(processors(device) * tile.blocks, -(-rows // tile.height) * tiles)
+    given = [Maps(columns, columns, row_map(variant, stored)), arguments]
+    launch(kernels.experts, blocks, kernels.threads, given, kernels.shared)
+    return y
 
 
 def lead_of(w: ExpertWeights, experts: int) -> int:

@@ -29,7 +29,7 @@ struct Arguments {
     Rows x, h;           // x: token rows.  h: activated rows, sorted
     float *wide;         // h before it is encoded, FP32 [R, width]: where that takes more than a tile, or on request
     u16 *y;              // BF16 [R, D], in the rows' places before sorting
-    const int *order;    // [R]: sorted row -> t A + a
+    const int *order;    // [R]: sorted row -> t A + a; null: as they are
     const int4 *tiles;   // expert, first sorted row, rows, rows rounded up
     const int *ids;      // of a token alone, or null
     int *counters;       // see below
@@ -38,6 +38,7 @@ struct Arguments {
     int likely;         // and whether most will have one
     int lead;           // of a token alone: nanoseconds by which weights of the first product go before those of the second
     int parts, groups;  // of a tile's h: how many are announced; groups that are encoded apart
+    int rows, band;      // of a dense product, whose only expert has all rows in order: how many, and tiles of them that share columns; or 0
     float limit, alpha;  // of gpt-oss's activation; alpha 0: SiLU
 };
 

@@ -25,6 +25,8 @@ NARROW = 32
 """Tiles of up to so many rows of x are multiplied by warps; as NARROW in decode.cuh."""
 SMALL = 1 << 23
 """Elements of an expert's weights; see tile_for."""
+FEW, PROCESSORS = 128, 132
+"""Rows of a dense product below which Triton's kernels, which share K out, are faster; multiprocessors of an H100."""
 SHARED = {1: 232448, 2: 115712, 3: 76800}
 """Bytes of shared memory that one of so many thread blocks of a multiprocessor can have."""
 
@@ -206,6 +208,24 @@ def tile_for(variant: Variant, rows: int, experts: int, lone: int = 0) -> Tile:
     if int4 and variant.codes and mean > 6:
         height = max(height, 64)
     return TILES[height]
+
+
+def dense_tile(rows: int, segments: tuple[int, ...], columns: int) -> Tile | None:
+    """Of a dense product of FP8 blocks with rows in groups; None where that is not what these kernels are for.
+
+    segments, columns: of the weight. Blocks must follow one another, rows lie on 16 bytes. Multiprocessors take tiles
+    in rounds, which must be full enough for these tiles to be faster than Triton's smaller ones, which share out K. The
+    numbers are measured (docs/performance-log.md): tiles of a round from which on they are, and what a round takes.
+    """
+    if rows < FEW or columns % 16 or any(each % 128 for each in segments[:-1]) or segments[-1] % 8:
+        return None
+    best, least = None, math.inf
+    for height, enough, time in ((128, 71, 0.85), (64, 88, 0.62)):
+        tiles = -(-rows // height) * -(-sum(segments) // 256)
+        rounds = -(-tiles // PROCESSORS)
+        if tiles >= enough * rounds and rounds * time < least:
+            best, least = TILES[height], rounds * time
+    return best
 
 
 def heights_of(variant: Variant) -> tuple[int, ...]:
