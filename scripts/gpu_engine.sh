@@ -83,7 +83,8 @@ run() {
     schemes) OMP_NUM_THREADS=$((CORES / 2)) stage schemes 150 "$PYTHON" benchmarks/schemes_gpu.py --limit 3
         OMP_NUM_THREADS=$((CORES / 2)) stage schemes-kv8 60 "$PYTHON" benchmarks/schemes_gpu.py --limit 3 --kv fp8 \
             --schemes fp8,mxfp8 ;;
-    gemm) stage gemm 150 "$PYTHON" benchmarks/gemm.py --schemes bf16 fp8 mxfp8 nvfp4 wna16 --tokens 1 16 64 1024 4096 ;;
+    gemm) stage gemm 150 "$PYTHON" benchmarks/gemm.py --backends triton hopper \
+        --schemes bf16 fp8 mxfp8 nvfp4 wna16 --tokens 1 16 64 256 1024 4096 ;;
     experts) stage experts 240 "$PYTHON" benchmarks/experts.py --shapes small lite \
         --schemes bf16 fp8 mxfp8 nvfp4_dynamic mxfp4 wna16 w4afp8 ;;
     attention-sweep) TAIL=90 stage attention-sweep 120 "$PYTHON" benchmarks/attention.py --sweep ;;

@@ -19,6 +19,7 @@ from moesaic.models.hold import hold
 from moesaic.models.wishes import wish_of
 from moesaic.planning.chain import Chain, Parts, build
 from moesaic.planning.mixture import find
+from moesaic.planning.needs import under
 from moesaic.planning.plan import plan
 from moesaic.planning.verify import verify
 from scripts import plan_fixtures, plan_golden
@@ -279,6 +280,18 @@ def test_deterministic_experts_are_of_one_kernel() -> None:
         assert made.nearest == "--experts triton_invariant"
     alone = plan(spec_of(QWEN), GPUS["h100"], CATALOGUE, Wishes(deterministic=True, experts="triton_invariant"))
     assert isinstance(alone, ModelPlan)
+
+
+def test_dense_products_that_are_asked_for_come_with_their_fused_form() -> None:
+    """DeepGEMM has none: parts that it does not make are not left to another one."""
+    spec = hold(spec_of(QWEN), SCHEMES["fp8"])
+    for asked, fused in ((None, "hopper"), ("triton", "triton"), ("hopper", "hopper"), ("deep_gemm", None)):
+        made = plan(spec, GPUS["h100"], CATALOGUE, Wishes(linear=asked))
+        assert isinstance(made, ModelPlan), made
+        scheme = next(each.scheme for each in made.layers[0].linears if each.scheme.name == "fp8")
+        chosen = kept({choice.op: choice.chosen for choice in made.ops[under(made.base, scheme)]})
+        assert chosen["linear_quant"] == (asked or "hopper")
+        assert chosen.get("linear_terms") == fused
 
 
 def test_attention_that_is_asked_for_comes_with_its_fused_forms() -> None:

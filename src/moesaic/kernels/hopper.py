@@ -220,7 +220,7 @@ def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tensor
     columns = w.columns
     rows = x.data.numel() // columns
     tile = dense_tile(rows, w.segments, columns)
-    if tile is None:
+    if tile is None or (bias_N is not None and (bias_N.dtype != torch.bfloat16 or bias_N.stride(0) != 1)):
         return None
     from moesaic.kernels._hopper import launch
 

@@ -3,7 +3,7 @@
 16-bit products of warps (tiles of up to 32 rows) and of groups of four warps (taller ones) add up sixteen elements of K
 at a time, with the same bits on a Hopper GPU (`tests/test_hopper_gpu.py` compares them); the variants here have them do
 so in one order. Products of E4M3 codes, which only groups of four warps make, are those of tall tiles for all numbers
-of rows.
+of rows; whether rows of x or of w come first in the tensor core does not change its bits either (the same test).
 """
 
 from __future__ import annotations

@@ -344,7 +344,8 @@ def choose(op: str, need: Need, catalogue: Sequence[Contract], wishes: Wishes) -
             works = any(c.op == op and not c.misses(plain) and (c.built or wishes.hypothetical) for c in catalogue)
             nearest = "--kv bf16" if works else None
         raise Refused(Refusal(what, op, kind, reasons, nearest))
-    beside = wishes.attention if op in ("attend_encode", "attend_latent") else None  # in place of attend_paged
+    attend, linear = wishes.attention, wishes.linear
+    beside = {"attend_encode": attend, "attend_latent": attend, "linear_terms": linear}.get(op)
     chosen = wish or (beside if beside in able else able[0])
     rejected = tuple(
         Rejection(name, miss or ("another was asked for" if wish else f"{chosen} is preferred"))

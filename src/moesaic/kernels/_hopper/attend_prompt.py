@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper import wgmma
-from moesaic.kernels._hopper.driver import Module, launch, tensor_map
+from moesaic.kernels._hopper.driver import Module, described, launch
 from moesaic.kernels._hopper.launch import processors
 from moesaic.kernels._triton import attend_paged as triton
 from moesaic.kernels._triton.attend_paged import Heads, Tables
@@ -25,8 +25,6 @@ SIZES, SMALLEST_BLOCK = (64, 128), 16
 FEWEST, NARROW = 64, 1024
 """Fewer rows do not fill a warp group's; of narrow windows a block walks so few tiles that Triton is faster."""
 TILE, LOG2E = 128, 1.4426950408889634
-described = lru_cache(4096)(tensor_map)
-"""Pools stay where they are, and activations come back to where they were."""
 
 
 class Prompts(ctypes.Structure):

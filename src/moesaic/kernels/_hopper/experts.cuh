@@ -1,5 +1,5 @@
 // All experts of a layer in one launch: both products, the activation and the encoding between them. Who does what of an
-// item: eight warps multiply (narrow.cuh, wide.cuh; turned.cuh) and finish the tile here, three more see to the rest (fetch.cuh).
+// item: eight warps multiply (narrow.cuh, wide.cuh) and finish the tile here (both in turned.cuh), three more see to the rest (fetch.cuh).
 #pragma once
 #include "room.cuh"
 #if NARROW

@@ -1,9 +1,10 @@
 // What goes on beside the consumers: one warp takes items in order and fetches weights, another fetches rows of x, a third
 // says what has been made.
 //
-// Items are handed out by a counter (those of a dense product, which are all alike, in turn): first-product tiles of all tiles of rows, then (where a scale spans more than a tile)
+// Items are handed out by a counter: first-product tiles of all tiles of rows, then (where a scale spans more than a tile)
 // encodings, then second-product tiles. What an item needs was taken before it, so that waiting for it ends. While its rows
 // of h are not ready, the weights of a second product are on their way already.
+// Those of a dense product (`band`), which are all alike, thread blocks take in turn, without a counter.
 // Of a token alone, weights are on their way even while `prepare` is at work on its row: a thread block's first item is that
 // of its own number. There, waiting ends because thread blocks begin in the order of their numbers. Those that begin with the
 // second product let the first one's weights come through before they ask for any.
@@ -135,8 +136,9 @@ struct ScaleFetcher {
 // tile, this thread block's first item is the one of its own number, about.
 DEVICE void fetch_likely(const Arguments &a, const Maps &maps) {
     constexpr int STAGES_AHEAD = 80 * 1024 / BLOCKS_PER_SM / W_BYTES;
+    if (!a.likely) return;
     int per = a.first.tiles, e = blockIdx.x / per;
-    if (!a.likely || e >= a.experts) return;
+    if (e >= a.experts) return;
 #pragma unroll 1
     for (int s = 0; s < min(a.first.stages, STAGES_AHEAD); s++) prefetch_tile5(&maps.first, s * W_ROW, blockIdx.x % per * H_COLUMNS / 8, e);
 }

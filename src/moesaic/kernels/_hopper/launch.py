@@ -16,7 +16,7 @@ from torch import Tensor
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper.driver import Module, TensorMap, launch, tensor_map
+from moesaic.kernels._hopper.driver import Module, TensorMap, described, launch, tensor_map
 from moesaic.kernels._hopper.variants import Variant
 from moesaic.kernels.ops import ExpertWeights
 
@@ -229,7 +229,7 @@ def weight_maps(first: int, second: int, shape: tuple[int, int, int], row_bytes:
 
 def row_map(variant: Variant, x: Stored) -> TensorMap:
     """Of sorted rows."""
-    return tensor_map(x.data.data_ptr(), (x.row_bytes, len(x.data)), (x.row_bytes,), (128, variant.step))
+    return described(x.data.data_ptr(), (x.row_bytes, len(x.data)), (x.row_bytes,), (128, variant.step))
 
 
 def all_maps(variant: Variant, w: ExpertWeights, h: Stored) -> Maps:
@@ -292,18 +292,12 @@ BAND = 16
 """Tiles of rows of a dense product that run side by side; see fetch.cuh."""
 
 
-@lru_cache(maxsize=4096)
-def dense_map(data: int, rows: int, columns: int, stride: int, box: tuple[int, int]) -> TensorMap:
-    """Of a weight. data: its address.  columns, stride: bytes of a row, and from one to the next.  box: of a tile."""
-    return tensor_map(data, (columns, rows, 1), (stride, rows * stride), (*box, 1))
-
-
 def linear(variant: Variant, x_TK: Tensor, scale_TG: Tensor, w: QuantTensor, bias_N: Tensor | None) -> Tensor:
     """BF16 [T, N] = x w^T + bias, of rows that are multiplied in their own order: the second product of a layer whose
     only expert takes all of them.
 
-    x_TK: E4M3, dense.  scale_TG: FP32, of 128 elements each.  w: in blocks of 128 x 128, which do not begin anew within
-    it.  bias_N: BF16.
+    x_TK: E4M3, dense.  scale_TG: FP32, of 128 elements each.  w: [N, K] dense, in blocks of 128 x 128, which do not
+    begin anew within it (scales dense along K).  bias_N: BF16, dense.  K is a multiple of 16, N of 8.
     """
     (rows, k), n, tile = x_TK.shape, w.shape[0], variant.tile
     y = x_TK.new_empty(rows, n, dtype=torch.bfloat16)
@@ -312,7 +306,8 @@ def linear(variant: Variant, x_TK: Tensor, scale_TG: Tensor, w: QuantTensor, bia
     weight = WeightC(scale.data_ptr(), 0, stride, None, None if bias_N is None else bias_N.data_ptr(),
                      -(-k // variant.elements), 0, n, tiles)  # fmt: skip
     stored = Stored(x_TK, scale_TG, scale_TG.stride(0), scale_TG.stride(1))
-    columns = dense_map(data.data_ptr(), n, k, data.stride(0), (variant.row_bytes, 128 * tile.stack))
+    box = variant.row_bytes, 128 * tile.stack, 1
+    columns = described(data.data_ptr(), (k, n, 1), (data.stride(0), n * data.stride(0)), box)
     arguments = Arguments(second=weight, h=stored.packed(), y=y.data_ptr(), experts=1, top_k=1, columns=k, width=k,
                           hidden=n, phases=2, rows=rows, band=BAND)  # fmt: skip
     kernels = loaded(variant, device := torch.cuda.current_device())

@@ -55,9 +55,10 @@ DEVICE Ends ends_of(int a, int b, int2 *sums) {
     return ends;
 }
 
-// Rows in order of their expert, stable, and tiles of up to MOST of them, each expert's of equal height (where full tiles are
-// cheaper, full ones first). Every warp counts the experts of its own stretch of rows, then hands out places. rank: of this block among those that share the rows. This runs once
-// and from cold memory: what is short is fast.
+// Rows in order of their expert, stable, and tiles of up to MOST of them, each expert's of equal height. Where full tiles are
+// cheaper and equal ones would have more than 72 rows, full ones come first, the rest behind them (from 0 to 80 rows it makes no
+// difference; up to 96 it costs 3% to 9%). Every warp counts the experts of its own stretch of rows, then hands out places. rank:
+// of this block among those that share the rows. This runs once and from cold memory: what is short is fast.
 DEVICE void sort_rows(const Preparation &p, int rank, int blocks) {
     if (p.tokens == 1) {
         if (threadIdx.x < 32) sort_one(p);

@@ -80,7 +80,7 @@ DEVICE void release(u64 *bar, int lane) {
 //
 // Eight warps share the 128 STACK weight rows of a tile: warp w has rows 16 (8 m + w) .. + 15, m < STACK. Of these, a lane
 // holds rows r and r + 8 (r = lane_row) at columns 8 j + 2 (lane % 4) + {0, 1}: sums[m][4 j + {0, 1}] and [4 j + {2, 3}].
-// In the first product row r is a gate row and r + 8 the up row of the same element.
+// In the first product row r is a gate row and r + 8 the up row of the same element. Full tiles of turned.cuh are held otherwise.
 
 #define HALF (MOST / 2)
 

@@ -1,7 +1,8 @@
 // Full tiles of FP8 with scales of groups and blocks. Else a sum belongs to two rows of w and many of x, and what it is
 // multiplied by, to itself: a product of two scales. Here rows of x are the products' rows, those of w their columns, and a
 // lane's two rows have two scales for each block of w: half of the arithmetic between products, which would hold those up.
-// Group g of four warps has rows 64 g .. + 63 of x. A sum meets the same numbers in the same order as in wide.cuh: same bits.
+// Group g of four warps has rows 64 g .. + 63 of x. A sum meets the same numbers in the same order as in wide.cuh, and
+// tensor cores give it the same bits (`test_all_tiles_give_the_same_bits`).
 #pragma once
 #include "broad.cuh"
 
