@@ -1,7 +1,7 @@
 """How fast does the engine decode and read prompts on a GPU, with random weights of a real architecture?
 
     python benchmarks/throughput.py [--model qwen3-30b-a3b] [--scheme fp8] [--batch 1 4 16 32 64 256] [--context 1024]
-                                    [--prompts 8x4096] [--kv bf16] [--no-profile]
+                                    [--prompts 8x4096] [--first 16 64 256 1024] [--kv bf16] [--no-profile]
 
 The whole engine as it serves: scheduler, graphs, greedy sampling, the host's work, one step ahead of the device. Per
 batch: the wall time of a decoding step, over a window of steps; what of it the device computed, from a profile of
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -191,6 +192,18 @@ def prompts(engine: Engine, count: int, length: int, with_profile: bool) -> dict
     return row
 
 
+def first(engine: Engine, length: int) -> dict[str, Any]:
+    """Milliseconds until a prompt that comes alone has its first token; the median of seven."""
+    each = []
+    for i in range(9):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        start(engine, f"f{length}-{i}", 1, length, 2)
+        each.append((time.perf_counter() - began) * 1e3)
+        drain(engine)
+    return {"length": length, "ms": statistics.median(each[2:])}
+
+
 def active(engine: Engine) -> float:
     """Parameters that a token is multiplied with; embedding and head left out, since prompts do not meet them."""
     total, spec = 0.0, engine.runner.model.spec
@@ -217,6 +230,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 32, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompts", default="8x4096", help="COUNTxLENGTH, or 0 for none")
+    parser.add_argument("--first", nargs="*", type=int, default=[16, 64, 256, 1024], help="lengths of lone prompts")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     args = parser.parse_args()
     count, _, long = args.prompts.partition("x")
@@ -233,6 +247,9 @@ def main() -> None:
           "kernels |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     rows = [report.measure("rows", {"batch": batch}, partial(decode, engine, batch, args.context, args.profile))
             for batch in args.batch]  # fmt: skip
+    for length in args.first:
+        if row := report.measure("first", {"length": length}, partial(first, engine, length)):
+            print(f"a prompt of {length} tokens alone: first token after {row['ms']:.1f} ms", flush=True)
     if long and (row := report.measure("prompts", {}, partial(prompts, engine, int(count), int(long), args.profile))):
         print("prompts:", {name: value for name, value in row.items() if name != "profile"}, flush=True)
         list_kernels("prompts", row.get("profile"))

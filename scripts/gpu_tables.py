@@ -41,6 +41,10 @@ def throughput(results: Sequence[Result]) -> Iterator[str]:
             speed = f"{row['step_over_floor']:.2f} | {row['tokens_per_s']:,.0f}"
             yield (f"| {row['batch']} | {row['context']} | {row['step_ms']:.3f} | {row['floor_ms']:.3f} | {speed} | "
                    f"{row['experts_touched']:.0%} | {seen} |")  # fmt: skip
+        alone = good(result.get("first") or [])
+        if alone:
+            said = ", ".join(f"{row['length']:,} tokens {row['ms']:.1f} ms" for row in alone)
+            yield f"\nUntil a prompt that comes alone has its first token: {said}."
         for row in good(result.get("prompts") or []):
             yield (f"\nPrompts, {row['prompts']} x {row['length']} tokens: {row['tokens_per_s']:,.0f} tokens/s, "
                    f"{row['tflops']:.0f} TFLOPS counted on active parameters, {row['of_fp8_peak']:.0%} of FP8's peak.")

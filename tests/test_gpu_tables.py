@@ -18,6 +18,7 @@ PROMPTS = {"prompts": 8, "length": 4096, "tokens_per_s": 1e5, "tflops": 600.0, "
 FAILED = {"batch": 64, "error": "RuntimeError()"}
 RESULTS: dict[str, dict[str, Any]] = {
     "throughput-qwen-fp8": {"model": "qwen", "scheme": "fp8", "kv": "bf16", "prompts": [PROMPTS],
+                            "first": [{"length": 64, "ms": 5.04}, {"length": 9, "error": "RuntimeError()"}],
                             "rows": [STEP, FAILED, {**STEP, "batch": 16, "step_over_floor": 1.0}]},
     "experts-small": {"rows": [{"shape": "E8", "scheme": s, "backend": "triton", "tokens": n, "ms": 0.1, "share": share}
                                for s, n, share in (("fp8", 64, 0.5), ("fp8", 1, 0.25), ("bf16", 1, 0.75))]},
@@ -44,6 +45,7 @@ def test_every_result_is_in_its_table(folder: Path) -> None:
     found = gpu_tables.tables(folder)
     assert "| 1 | 1024 | 2.500 | 1.250 | 2.00 | 400 | 6% | 5.0% | 530 |" in found["gpu-throughput"]
     assert "| 64 |" not in found["gpu-throughput"], "a row that failed"
+    assert "first token: 64 tokens 5.0 ms." in found["gpu-throughput"]
     assert "600 TFLOPS" in found["gpu-throughput"]
     assert "| E8 | fp8 | triton | 0.1000 (0.25) | 0.1000 (0.50) |" in found["gpu-experts"]
     assert "| E8 | bf16 | triton | 0.1000 (0.75) |  |" in found["gpu-experts"]

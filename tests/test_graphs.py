@@ -147,3 +147,52 @@ def test_a_step_too_large_runs_without(folder: Path) -> None:
 def test_sizes() -> None:
     assert sizes(20) == [1, 2, 4, 8, 16, 20]
     assert sizes(8) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("budget", [256, 12])
+def test_short_prompts_run_in_graphs(folder: Path, budget: int) -> None:
+    """Whole, or cut in chunks of which all but the last choose nothing, beside requests that decode."""
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2)
+    rng = random.Random(7)
+    asked = {f"{n}": [rng.randrange(5, 60) for _ in range(n)] for n in (1, 2, 3, 17, 40)}
+    found, replayed = [], []
+    for most in (0, 64):
+        engine = engine_of(folder, overlap=True, max_num_batched_tokens=budget)
+        graphs = with_graphs(engine, most) if most else None
+        steps = 0
+        said: dict[str, list[Any]] = {name: [] for name in asked}
+        for name, prompt in asked.items():
+            engine.add(name, prompt, params)
+            for _ in range(2):
+                for delta in engine.step():
+                    said[delta.request_id].append((delta.tokens, delta.logprobs, delta.finish_reason))
+                steps += 1
+        while engine.has_work:
+            for delta in engine.step():
+                said[delta.request_id].append((delta.tokens, delta.logprobs, delta.finish_reason))
+            steps += 1
+        found.append(said)
+        replayed.append(sum(graphs.counts.values()) if graphs else 0)  # type: ignore[attr-defined]
+    assert found[0] == found[1]
+    assert all(len(each) == 5 for each in found[0].values())
+    assert replayed[1] >= steps - 1, "nothing ran without"
+
+
+def test_prompts_that_run_without_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that ask for scores of every token, that read too much, that are too long; those of deterministic mode."""
+    for params, prompt, made in (
+        (SamplingParams(max_tokens=1, temperature=0), 30, {"prompts": True}),
+        (SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), 30, {"prompts": True}),
+        (SamplingParams(max_tokens=1, temperature=0), 65, {"prompts": True}),
+        (SamplingParams(max_tokens=1, temperature=0), 30, {"prompts": False}),
+        (SamplingParams(max_tokens=1, temperature=0), 30, {"prompts": True, "read": 30 * 30 - 1}),
+    ):
+        engine = engine_of(folder, overlap=False)
+        graphs = with_graphs(engine)
+        graphs.prompts = bool(made["prompts"])
+        monkeypatch.setattr("moesaic.engine.graphs.MOST_READ", made.get("read", 30 * 30))
+        engine.add("a", list(range(5, 5 + prompt)), params)
+        while engine.has_work:
+            engine.step()
+        fits = made == {"prompts": True} and prompt == 30 and params.prompt_logprobs is None
+        assert bool(graphs.counts) == fits, (params, prompt, made)  # type: ignore[attr-defined]

@@ -1,5 +1,9 @@
 """Decoding steps as CUDA graphs: the whole forward pass, captured once per number of rows, launched as one.
 
+Short prompts run in them, too: each of their tokens is a row of its own, whose context ends with it. Rows write to the
+cache before any of them reads it, so that a row finds those before it. A step that is not captured costs a millisecond
+of Python per layer, whatever it computes.
+
 A graph works on fixed addresses: a step writes its few integers there and replays. Numbers of rows are rounded up to a
 captured one; rows that are padding have an empty context, choose no expert, and write to slot 0, which belongs to
 nobody. The greedy choice is part of the graph: where every row is greedy nothing else runs.
@@ -12,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,6 +26,8 @@ from tqdm import tqdm
 
 from moesaic.engine.draw import pick
 from moesaic.engine.feed import Feed
+from moesaic.engine.request import Request
+from moesaic.engine.rows import upload
 from moesaic.engine.scheduler import Step
 from moesaic.kernels.ops import AttentionBatch, Span
 from moesaic.layers.kv_pool import KVPool
@@ -31,6 +38,11 @@ FIELDS = ("token", "waits", "place", "position", "slot", "length")
 """INT64 per row. A token that the step before has yet to choose is 0, waits 1, and is looked up at its place."""
 NUMBERS = len(FIELDS) + 3
 """INT64 of a row: the fields, each of all rows together, then spans (row, 1, length of the context) row by row."""
+
+
+MOST_READ = 1 << 18
+"""Positions of contexts that rows of prompts may read together: each row reads its own, where a prompt's kernel reads
+them once for many rows."""
 
 
 def sizes(most: int) -> list[int]:
@@ -64,12 +76,12 @@ class Staging:
         self.held: list[tuple[list[int], int]] = [([], 0)] * most
         self.copied = torch.cuda.Event() if torch.cuda.is_available() else None
 
-    def fill(self, step: Step, size: int, block: int, feed: Feed) -> Tensor:
-        """What a graph of `size` rows reads; rows behind the step's are padding."""
+    def fill(self, places: Sequence[tuple[Request, int]], size: int, block: int, feed: Feed) -> Tensor:
+        """What a graph of `size` rows reads. places: request and position of each row; rows behind them are padding."""
         if self.copied is not None:
             self.copied.synchronize()
         rows = []
-        for i, (request, start, _, _) in enumerate(step.chunks):
+        for i, (request, start) in enumerate(places):
             blocks, used = request.blocks, start // block + 1
             token, slot = feed.token(request, start), blocks[start // block] * block + start % block
             rows.append((max(token, 0), token < 0, max(-1 - token, 0), start, slot, start + 1))
@@ -98,7 +110,7 @@ def views(integers: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class DecodeGraphs:
-    """Made once the weights are loaded; `run` replaces the model's forward pass for steps that only decode.
+    """Made once the weights are loaded; `run` replaces the model's forward pass for steps that decode, or nearly so.
 
     metered: the experts' choices are counted in each of them, whether the meter is on or not.
     """
@@ -106,10 +118,11 @@ class DecodeGraphs:
     metered = True
 
     def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int,
-                 only: Sequence[int] = (), progress: bool = False) -> None:  # fmt: skip
+                 only: Sequence[int] = (), progress: bool = False, prompts: bool = True) -> None:  # fmt: skip
         """most: rows of the largest step.  length: longest context in tokens.  only: numbers of rows to capture.
-        progress: show a bar; kernels that were never compiled on this machine take a while."""
-        self.model, self.pool, self.feed, self.most = model, pool, feed, most
+        progress: show a bar; kernels that were never compiled on this machine take a while.  prompts: short ones, too.
+        """
+        self.model, self.pool, self.feed, self.most, self.prompts = model, pool, feed, most, prompts
         blocks = -(-length // pool.block_size)
         self.integers = torch.zeros(most * (2 * NUMBERS + blocks), dtype=torch.int32, device=feed.device)
         self.fields_FB, self.spans_B3, self.tables_BW = views(self.integers, most)
@@ -147,15 +160,29 @@ class DecodeGraphs:
         return scores_BV, pick(self.model.ops, scores_BV)
 
     def fits(self, step: Step) -> bool:
-        return step.decode and len(step.chunks) <= max(self.captured)
+        """Whether there are rows enough; of prompts none that wants to know more than the last row's scores."""
+        if step.tokens > max(self.captured):
+            return False
+        if step.decode:
+            return True
+        longer = [chunk for chunk in step.chunks if chunk.count > 1]
+        read = sum(chunk.count * (chunk.start + chunk.count) for chunk in longer)
+        plain = all(chunk.request.params.prompt_logprobs is None for chunk in step.chunks)
+        return self.prompts and plain and read <= MOST_READ
 
     def run(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        """(scores [R, V], the greedy choice [2, R]) of a step that fits; valid until the next call."""
-        count = len(step.chunks)
-        size = min(size for size in self.captured if size >= count)
+        """(scores [R, V], the greedy choice [2, R]) of the R chunks that sample, in a step that fits; valid until the
+        next call."""
+        places = [(chunk.request, chunk.start + i) for chunk in step.chunks for i in range(chunk.count)]
+        size = min(size for size in self.captured if size >= len(places))
         staging, self.turn = self.staging[self.turn], 1 - self.turn
-        staging.send(staging.fill(step, size, self.pool.block_size, self.feed), self.integers)
+        staging.send(staging.fill(places, size, self.pool.block_size, self.feed), self.integers)
         captured = self.captured[size]
         captured.graph.replay()
-        packed = captured.packed_2B
-        return captured.scores_BV[:count], None if packed is None else packed[:, :count]
+        scores, packed = captured.scores_BV, captured.packed_2B
+        if step.decode:
+            return scores[: len(places)], None if packed is None else packed[:, : len(places)]
+        ends = accumulate(chunk.count for chunk in step.chunks)
+        last = [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.sample]
+        last_R = upload(last, torch.int64, self.feed.device)
+        return scores.index_select(0, last_R), None if packed is None else packed.index_select(1, last_R)

@@ -103,10 +103,10 @@ def hardware_of(device: str) -> Hardware:
 
 def decoding_of(config: EngineConfig, built: Built, pool: KVPool, feed: Feed,
                 length: int) -> DecodeGraphs | DecodeTapes | None:  # fmt: skip
-    """What runs the steps that only decode, where the kernels can be recorded."""
+    """What runs the steps that decode, where the kernels can be recorded."""
     of = (built.model, pool, feed, config.max_num_seqs, length)
     if built.plan.base.capturable:
-        return DecodeGraphs(*of, progress=config.progress)
+        return DecodeGraphs(*of, progress=config.progress, prompts=not config.deterministic)
     return DecodeTapes(*of) if built.model.kernels.taped else None
 
 
