@@ -82,6 +82,18 @@ def test_graphs_and_running_ahead_change_nothing_but_near_ties() -> None:
     assert parted <= len(PROMPTS) // 4
 
 
+def test_short_prompts_in_graphs_change_nothing_but_near_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that come alone, in the graphs of decoding and without."""
+    llm, prompts, run = open_tiny(max_num_seqs=48), PROMPTS[:12], []
+    real = DecodeGraphs.run
+    monkeypatch.setattr(DecodeGraphs, "run", lambda self, step: (run.append(step.decode), real(self, step))[1])
+    alone = [ask(llm, [prompt])[0] for prompt in prompts]
+    assert run.count(False) == len(prompts)
+    llm.engine.runner.graphs = None
+    llm.engine.scheduler.blocks.reset()
+    assert same_but_for_ties([ask(llm, [prompt])[0] for prompt in prompts], alone) <= 2
+
+
 def test_every_way_of_sampling_is_the_same_ahead() -> None:
     """Random requests over time, some preempted: with and without running ahead, in one order of arrival each."""
     engine: Engine = open_tiny(max_num_seqs=6, max_model_len=256).engine
