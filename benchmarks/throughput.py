@@ -193,15 +193,19 @@ def prompts(engine: Engine, count: int, length: int, with_profile: bool) -> dict
 
 
 def first(engine: Engine, length: int) -> dict[str, Any]:
-    """Milliseconds until a prompt that comes alone has its first token; the median of seven."""
-    each = []
+    """Milliseconds until a prompt that comes alone has its first token, the median of seven; whether it is short enough
+    for a captured graph."""
+    each, graphs = [], engine.runner.graphs
     for i in range(9):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        start(engine, f"f{length}-{i}", 1, length, 2)
-        each.append((time.perf_counter() - began) * 1e3)
-        drain(engine)
-    return {"length": length, "ms": statistics.median(each[2:])}
+        try:
+            start(engine, f"f{length}-{i}", 1, length, 2)
+            each.append((time.perf_counter() - began) * 1e3)
+        finally:
+            drain(engine)
+    captured = isinstance(graphs, DecodeGraphs) and graphs.prompts and length <= max(graphs.captured)
+    return {"length": length, "ms": statistics.median(each[2:]), "captured": captured}
 
 
 def active(engine: Engine) -> float:

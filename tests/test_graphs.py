@@ -17,12 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models import MODELS as CONFIGS
+from moesaic.contracts.plan import ModelPlan, Wishes
 from moesaic.engine.engine import Engine
-from moesaic.engine.graphs import Captured, DecodeGraphs, sizes
+from moesaic.engine.graphs import Captured, DecodeGraphs, reads_late, sizes
 from moesaic.engine.params import SamplingParams
 from moesaic.engine.rows import Fetch
+from moesaic.hardware import GPUS
 from moesaic.kernels import reference_fused
 from moesaic.kernels.ops import AttentionBatch, Ops, Span
+from moesaic.models.build import spec_of
+from moesaic.planning.plan import plan
+from tests.planning_support import CATALOGUE
 from tests.request_streams import answers, summary
 from tests.test_overlap import engine_of, folder
 
@@ -180,19 +186,39 @@ def test_short_prompts_run_in_graphs(folder: Path, budget: int) -> None:
 
 def test_prompts_that_run_without_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that ask for scores of every token, that read too much, that are too long; those of deterministic mode."""
-    for params, prompt, made in (
-        (SamplingParams(max_tokens=1, temperature=0), 30, {"prompts": True}),
-        (SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0), 30, {"prompts": True}),
-        (SamplingParams(max_tokens=1, temperature=0), 65, {"prompts": True}),
-        (SamplingParams(max_tokens=1, temperature=0), 30, {"prompts": False}),
-        (SamplingParams(max_tokens=1, temperature=0), 30, {"prompts": True, "read": 30 * 30 - 1}),
-    ):
+    plain, curious = SamplingParams(max_tokens=1, temperature=0), SamplingParams(max_tokens=1, prompt_logprobs=0)
+    for params, prompt, prompts, read, fits in (
+        (plain, 30, True, 465, True), (plain, 30, True, 464, False), (plain, 64, True, 1 << 18, True),
+        (plain, 65, True, 1 << 18, False), (plain, 30, False, 465, False), (curious, 30, True, 465, False),
+        (curious, 1, True, 465, True),
+    ):  # fmt: skip
         engine = engine_of(folder, overlap=False)
         graphs = with_graphs(engine)
-        graphs.prompts = bool(made["prompts"])
-        monkeypatch.setattr("moesaic.engine.graphs.MOST_READ", made.get("read", 30 * 30))
+        graphs.prompts = prompts
+        monkeypatch.setattr("moesaic.engine.graphs.MOST_READ", read)
         engine.add("a", list(range(5, 5 + prompt)), params)
         while engine.has_work:
             engine.step()
-        fits = made == {"prompts": True} and prompt == 30 and params.prompt_logprobs is None
-        assert bool(graphs.counts) == fits, (params, prompt, made)  # type: ignore[attr-defined]
+        assert bool(graphs.counts) == fits, (params, prompt, prompts, read)  # type: ignore[attr-defined]
+
+
+def test_who_asked_about_its_prompt_keeps_no_other_out(folder: Path) -> None:
+    engine = engine_of(folder, overlap=False)
+    graphs = with_graphs(engine)
+    engine.add("a", [5, 6, 7], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, prompt_logprobs=0))
+    engine.step()
+    assert not graphs.counts  # type: ignore[attr-defined]
+    engine.add("b", [8, 9, 10, 11], SamplingParams(max_tokens=1, temperature=0))
+    engine.step()
+    assert graphs.counts == {8: 1}, "a row that decodes, and four of a prompt"  # type: ignore[attr-defined]
+
+
+def test_prompts_need_attention_that_waits() -> None:
+    """Hopper's decoding kernel fetches what rows of a prompt write into the cache in the same step."""
+    for config, wishes, late in (
+        ("qwen3-30b-a3b", Wishes(), False), ("qwen3-30b-a3b", Wishes(attention="triton"), True),
+        ("v2-lite", Wishes(), True), ("qwen3-30b-a3b", Wishes(kv="fp8"), False),
+    ):  # fmt: skip
+        made = plan(spec_of(CONFIGS[config]), GPUS["h200"], CATALOGUE, wishes)
+        assert isinstance(made, ModelPlan), made
+        assert reads_late(made) == late, (config, wishes)

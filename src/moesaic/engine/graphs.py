@@ -1,8 +1,8 @@
 """Decoding steps as CUDA graphs: the whole forward pass, captured once per number of rows, launched as one.
 
-Short prompts run in them, too: each of their tokens is a row of its own, whose context ends with it. Rows write to the
-cache before any of them reads it, so that a row finds those before it. A step that is not captured costs a millisecond
-of Python per layer, whatever it computes.
+Short prompts run in them, too, where attention reads nothing before the kernel in front of it has ended: each of their
+tokens is a row of its own, whose context ends with it, and rows write to the cache before any of them reads it. A step
+that is not captured costs a millisecond of Python per layer, whatever it computes.
 
 A graph works on fixed addresses: a step writes its few integers there and replays. Numbers of rows are rounded up to a
 captured one; rows that are padding have an empty context, choose no expert, and write to slot 0, which belongs to
@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moesaic.contracts.plan import ModelPlan
 from moesaic.engine.draw import pick
 from moesaic.engine.feed import Feed
 from moesaic.engine.request import Request
 from moesaic.engine.rows import upload
-from moesaic.engine.scheduler import Step
+from moesaic.engine.scheduler import Chunk, Step
 from moesaic.kernels.ops import AttentionBatch, Span
 from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.step import StepInput
@@ -40,9 +41,13 @@ NUMBERS = len(FIELDS) + 3
 """INT64 of a row: the fields, each of all rows together, then spans (row, 1, length of the context) row by row."""
 
 
+IN_GRAPHS = ("attend_paged", "attend_encode", "attend_latent")
+WAITING = frozenset({"cpu", "cpu_invariant", "cpu_native", "cpu_quant", "reference", "triton", "triton_invariant"})
+"""Backends whose attention reads the cache only when the kernel in front has ended. Hopper's decoding kernel fetches
+all positions but a sequence's last one before that: rows of a prompt would miss one another."""
 MOST_READ = 1 << 18
-"""Positions of contexts that rows of prompts may read together: each row reads its own, where a prompt's kernel reads
-them once for many rows."""
+"""Positions of contexts that the rows of prompts of a step may read together: each row reads its own, where a prompt's
+kernel reads them once for many rows."""
 
 
 def sizes(most: int) -> list[int]:
@@ -120,9 +125,11 @@ class DecodeGraphs:
     def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int,
                  only: Sequence[int] = (), progress: bool = False, prompts: bool = True) -> None:  # fmt: skip
         """most: rows of the largest step.  length: longest context in tokens.  only: numbers of rows to capture.
-        progress: show a bar; kernels that were never compiled on this machine take a while.  prompts: short ones, too.
+        progress: show a bar; kernels that were never compiled on this machine take a while.  prompts: short ones, too,
+        where attention allows it.
         """
-        self.model, self.pool, self.feed, self.most, self.prompts = model, pool, feed, most, prompts
+        self.model, self.pool, self.feed, self.most = model, pool, feed, most
+        self.prompts = prompts and reads_late(model.kernels.plan)
         blocks = -(-length // pool.block_size)
         self.integers = torch.zeros(most * (2 * NUMBERS + blocks), dtype=torch.int32, device=feed.device)
         self.fields_FB, self.spans_B3, self.tables_BW = views(self.integers, most)
@@ -161,19 +168,18 @@ class DecodeGraphs:
 
     def fits(self, step: Step) -> bool:
         """Whether there are rows enough; of prompts none that wants to know more than the last row's scores."""
-        if step.tokens > max(self.captured):
-            return False
-        if step.decode:
-            return True
-        longer = [chunk for chunk in step.chunks if chunk.count > 1]
-        read = sum(chunk.count * (chunk.start + chunk.count) for chunk in longer)
-        plain = all(chunk.request.params.prompt_logprobs is None for chunk in step.chunks)
-        return self.prompts and plain and read <= MOST_READ
+        if step.decode or not self.prompts or step.tokens > max(self.captured):
+            return step.decode and len(step.chunks) <= max(self.captured)
+        read = sum(chunk.count * (2 * chunk.start + chunk.count + 1) // 2 for chunk in step.chunks if chunk.count > 1)
+        return read <= MOST_READ and not any(reported(chunk) for chunk in step.chunks)
 
     def run(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """(scores [R, V], the greedy choice [2, R]) of the R chunks that sample, in a step that fits; valid until the
         next call."""
-        places = [(chunk.request, chunk.start + i) for chunk in step.chunks for i in range(chunk.count)]
+        if step.decode:
+            places = [(request, start) for request, start, _, _ in step.chunks]
+        else:
+            places = [(chunk.request, chunk.start + i) for chunk in step.chunks for i in range(chunk.count)]
         size = min(size for size in self.captured if size >= len(places))
         staging, self.turn = self.staging[self.turn], 1 - self.turn
         staging.send(staging.fill(places, size, self.pool.block_size, self.feed), self.integers)
@@ -184,5 +190,19 @@ class DecodeGraphs:
             return scores[: len(places)], None if packed is None else packed[:, : len(places)]
         ends = accumulate(chunk.count for chunk in step.chunks)
         last = [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.sample]
+        if not last:
+            return scores[:0], None
         last_R = upload(last, torch.int64, self.feed.device)
         return scores.index_select(0, last_R), None if packed is None else packed.index_select(1, last_R)
+
+
+def reads_late(plan: ModelPlan) -> bool:
+    """Whether all of a plan's attention is of `WAITING`."""
+    chosen = {choice.chosen for each in plan.ops.values() for choice in each if choice.op in IN_GRAPHS}
+    return chosen <= WAITING
+
+
+def reported(chunk: Chunk) -> bool:
+    """Whether a chunk has rows whose scores are asked for beside the last one's (`Runner.prompt_logprobs`)."""
+    request = chunk.request
+    return request.params.prompt_logprobs is not None and chunk.start + 1 < len(request.prompt)

@@ -72,11 +72,11 @@ class Runner:
         if self.graphs and self.graphs.fits(step):
             meter.steps += self.graphs.metered
             scores_RV, packed_2R = self.graphs.run(step)
-            chunks = [chunk for chunk in step.chunks if chunk.sample]
+            chunks = step.chunks if step.decode else [chunk for chunk in step.chunks if chunk.sample]
             if not chunks:
                 self.feed.keep((), self.feed.chosen_R[:0])
                 return Flight(step, None)
-            return Flight(step, self.sample(chunks, scores_RV, packed_2R, fleeting=True))
+            return Flight(step, self.sample(chunks, scores_RV, packed_2R, fleeting=step.decode))
         meter.steps += meter.on
         inputs = make_input(step, self.pool, self.feed)
         hidden_TD = self.model(inputs)
