@@ -27,12 +27,21 @@ EIGHT = {"fp8", "fp8_tensor", "fp8_tensor_static", "fp8_channel", "w4afp8", "w4a
 
 def compiled(arch: int, cases: tuple[str, ...]) -> list[dict[str, Any]]:
     """What triton_ahead.py reports of some cases; of all of them where none is named."""
+    return [json.loads(line) for line in said("tests/triton_ahead.py", str(arch), *cases).splitlines()]
+
+
+def said(program: str, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    command = [sys.executable, str(ROOT / "tests" / "triton_ahead.py"), str(arch), *cases]
+    command = [sys.executable, str(ROOT / program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
+
+
+def test_a_step_with_static_scales_is_compiled_before_it_is_measured() -> None:
+    """Rows are encoded by the kernel in front of a product, as they are with weights: one launch less per layer."""
+    assert "675 kernels" in said("benchmarks/warm.py", "qwen3-30b-a3b", "nvfp4", "bf16", "8x1")
 
 
 def check(found: list[dict[str, Any]], arch: int) -> None:

@@ -85,10 +85,11 @@ class Piece:
         self.settle()
 
     def settle(self) -> None:
-        """Derives what is multiplied from what was loaded: one product, or one per part where the scales differ."""
-        if self.input_scale_P is None or self.input_scale_P.is_meta:
+        """Derives what is multiplied from what was loaded: one product, or one per part where the scales differ (those
+        without memory are taken for equal)."""
+        if self.input_scale_P is None:
             return
-        if bool((self.input_scale_P == self.input_scale_P[0]).all()):
+        if self.input_scale_P.is_meta or bool((self.input_scale_P == self.input_scale_P[0]).all()):
             self.products = [(self.weight, self.input_scale_P[0])]
         else:
             each = [self.weight.segment(i) for i in range(len(self.parts))]
