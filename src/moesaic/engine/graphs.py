@@ -40,9 +40,9 @@ FIELDS = ("token", "waits", "place", "position", "slot", "length")
 NUMBERS = len(FIELDS) + 3
 """INT64 of a row: the fields, each of all rows together, then spans (row, 1, length of the context) row by row."""
 
-
-IN_GRAPHS = ("attend_paged", "attend_encode", "attend_latent")
-WAITING = frozenset({"cpu", "cpu_invariant", "cpu_native", "cpu_quant", "reference", "triton", "triton_invariant"})
+ATTENTION = ("attend_paged", "attend_encode", "attend_latent")
+"""Ops that read the cache."""
+WAITING = frozenset({"triton"})
 """Backends whose attention reads the cache only when the kernel in front has ended. Hopper's decoding kernel fetches
 all positions but a sequence's last one before that: rows of a prompt would miss one another."""
 MOST_READ = 1 << 18
@@ -123,13 +123,11 @@ class DecodeGraphs:
     metered = True
 
     def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int,
-                 only: Sequence[int] = (), progress: bool = False, prompts: bool = True) -> None:  # fmt: skip
+                 only: Sequence[int] = (), progress: bool = False) -> None:  # fmt: skip
         """most: rows of the largest step.  length: longest context in tokens.  only: numbers of rows to capture.
-        progress: show a bar; kernels that were never compiled on this machine take a while.  prompts: short ones, too,
-        where attention allows it.
-        """
+        progress: show a bar; kernels that were never compiled on this machine take a while."""
         self.model, self.pool, self.feed, self.most = model, pool, feed, most
-        self.prompts = prompts and reads_late(model.kernels.plan)
+        self.prompts = takes_prompts(model.kernels.plan)
         blocks = -(-length // pool.block_size)
         self.integers = torch.zeros(most * (2 * NUMBERS + blocks), dtype=torch.int32, device=feed.device)
         self.fields_FB, self.spans_B3, self.tables_BW = views(self.integers, most)
@@ -168,8 +166,10 @@ class DecodeGraphs:
 
     def fits(self, step: Step) -> bool:
         """Whether there are rows enough; of prompts none that wants to know more than the last row's scores."""
-        if step.decode or not self.prompts or step.tokens > max(self.captured):
-            return step.decode and len(step.chunks) <= max(self.captured)
+        if step.tokens > max(self.captured):
+            return False
+        if step.decode or not self.prompts:
+            return step.decode
         read = sum(chunk.count * (2 * chunk.start + chunk.count + 1) // 2 for chunk in step.chunks if chunk.count > 1)
         return read <= MOST_READ and not any(reported(chunk) for chunk in step.chunks)
 
@@ -196,10 +196,10 @@ class DecodeGraphs:
         return scores.index_select(0, last_R), None if packed is None else packed.index_select(1, last_R)
 
 
-def reads_late(plan: ModelPlan) -> bool:
-    """Whether all of a plan's attention is of `WAITING`."""
-    chosen = {choice.chosen for each in plan.ops.values() for choice in each if choice.op in IN_GRAPHS}
-    return chosen <= WAITING
+def takes_prompts(plan: ModelPlan) -> bool:
+    """Whether rows may be of prompts: all attention is of `WAITING`, and the plan is not `--deterministic`."""
+    chosen = {choice.chosen for each in plan.ops.values() for choice in each if choice.op in ATTENTION}
+    return chosen <= WAITING and not plan.base.batch_invariant
 
 
 def reported(chunk: Chunk) -> bool:

@@ -106,7 +106,7 @@ def decoding_of(config: EngineConfig, built: Built, pool: KVPool, feed: Feed,
     """What runs the steps that decode, where the kernels can be recorded."""
     of = (built.model, pool, feed, config.max_num_seqs, length)
     if built.plan.base.capturable:
-        return DecodeGraphs(*of, progress=config.progress, prompts=not config.deterministic)
+        return DecodeGraphs(*of, progress=config.progress)
     return DecodeTapes(*of) if built.model.kernels.taped else None
 
 

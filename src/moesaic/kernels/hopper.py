@@ -101,6 +101,7 @@ def probe() -> str | None:
 def tried() -> bool:
     """Experts whose weights are 0.5 (up rows: 1) and 2, times rows of 2^-7."""
     from moesaic.contracts.spec import SILU
+
     form, like = WeightFormat("bf16"), torch.empty(0, dtype=torch.bfloat16, device="cuda")
     w13 = QuantTensor.empty(form, (64, 64), 64, like, (2,))
     w2 = QuantTensor.empty(form, (64,), 64, like, (2,))
