@@ -1,7 +1,7 @@
 """How fast does the engine decode and read prompts on a GPU, with random weights of a real architecture?
 
     python benchmarks/throughput.py [--model qwen3-30b-a3b] [--scheme fp8] [--batch 1 4 16 32 64 256] [--context 1024]
-                                    [--prompts 8x4096] [--first 16 64 256 1024] [--kv bf16] [--no-profile]
+                                    [--prompts 8x4096] [--first 16 64 256 512 1024 2048] [--kv bf16] [--no-profile]
 
 The whole engine as it serves: scheduler, graphs, greedy sampling, the host's work, one step ahead of the device. Per
 batch: the wall time of a decoding step, over a window of steps; what of it the device computed, from a profile of
@@ -32,7 +32,7 @@ from benchmarks.models import MODELS
 from moesaic.config import EngineConfig
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.engine.engine import Engine
-from moesaic.engine.graphs import DecodeGraphs
+from moesaic.engine.graphs import DecodeGraphs, rows_of_prompts
 from moesaic.engine.launch import launch
 from moesaic.engine.params import SamplingParams
 from moesaic.layers.linear import Stored
@@ -59,7 +59,9 @@ def make(args: argparse.Namespace, length: int) -> Engine:
             engine = launch(checkpoint, config, None).engine
     runner = engine.runner
     if args.batch:
-        runner.graphs = DecodeGraphs(runner.model, runner.pool, runner.feed, most, length, only=args.batch)
+        rows = rows_of_prompts(runner.model.kernels.plan, -(-length // runner.pool.block_size), CHUNK)
+        only = sorted({*args.batch, *(each for each in args.first if each <= rows)})
+        runner.graphs = DecodeGraphs(runner.model, runner.pool, runner.feed, most, length, rows, only=only)
     return engine
 
 
@@ -234,13 +236,15 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 32, 64, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompts", default="8x4096", help="COUNTxLENGTH, or 0 for none")
-    parser.add_argument("--first", nargs="*", type=int, default=[16, 64, 256, 1024], help="lengths of lone prompts")
+    parser.add_argument("--first", nargs="*", type=int, default=[16, 64, 256, 512, 1024, 2048],
+                        help="lengths of lone prompts")  # fmt: skip
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     args = parser.parse_args()
     count, _, long = args.prompts.partition("x")
     length = max(args.context + 2 * WINDOW + PROFILED + 40, int(long or 0) + 16)
     chunk = (max(1, CHUNK // int(long)), int(long)) if long else (max(1, CHUNK // args.context), args.context)
-    seconds = warm.compile_all(args.model, args.scheme, args.kv, [*((b, 1) for b in args.batch), chunk])
+    alone = [(rows, 1) for rows in sorted({*args.batch, *args.first})]
+    seconds = warm.compile_all(args.model, args.scheme, args.kv, [*alone, chunk])
     print(f"kernels compiled in {seconds:.0f} s", flush=True)
     began = time.perf_counter()
     engine = make(args, length)

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.models import MODELS as CONFIGS
 from moesaic.contracts.plan import ModelPlan, Wishes
 from moesaic.engine.engine import Engine
-from moesaic.engine.graphs import Captured, DecodeGraphs, sizes, takes_prompts
+from moesaic.engine.graphs import FIELDS, Captured, DecodeGraphs, rows_of_prompts, sizes, takes_prompts
 from moesaic.engine.params import SamplingParams
 from moesaic.engine.rows import Fetch
 from moesaic.hardware import GPUS
@@ -33,6 +33,7 @@ from tests.request_streams import answers, summary
 from tests.test_overlap import engine_of, folder
 
 __all__ = ["folder"]
+GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2)
 
 
 class Replayed(DecodeGraphs):
@@ -50,6 +51,7 @@ class Replayed(DecodeGraphs):
         class Again:
             def replay(_) -> None:
                 self.counts[size] += 1
+                self.check_fresh(size)
                 with torch.inference_mode():
                     scores, packed = self.forward(size)
                 scores_BV.copy_(scores)
@@ -58,15 +60,24 @@ class Replayed(DecodeGraphs):
 
         return Captured(Again(), scores_BV, packed_2B)  # type: ignore[arg-type]
 
+    def check_fresh(self, size: int) -> None:
+        """A kernel may read all of a context but its last `fresh` positions before this step has written anything."""
+        slot_B, fresh_B, length_B = (self.fields_FB[FIELDS.index(name), :size] for name in ("slot", "fresh", "length"))
+        written, block = set(slot_B[length_B > 0].tolist()), self.pool.block_size
+        for table, fresh, length in zip(self.tables_BW.tolist(), fresh_B.tolist(), length_B.tolist(), strict=False):
+            context = [table[at // block] * block + at % block for at in range(length)]
+            assert [slot in written for slot in context] == [at >= length - fresh for at in range(length)]
+
 
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's kernels read the spans themselves, where those of a GPU read the tensor; and from a GPU results are
     copied before the next step runs."""
 
-    def batch_of(_: object, decodes: int, table_SB: Tensor, block: int, spans_S3: Tensor) -> AttentionBatch:
+    def batch_of(_: object, decodes: int, table_SB: Tensor, block: int, spans_S3: Tensor,
+                 fresh_S: Tensor) -> AttentionBatch:  # fmt: skip
         spans = tuple(Span(*each) for each in spans_S3.tolist())
-        return AttentionBatch(spans, decodes, table_SB, block, spans_S3)
+        return AttentionBatch(spans, decodes, table_SB, block, spans_S3, fresh_S)
 
     monkeypatch.setattr("moesaic.engine.graphs.AttentionBatch", batch_of)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
@@ -74,13 +85,12 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fetch, "__init__", lambda self, tensor: fetch(self, tensor.clone()))
 
 
-def with_graphs(engine: Engine, most: int = 64, length: int = 256) -> Replayed:
-    """Where every row is greedy and wants nothing else, the graph's own choice is taken. Short prompts run in them in
-    deterministic mode, too, where on a CPU no bit may change."""
+def with_graphs(engine: Engine, most: int = 64, length: int = 256, rows: int = 64) -> Replayed:
+    """Where every row is greedy and wants nothing else, the graph's own choice is taken. Short prompts, of up to `rows`
+    together, run in them in deterministic mode, too, where on a CPU no bit may change."""
     runner = engine.runner
     runner.model.ops = cast(Ops, SimpleNamespace(**vars(runner.model.ops), top_two=reference_fused.top_two))
-    graphs = runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length)
-    graphs.prompts = True
+    graphs = runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length, rows)
     return graphs
 
 
@@ -155,18 +165,22 @@ def test_a_step_too_large_runs_without(folder: Path) -> None:
 def test_sizes() -> None:
     assert sizes(20) == [1, 2, 4, 8, 16, 20]
     assert sizes(8) == [1, 2, 4, 8]
+    assert sizes(8, 8) == [1, 2, 4, 8]
+    assert sizes(8, 150) == [1, 2, 4, 8, 64, 128, 150]
+    assert sizes(96, 1024)[-12:] == [96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
 
 
-@pytest.mark.parametrize("budget", [256, 12])
-def test_short_prompts_run_in_graphs(folder: Path, budget: int) -> None:
-    """Whole, or cut in chunks of which all but the last choose nothing, beside requests that decode."""
-    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2)
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.8, seed=3, max_tokens=5, ignore_eos=True)])
+@pytest.mark.parametrize(("budget", "requests"), [(256, 64), (12, 64), (256, 5), (40, 5)])
+def test_short_prompts_run_in_graphs(folder: Path, budget: int, requests: int, params: SamplingParams) -> None:
+    """Whole, or cut in chunks of which all but the last choose nothing, beside requests that decode; in graphs of as
+    many rows as requests, or of more, which score but those."""
     rng = random.Random(7)
     asked = {f"{n}": [rng.randrange(5, 60) for _ in range(n)] for n in (1, 2, 3, 17, 40)}
     found = []
     for most in (0, 64):
-        engine = engine_of(folder, overlap=True, max_num_batched_tokens=budget)
-        graphs = with_graphs(engine, most) if most else None
+        engine = engine_of(folder, overlap=True, max_num_batched_tokens=budget, max_num_seqs=requests)
+        graphs = with_graphs(engine, requests) if most else None
         said: dict[str, list[Any]] = {name: [] for name in asked}
         for name, prompt in asked.items():
             engine.add(name, prompt, params)
@@ -211,13 +225,22 @@ def test_who_asked_about_its_prompt_keeps_no_other_out(folder: Path) -> None:
     assert graphs.counts == {8: 1}, "a row that decodes, and four of a prompt"
 
 
-def test_prompts_need_attention_that_waits() -> None:
-    """Hopper's decoding kernel fetches what rows of a prompt write into the cache in the same step."""
-    for config, wishes, late in (
-        ("qwen3-30b-a3b", Wishes(), False), ("qwen3-30b-a3b", Wishes(attention="triton"), True),
-        ("v2-lite", Wishes(), True), ("qwen3-30b-a3b", Wishes(kv="fp8"), False),
-        ("v2-lite", Wishes(deterministic=True), False),
+def test_tables_are_not_larger_than_they_may_be() -> None:
+    made = plan(spec_of(CONFIGS["qwen3-30b-a3b"]), GPUS["h200"], CATALOGUE, Wishes())
+    assert isinstance(made, ModelPlan)
+    assert [rows_of_prompts(made, blocks, most) for blocks, most in ((256, 2048), (256, 100), (1 << 16, 2048))] == [
+        1024, 100, 256]  # fmt: skip
+    exact = plan(spec_of(CONFIGS["qwen3-30b-a3b"]), GPUS["h200"], CATALOGUE, Wishes(deterministic=True))
+    assert isinstance(exact, ModelPlan)
+    assert rows_of_prompts(exact, 256, 2048) == 0
+
+
+def test_which_plans_take_prompts() -> None:
+    for config, wishes, taken in (
+        ("qwen3-30b-a3b", Wishes(), True), ("qwen3-30b-a3b", Wishes(attention="triton"), True),
+        ("v2-lite", Wishes(), True), ("qwen3-30b-a3b", Wishes(kv="fp8"), True),
+        ("v2-lite", Wishes(deterministic=True), False), ("qwen3-30b-a3b", Wishes(deterministic=True), False),
     ):  # fmt: skip
         made = plan(spec_of(CONFIGS[config]), GPUS["h200"], CATALOGUE, wishes)
         assert isinstance(made, ModelPlan), made
-        assert takes_prompts(made) == late, (config, wishes)
+        assert takes_prompts(made) == taken, (config, wishes)

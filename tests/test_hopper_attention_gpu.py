@@ -206,3 +206,42 @@ def test_a_row_written_by_the_kernel_in_front() -> None:
             q = triton.store_heads(x, norms, turn, pool, slots, GQA)
             theirs = wanted(q, pool, batch, GQA, Softmax(0.1))
             assert_rows_close(mine.flatten(1), theirs.flatten(1), LIMIT, f"{lengths}")
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("view", [GQA, NARROW], ids=str)
+@pytest.mark.parametrize(("rows", "start"), [(2, 0), (33, 0), (40, 100), (130, 7), (16, 1500)])
+def test_rows_of_a_prompt_written_by_the_kernel_in_front(rows: int, start: int, view: KVView, fp8: bool) -> None:
+    """Dependent launch: each row's context ends with it, and what is before it in the prompt is written only now.
+    Behind them a sequence that decodes."""
+    from moesaic.kernels import triton
+    from moesaic.kernels.ops import HeadNorms
+
+    heads, size = 8 * view.kv_heads, view.key_dim
+    norms, count = HeadNorms(None, None, 1e-6, False, torch.bfloat16), rows + 1
+    turn = (torch.ones(count, size // 2, device="cuda"), torch.zeros(count, size // 2, device="cuda"))
+    two, blocks = batch_of((start + rows, 77), 16, 2048)
+    lengths = torch.cat([torch.arange(rows) + start + 1, torch.tensor([77])]).cuda()
+    spans_S3 = torch.stack([torch.arange(count).cuda(), torch.ones_like(lengths), lengths], 1)
+    fresh = torch.cat([torch.arange(rows) + 1, torch.ones(1).long()]).cuda()
+    table = torch.cat([two.table_SB[:1].expand(rows, -1), two.table_SB[1:]])
+    batch = AttentionBatch((Span(0, 1, 2048),) * count, count, table, 16, spans_S3, fresh)
+    pool, x = pool_for(two, blocks, view, fp8), torch.randn(1, count, (heads + 2 * view.kv_heads) * size, device="cuda")
+    last = lengths - 1
+    slots = table.long()[torch.arange(count, device="cuda"), last // 16] * 16 + last % 16
+
+    def layer() -> Tensor:
+        q = triton.store_heads(x, norms, turn, pool, slots, view)
+        return hopper.attend_paged(q, pool, batch, view, 0.1)
+
+    layer()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mine = layer()
+    for _ in range(5):
+        x.copy_(torch.randn(x.shape))
+        pool[slots] = 255 if fp8 else float("nan")
+        graph.replay()
+        q = triton.store_heads(x, norms, turn, pool, slots, view)
+        theirs = wanted(q, pool, batch, view, Softmax(0.1))
+        assert_rows_close(mine.flatten(1), theirs.flatten(1), LIMIT, f"{rows} {start}")

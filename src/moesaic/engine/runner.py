@@ -76,7 +76,7 @@ class Runner:
             if not chunks:
                 self.feed.keep((), self.feed.chosen_R[:0])
                 return Flight(step, None)
-            return Flight(step, self.sample(chunks, scores_RV, packed_2R, fleeting=step.decode))
+            return Flight(step, self.sample(chunks, scores_RV, packed_2R, fleeting=True))
         meter.steps += meter.on
         inputs = make_input(step, self.pool, self.feed)
         hidden_TD = self.model(inputs)

@@ -65,6 +65,8 @@ class AttentionBatch:
     table_SB: pool block that holds the positions from b * block on, of sequence s; 0 behind the end of its context.
     block: positions per entry; 1 makes the table one of slots. INT32, or INT64 where it is.
     spans_S3: the spans as INT64 on the table's device.
+    fresh_S: INT64, how many of a context's last positions this very step writes, where sequences are rows of one
+    another (a prompt in a graph of decoding); None: as many as the sequence has rows.
     Kernels that walk the table read it as it is; the other views are made when somebody first asks for them.
     """
 
@@ -73,6 +75,7 @@ class AttentionBatch:
     table_SB: Tensor
     block: int
     spans_S3: Tensor
+    fresh_S: Tensor | None = None
 
     @staticmethod
     def of(spans: tuple[Span, ...], decodes: int, slots_SL: Tensor) -> AttentionBatch:
@@ -128,8 +131,9 @@ class AttentionBatch:
         return self.part(slice(self.decodes, len(self.spans)), 0) if self.decodes else self
 
     def part(self, sequences: slice, decodes: int) -> AttentionBatch:
+        fresh_S = None if self.fresh_S is None else self.fresh_S[sequences]
         return AttentionBatch(self.spans[sequences], decodes, self.table_SB[sequences], self.block,
-                              self.spans_S3[sequences])  # fmt: skip
+                              self.spans_S3[sequences], fresh_S)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

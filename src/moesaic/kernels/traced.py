@@ -97,7 +97,7 @@ def apart(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
         return f"['dict', {listed(each)}]"
     if isinstance(value, AttentionBatch):
         held = (len(value.spans), value.decodes, max([span.count for span in value.spans]), value.block, value.table_SB,
-                value.spans_S3)  # fmt: skip
+                value.spans_S3, value.fresh_S)  # fmt: skip
         return f"['AttentionBatch', {listed([apart(each, tensors, numbers) for each in held])}]"
     for kind, kept in NAMES.items():
         if isinstance(value, KINDS[kind]):
@@ -129,9 +129,9 @@ def again(said: Any, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
     if kind == "dict":
         return {name: again(each, tensors, numbers) for name, each in rest}
     if kind == "AttentionBatch":
-        count, decodes, most, block, table_SB, spans_S3 = (again(each, tensors, numbers) for each in rest)
+        count, decodes, most, block, table_SB, spans_S3, fresh_S = (again(each, tensors, numbers) for each in rest)
         spans = spans_of(spans_S3, count, most, table_SB.shape[1] * block)
-        return AttentionBatch(spans, decodes, table_SB, block, spans_S3)
+        return AttentionBatch(spans, decodes, table_SB, block, spans_S3, fresh_S)
     return KINDS[kind](**{name: again(each, tensors, numbers) for name, each in rest})
 
 

@@ -7,13 +7,15 @@
 #define HALF_LIFT 0x1p60f  /* the root of what decoded E4M3 operands are too small by */
 
 // q, out: BF16 [tokens, heads, WIDTH].  pool_row, value_at, exponents_at: bytes.  table: INT32 or (wide_table) INT64 rows of
-// table_row entries, `block` positions each.  spans: (row, count, length) of each sequence.  window: 0 where there is none.
+// table_row entries, `block` positions each.  spans: (row, count, length) of each sequence.  fresh: how many of a context's
+// last positions the kernel in front may still be writing; null where it is one of each.  window: 0 where there is none.
 // factor: of scores, LOG2E included.  data, scale, exact: parts of the encoding, numbered as below.
 struct Decode {
     const u16 *q;
     const u8 *pool;
     const void *table;
     const i64 *spans;
+    const i64 *fresh;
     const float *sinks;
     u16 *out;
     u8 *data;

@@ -8,7 +8,8 @@
 // Scores are Q K^T [heads, positions], results P V [heads, elements], both by the tensor core with 16 heads as its rows.
 //
 // What the kernel in front of this one may still be writing is the queries, and of each sequence the last position's row:
-// these are read behind `wait_for_grid`. Tables, lengths and earlier rows were there before: they are fetched ahead of it.
+// these are read behind `wait_for_grid`. Tables, lengths and earlier rows were there before: they are fetched ahead of it,
+// unless the sequence is a row of a prompt, whose earlier rows are being written, too.
 //
 // FP8 rows (formats/kv.py) are decoded in registers into BF16 numbers 2^-120 too small: half of that power goes into each
 // row's own, half into the sum (as `_triton/attention.py` has it). Their order of elements follows from what a thread reads.
@@ -349,6 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_deco
     Share own{first + warp * TILE, WARPS * TILE, min(length, first + share)};
 
     Fetch fetch{a, a.pool + group * ROW, shared_address(room.ring[warp]), s, group, lane};
+    if (a.fresh && a.fresh[s] > 1) wait_for_grid();
     int slots[STAGES], late = -1, late_slots = 0;
 #pragma unroll
     for (int i = 0; i < STAGES; i++) slots[i] = fetch.slot(own, i);

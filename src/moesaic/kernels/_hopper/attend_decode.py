@@ -34,10 +34,11 @@ PLAIN = Encoding("bf16")
 class DecodeC(ctypes.Structure):
     """Decode in attend.cuh."""
 
-    _fields_ = (("q", PTR), ("pool", PTR), ("table", PTR), ("spans", PTR), ("sinks", PTR), ("out", PTR), ("data", PTR),
-                ("scale", PTR), ("exact", PTR), ("q_token", I64), ("q_head", I64), ("pool_row", I64),
-                ("table_row", I64), ("value_at", I32), ("exponents_at", I32), ("groups", I32), ("repeat", I32),
-                ("block", I32), ("wide_table", I32), ("window", I32), ("encoding", I32), ("factor", F32))  # fmt: skip
+    _fields_ = (("q", PTR), ("pool", PTR), ("table", PTR), ("spans", PTR), ("fresh", PTR), ("sinks", PTR),
+                ("out", PTR), ("data", PTR), ("scale", PTR), ("exact", PTR), ("q_token", I64), ("q_head", I64),
+                ("pool_row", I64), ("table_row", I64), ("value_at", I32), ("exponents_at", I32), ("groups", I32),
+                ("repeat", I32), ("block", I32), ("wide_table", I32), ("window", I32), ("encoding", I32),
+                ("factor", F32))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,20 @@ def cluster_of(items: int, longest: int) -> int:
 
 
 def decode(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, how: Softmax, target: Target) -> None:
-    """batch: sequences of one row each. Rows of the pool but the last one of each sequence must have been there before
-    the kernel in front of this one began: they are fetched while it runs."""
+    """batch: sequences of one row each. Rows of the pool but the last ones of each sequence (`fresh_S`, or one) must
+    have been there before the kernel in front of this one began: they are fetched while it runs."""
     q = q_THK if q_THK.stride(2) == 1 and not (q_THK.stride(0) % 2 or q_THK.stride(1) % 2) else q_THK.contiguous()
     table = batch.table_SB if batch.table_SB.stride(1) == 1 else batch.table_SB.contiguous()
     spans, repeat, size = batch.spans_S3.contiguous(), q.shape[1] // view.kv_heads, pool_PW.element_size()
+    fresh = None if batch.fresh_S is None else batch.fresh_S.contiguous()
     sinks, parts = how.sinks_H, target.parts or {}
     sinks = None if sinks is None else sinks.float().contiguous()
     arguments = DecodeC(
-        q.data_ptr(), pool_PW.data_ptr(), table.data_ptr(), spans.data_ptr(), pointer(sinks), target.out.data_ptr(),
-        *(pointer(parts.get(name)) for name in ("data", "scale", "exact")), q.stride(0), q.stride(1),
-        pool_PW.stride(0) * size, table.stride(0), view.value_at * size, view.parts.exponents_at, view.kv_heads, repeat,
-        batch.block, table.dtype == torch.int64, how.window or 0, ENCODINGS[target.encoding.name], how.scale * LOG2E,
+        q.data_ptr(), pool_PW.data_ptr(), table.data_ptr(), spans.data_ptr(), pointer(fresh), pointer(sinks),
+        target.out.data_ptr(), *(pointer(parts.get(name)) for name in ("data", "scale", "exact")), q.stride(0),
+        q.stride(1), pool_PW.stride(0) * size, table.stride(0), view.value_at * size, view.parts.exponents_at,
+        view.kv_heads, repeat, batch.block, table.dtype == torch.int64, how.window or 0,
+        ENCODINGS[target.encoding.name], how.scale * LOG2E,
     )  # fmt: skip
     items = len(batch.spans) * view.kv_heads
     cluster = cluster_of(items, min(batch.longest, how.window or batch.longest))
