@@ -32,7 +32,7 @@ from benchmarks.models import MODELS
 from moesaic.config import EngineConfig
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.engine.engine import Engine
-from moesaic.engine.graphs import DecodeGraphs, rows_of_prompts
+from moesaic.engine.graphs import DecodeGraphs, prompt_rows, takes_short
 from moesaic.engine.launch import launch
 from moesaic.engine.params import SamplingParams
 from moesaic.layers.linear import Stored
@@ -59,9 +59,10 @@ def make(args: argparse.Namespace, length: int) -> Engine:
             engine = launch(checkpoint, config, None).engine
     runner = engine.runner
     if args.batch:
-        rows = rows_of_prompts(runner.model.kernels.plan, -(-length // runner.pool.block_size), CHUNK)
+        plan = runner.model.kernels.plan
+        short, rows = takes_short(plan), prompt_rows(plan, length, CHUNK)
         only = sorted({*args.batch, *(each for each in args.first if each <= rows)})
-        runner.graphs = DecodeGraphs(runner.model, runner.pool, runner.feed, most, length, rows, only=only)
+        runner.graphs = DecodeGraphs(runner.model, runner.pool, runner.feed, most, length, short, rows, only)
     return engine
 
 
@@ -206,7 +207,7 @@ def first(engine: Engine, length: int) -> dict[str, Any]:
             each.append((time.perf_counter() - began) * 1e3)
         finally:
             drain(engine)
-    captured = isinstance(graphs, DecodeGraphs) and graphs.prompts and length <= max(graphs.captured)
+    captured = isinstance(graphs, DecodeGraphs) and graphs.short and length <= max(graphs.captured)
     return {"length": length, "ms": statistics.median(each[2:]), "captured": captured}
 
 

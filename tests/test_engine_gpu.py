@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,26 +98,36 @@ def test_short_prompts_in_graphs_change_nothing_but_near_ties(monkeypatch: pytes
 
 @pytest.mark.parametrize("options", [{}, {"kv": "fp8"}, {"quantization": "fp8"}], ids=str)
 @pytest.mark.parametrize("size", [64, 128])
-def test_rows_of_a_prompt_see_one_another(tmp_path: Path, size: int, options: dict[str, Any]) -> None:
+def test_rows_of_a_prompt_see_one_another(tmp_path: Path, size: int, options: dict[str, Any],
+                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Heads, whose attention fetches the cache early, and weights at random, so that every token of a context counts:
-    all scores of short prompts in a graph, within a tenth of what another context with the same last token makes."""
+    all scores of prompts in graphs, within a tenth of what another context with the same last token makes. Together
+    they are taken in chunks, beside one that decodes."""
     folder = folder_of(tmp_path, hidden_size=1024, num_attention_heads=8, head_dim=size, num_experts=32,
                        num_experts_per_tok=4, moe_intermediate_size=256, vocab_size=20)  # fmt: skip
-    llm = LLM(str(folder), load_format="dummy", device="cuda", progress=False, kv_memory=1 << 28, **options)
-    graphs = llm.engine.runner.graphs
+    llm = LLM(str(folder), load_format="dummy", device="cuda", progress=False, kv_memory=1 << 28,
+              max_num_batched_tokens=400, **options)  # fmt: skip
+    graphs, seen = llm.engine.runner.graphs, Counter[bool]()
     assert isinstance(graphs, DecodeGraphs)
-    assert graphs.prompts
+    real = DecodeGraphs.fits
+    monkeypatch.setattr(DecodeGraphs, "fits", lambda self, step: (found := real(self, step), seen.update([found]))[0])
     params, rng = SamplingParams(temperature=0, max_tokens=1, logprobs=20), random.Random(1)
-    prompts = [[rng.randrange(20) for _ in range(count)] + [7] for count in (1, 2, 9, 30, 50, 63)]
+    prompts = [[rng.randrange(20) for _ in range(count)] + [7] for count in (1, 2, 9, 30, 50, 63, 64, 100, 310, 480)]
 
-    def scores() -> Tensor:
-        found = [llm.generate([prompt], params)[0].completions[0].logprobs[0].top for prompt in prompts]
+    def scores(together: bool) -> Tensor:
+        if together:
+            long = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+            answers = llm.generate([[3, 4, 5], *prompts], [long, *[params] * len(prompts)])[1:]
+        else:
+            answers = [llm.generate([prompt], params)[0] for prompt in prompts]
         llm.engine.scheduler.blocks.reset()
-        return torch.tensor([[at[token] for token in range(20)] for at in map(dict, found)])
+        found = [dict(each.completions[0].logprobs[0].top) for each in answers]
+        return torch.tensor([[at[token] for token in range(20)] for at in found])
 
-    mine = torch.stack([scores() for _ in range(5)])
+    mine = torch.stack([scores(together) for together in (False, True) * 3])
+    assert set(seen) == {True}, "all steps in graphs"
     llm.engine.runner.graphs = None
-    theirs = scores()
+    theirs = scores(False)
     other = (theirs - theirs.roll(1, 0)).square().mean(1).sqrt()
     assert ((mine - theirs).square().mean(2).sqrt() < other / 10).all()
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from benchmarks.models import MODELS as CONFIGS
 from moesaic.contracts.plan import ModelPlan, Wishes
 from moesaic.engine.engine import Engine
-from moesaic.engine.graphs import FIELDS, Captured, DecodeGraphs, rows_of_prompts, sizes, takes_prompts
+from moesaic.engine.graphs import Captured, DecodeGraphs, prompt_rows, prompt_sizes, sizes, takes_short
 from moesaic.engine.params import SamplingParams
 from moesaic.engine.rows import Fetch
+from moesaic.engine.staging import FIELDS
 from moesaic.hardware import GPUS
 from moesaic.kernels import reference_fused
 from moesaic.kernels.ops import AttentionBatch, Ops, Span
@@ -46,6 +47,7 @@ class Replayed(DecodeGraphs):
         super().capture_all(each, show)
 
     def capture(self, size: int, memory: Any) -> Captured:
+        self.inputs(size).load((), size, self.feed)
         scores_BV, packed_2B = self.forward(size)
 
         class Again:
@@ -62,9 +64,12 @@ class Replayed(DecodeGraphs):
 
     def check_fresh(self, size: int) -> None:
         """A kernel may read all of a context but its last `fresh` positions before this step has written anything."""
-        slot_B, fresh_B, length_B = (self.fields_FB[FIELDS.index(name), :size] for name in ("slot", "fresh", "length"))
-        written, block = set(slot_B[length_B > 0].tolist()), self.pool.block_size
-        for table, fresh, length in zip(self.tables_BW.tolist(), fresh_B.tolist(), length_B.tolist(), strict=False):
+        if size > self.most:
+            return
+        of, block = self.rows.integers, self.pool.block_size
+        slot_B, fresh_B, length_B = (of.fields_FB[FIELDS.index(name), :size] for name in ("slot", "fresh", "length"))
+        written = set(slot_B[length_B > 0].tolist())
+        for table, fresh, length in zip(of.tables_SW.tolist(), fresh_B.tolist(), length_B.tolist(), strict=False):
             context = [table[at // block] * block + at % block for at in range(length)]
             assert [slot in written for slot in context] == [at >= length - fresh for at in range(length)]
 
@@ -75,22 +80,24 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     copied before the next step runs."""
 
     def batch_of(_: object, decodes: int, table_SB: Tensor, block: int, spans_S3: Tensor,
-                 fresh_S: Tensor) -> AttentionBatch:  # fmt: skip
-        spans = tuple(Span(*each) for each in spans_S3.tolist())
-        return AttentionBatch(spans, decodes, table_SB, block, spans_S3, fresh_S)
+                 fresh_S: Tensor | None = None) -> AttentionBatch:  # fmt: skip
+        spans = [Span(*each) for each in spans_S3.tolist()]
+        real = [s for s, span in enumerate(spans) if span.count]
+        decodes = sum(s < decodes for s in real)
+        return AttentionBatch(tuple(spans[s] for s in real), decodes, table_SB[real], block, spans_S3[real], fresh_S)
 
-    monkeypatch.setattr("moesaic.engine.graphs.AttentionBatch", batch_of)
+    monkeypatch.setattr("moesaic.engine.staging.AttentionBatch", batch_of)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     fetch = Fetch.__init__
     monkeypatch.setattr(Fetch, "__init__", lambda self, tensor: fetch(self, tensor.clone()))
 
 
-def with_graphs(engine: Engine, most: int = 64, length: int = 256, rows: int = 64) -> Replayed:
-    """Where every row is greedy and wants nothing else, the graph's own choice is taken. Short prompts, of up to `rows`
-    together, run in them in deterministic mode, too, where on a CPU no bit may change."""
+def with_graphs(engine: Engine, most: int = 64, length: int = 256, rows: int = 0) -> Replayed:
+    """Where every row is greedy and wants nothing else, the graph's own choice is taken. Prompts run in them in
+    deterministic mode, too, where on a CPU no bit may change. rows: of longer prompts."""
     runner = engine.runner
     runner.model.ops = cast(Ops, SimpleNamespace(**vars(runner.model.ops), top_two=reference_fused.top_two))
-    graphs = runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length, rows)
+    graphs = runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length, True, rows)
     return graphs
 
 
@@ -165,22 +172,25 @@ def test_a_step_too_large_runs_without(folder: Path) -> None:
 def test_sizes() -> None:
     assert sizes(20) == [1, 2, 4, 8, 16, 20]
     assert sizes(8) == [1, 2, 4, 8]
-    assert sizes(8, 8) == [1, 2, 4, 8]
-    assert sizes(8, 150) == [1, 2, 4, 8, 64, 128, 150]
-    assert sizes(96, 1024)[-12:] == [96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024]
+    assert prompt_sizes(8, 0) == prompt_sizes(8, 8) == []
+    assert prompt_sizes(8, 9) == [9]
+    assert prompt_sizes(32, 300) == [64, 96, 128, 160, 192, 224, 256, 300]
+    assert prompt_sizes(256, 2048) == [320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.8, seed=3, max_tokens=5, ignore_eos=True)])
-@pytest.mark.parametrize(("budget", "requests"), [(256, 64), (12, 64), (256, 5), (40, 5)])
-def test_short_prompts_run_in_graphs(folder: Path, budget: int, requests: int, params: SamplingParams) -> None:
-    """Whole, or cut in chunks of which all but the last choose nothing, beside requests that decode; in graphs of as
-    many rows as requests, or of more, which score but those."""
+@pytest.mark.parametrize(("budget", "requests", "read"), [(256, 64, 1 << 20), (12, 64, 50), (256, 5, 0), (40, 5, 9)])
+def test_prompts_run_in_graphs(folder: Path, budget: int, requests: int, read: int, params: SamplingParams,
+                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Whole, or cut in chunks of which all but the last choose nothing, beside requests that decode; as rows of their
+    own, or as whole sequences where they read much or are long."""
+    monkeypatch.setattr("moesaic.engine.graphs.MOST_READ", read)
     rng = random.Random(7)
     asked = {f"{n}": [rng.randrange(5, 60) for _ in range(n)] for n in (1, 2, 3, 17, 40)}
     found = []
     for most in (0, 64):
         engine = engine_of(folder, overlap=True, max_num_batched_tokens=budget, max_num_seqs=requests)
-        graphs = with_graphs(engine, requests) if most else None
+        graphs = with_graphs(engine, requests, rows=100) if most else None
         said: dict[str, list[Any]] = {name: [] for name in asked}
         for name, prompt in asked.items():
             engine.add(name, prompt, params)
@@ -199,19 +209,19 @@ def test_short_prompts_run_in_graphs(folder: Path, budget: int, requests: int, p
 def test_prompts_that_run_without_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that ask for scores of every token, that read too much, that are too long; those of deterministic mode."""
     plain, curious = SamplingParams(max_tokens=1, temperature=0), SamplingParams(max_tokens=1, prompt_logprobs=0)
-    for params, prompt, prompts, read, fits in (
+    for params, prompt, short, read, fits in (
         (plain, 30, True, 465, True), (plain, 30, True, 464, False), (plain, 64, True, 1 << 18, True),
         (plain, 65, True, 1 << 18, False), (plain, 30, False, 465, False), (curious, 30, True, 465, False),
         (curious, 1, True, 465, True),
     ):  # fmt: skip
         engine = engine_of(folder, overlap=False)
         graphs = with_graphs(engine)
-        graphs.prompts = prompts
+        graphs.short = short
         monkeypatch.setattr("moesaic.engine.graphs.MOST_READ", read)
         engine.add("a", list(range(5, 5 + prompt)), params)
         while engine.has_work:
             engine.step()
-        assert bool(graphs.counts) == fits, (params, prompt, prompts, read)
+        assert bool(graphs.counts) == fits, (params, prompt, short, read)
 
 
 def test_who_asked_about_its_prompt_keeps_no_other_out(folder: Path) -> None:
@@ -225,22 +235,17 @@ def test_who_asked_about_its_prompt_keeps_no_other_out(folder: Path) -> None:
     assert graphs.counts == {8: 1}, "a row that decodes, and four of a prompt"
 
 
-def test_tables_are_not_larger_than_they_may_be() -> None:
-    made = plan(spec_of(CONFIGS["qwen3-30b-a3b"]), GPUS["h200"], CATALOGUE, Wishes())
-    assert isinstance(made, ModelPlan)
-    assert [rows_of_prompts(made, blocks, most) for blocks, most in ((256, 2048), (256, 100), (1 << 16, 2048))] == [
-        1024, 100, 256]  # fmt: skip
-    exact = plan(spec_of(CONFIGS["qwen3-30b-a3b"]), GPUS["h200"], CATALOGUE, Wishes(deterministic=True))
-    assert isinstance(exact, ModelPlan)
-    assert rows_of_prompts(exact, 256, 2048) == 0
-
-
-def test_which_plans_take_prompts() -> None:
-    for config, wishes, taken in (
-        ("qwen3-30b-a3b", Wishes(), True), ("qwen3-30b-a3b", Wishes(attention="triton"), True),
-        ("v2-lite", Wishes(), True), ("qwen3-30b-a3b", Wishes(kv="fp8"), True),
-        ("v2-lite", Wishes(deterministic=True), False), ("qwen3-30b-a3b", Wishes(deterministic=True), False),
-    ):  # fmt: skip
-        made = plan(spec_of(CONFIGS[config]), GPUS["h200"], CATALOGUE, wishes)
-        assert isinstance(made, ModelPlan), made
-        assert takes_prompts(made) == taken, (config, wishes)
+@pytest.mark.parametrize(("config", "wishes", "short", "rows"), [
+    ("qwen3-30b-a3b", Wishes(), True, 2048), ("qwen3-30b-a3b", Wishes(attention="triton"), True, 2048),
+    ("qwen3-30b-a3b", Wishes(kv="fp8"), True, 2048), ("qwen3-30b-a3b", Wishes(deterministic=True), False, 0),
+    ("v2-lite", Wishes(), True, 0), ("v2-lite", Wishes(deterministic=True), False, 0),
+    ("qwen3-30b-a3b", Wishes(attention="flashinfer"), False, 0),
+])  # fmt: skip
+def test_which_plans_take_prompts(config: str, wishes: Wishes, short: bool, rows: int) -> None:
+    """Latents of longer prompts are decompressed, for as many tokens as there are."""
+    made = plan(spec_of(CONFIGS[config]), GPUS["h200"], CATALOGUE, wishes)
+    assert isinstance(made, ModelPlan), made
+    assert takes_short(made) == short
+    assert prompt_rows(made, 1 << 20, 2048) == rows
+    assert prompt_rows(made, 1 << 20, 1 << 20) == 2 * rows, "not more than one launches as fast"
+    assert prompt_rows(made, 300, 2048) == min(rows, 300), "not more than padding has room for"
