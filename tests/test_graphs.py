@@ -174,8 +174,8 @@ def test_sizes() -> None:
     assert sizes(8) == [1, 2, 4, 8]
     assert prompt_sizes(8, 0) == prompt_sizes(8, 8) == []
     assert prompt_sizes(8, 9) == [9]
-    assert prompt_sizes(32, 300) == [64, 96, 128, 160, 192, 224, 256, 300]
-    assert prompt_sizes(256, 2048) == [320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048]
+    assert prompt_sizes(32, 300) == [48, 64, 96, 128, 160, 192, 256, 300]
+    assert prompt_sizes(256, 2048) == [320, 384, 512, 640, 768, 1024, 1280, 1536, 2048]
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.8, seed=3, max_tokens=5, ignore_eos=True)])

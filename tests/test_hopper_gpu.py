@@ -75,21 +75,37 @@ def test_released_shapes(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_a_token_alone(name: str) -> None:
     """Usual sizes, sizes that are odd multiples of 64, an odd number of choices, choices of padding; biases. Its thread
-    blocks begin before its row is ready, with low tiles and with high ones."""
+    blocks begin before its row is ready, with low tiles and with high ones. Low ones add up its results as `combine`
+    does, unless they are too many."""
+
+    def check_sum(layer: Layer) -> None:
+        rows = hopper.encode_later(layer.x, scheme.activation, layer.scale)
+        apart = hopper.summed(*hopper.multiplied(layer.variant, rows, layer.w, layer.ids, layer.weights))
+        torch.full_like(apart, float("nan"))  # in whose place the next result may lie
+        for _ in range(3):
+            assert torch.equal(hopper.weighted(layer.variant, rows, layer.w, layer.ids, layer.weights), apart)
+
     scheme = EVERY[name]
     four = scheme.weight.name in ("int4", "mxfp4", "nvfp4")
     odd, size = (1280, 2816) if four else (1408, 2880)
     for tile in (Tile(8), Tile(16, 2, 1), Tile(64, 2, 1)):
         for shape in ((16, 512, 256, 4), (32, 2048, 768, 8), (8, 1024, 512, 1), (8, 768, odd, 6), (16, 7168, 2048, 8)):
-            check_layer(Layer.of(scheme, 1, shape, tile))
+            layer = Layer.of(scheme, 1, shape, tile)
+            check_layer(layer)
+            check_sum(layer)
         layer = Layer.of(scheme, 1, (64, 1024, 768, 7), tile)
         layer.ids[0, ::3] = -1
         check_layer(layer)
+        check_sum(layer)
         layer.ids.fill_(-1)
         rows = hopper.encode_later(layer.x, scheme.activation, layer.scale)
-        out = hopper.summed(*hopper.multiplied(layer.variant, rows, layer.w, layer.ids, layer.weights))
-        assert not out.any()
-        check_layer(Layer.of(scheme, 1, (8, size, size, 4), tile, activation=OAI))
+        assert not hopper.summed(*hopper.multiplied(layer.variant, rows, layer.w, layer.ids, layer.weights)).any()
+        check_sum(layer)
+        layer = Layer.of(scheme, 1, (8, size, size, 4), tile, activation=OAI)
+        check_layer(layer)
+        check_sum(layer)
+        check_sum(Layer.of(scheme, 1, (64, 512, 256, 32), tile))
+        check_sum(Layer.of(scheme, 1, (64, 512, 256, 33), tile))
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -55,8 +55,8 @@ def sizes(most: int) -> list[int]:
 
 
 def prompt_sizes(most: int, rows: int) -> list[int]:
-    """Numbers of rows with prompts, above `most` and up to `rows`. From 128 on a fifth of them is padding at most."""
-    steps = [*range(32, 256, 32), *range(256, 512, 64), *range(512, 1024, 128), *range(1024, rows, 256)]
+    """Numbers of rows with prompts, above `most` and up to `rows`: two, from 128 on three for each doubling."""
+    steps = [32, 48, 64, 96, *(power * part // 4 for power in (128, 256, 512, 1024, 2048) for part in (4, 5, 6))]
     return [size for size in steps if most < size < rows] + [rows] * (rows > most)
 
 

@@ -16,6 +16,8 @@ Letters: T tokens, A experts per token, R = T A routed rows, D hidden size.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,9 @@ from moesaic.kernels._hopper.variants import (
 )
 from moesaic.kernels.exact import exact
 from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, KVView, Softmax, Span
+
+if TYPE_CHECKING:
+    from moesaic.kernels._hopper.launch import Routed, Stored
 
 CONTRACTS = (
     Contract(
@@ -144,8 +149,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, tile:
 
     Raises UnsupportedError for more than MOST_EXPERTS experts on a rank.
     """
-    variant, terms = multiplied(chosen(x, w, ids_TA, tile), x, w, ids_TA, weights_TA)
-    return summed(variant, terms)
+    return weighted(chosen(x, w, ids_TA, tile), x, w, ids_TA, weights_TA)
 
 
 def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, tile: int = 0) -> ExpertTerms:
@@ -154,12 +158,27 @@ def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor,
 
 
 def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int) -> Variant:
+    experts, columns, hidden = w.w13.shape
+    if experts > MOST_EXPERTS:
+        raise UnsupportedError(f"{experts} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
+                               remedy="Use more ranks, or --experts triton (or triton_invariant).")  # fmt: skip
     variant = variant_of(w.w13.form, x.encoding, TILES[tile or 8])
     if tile:
         return variant
-    experts, columns, hidden = w.w13.shape
     lone = columns * hidden * 3 // 2 if len(ids_TA) == 1 else 0
     return with_tile(variant, tile_for(variant, ids_TA.numel(), experts, lone))
+
+
+def weighted(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    """[T, D] by a variant. Of a token alone the kernel that makes the results adds them up, where it can."""
+    from moesaic.kernels._hopper import launch
+
+    if launch.sums(variant, ids_TA):
+        weights = weights_TA.float().contiguous()
+        with torch.cuda.device(ids_TA.device):
+            variant, stored, routed = prepared(variant, x, w, ids_TA.to(torch.int32).contiguous())
+            return launch.multiply(variant, stored, w, routed, weights=weights)[1]
+    return summed(*multiplied(variant, x, w, ids_TA, weights_TA))
 
 
 def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,
@@ -167,21 +186,25 @@ def multiplied(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor,
     """What is to be weighted, and what computed it."""
     from moesaic.kernels._hopper import launch
 
-    count = w.w13.shape[0]
-    if count > MOST_EXPERTS:
-        raise UnsupportedError(f"{count} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
-                               remedy="Use more ranks, or --experts triton (or triton_invariant).")  # fmt: skip
-    ids, weights, plain = ids_TA.to(torch.int32).contiguous(), weights_TA.float().contiguous(), x.parts.get("plain")
+    ids, weights = ids_TA.to(torch.int32).contiguous(), weights_TA.float().contiguous()
     if not ids.numel():
         return variant, ExpertTerms(ids.new_empty(0, w.w2.shape[-2], dtype=x.dtype), ids, weights)
+    with torch.cuda.device(ids.device):
+        variant, stored, routed = prepared(variant, x, w, ids)
+        _, y_RD, _ = launch.multiply(variant, stored, w, routed)
+    return variant, ExpertTerms(y_RD, ids, weights)
+
+
+def prepared(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor) -> tuple[Variant, Stored, Routed]:
+    """The variant for these very weights; rows encoded, and sorted. On the current device; ids: INT32, not empty."""
+    from moesaic.kernels._hopper import launch
+
+    plain = x.parts.get("plain")
     variant, static = launch.fitted(variant, w), None if plain is None else x.parts.get("scale")
     given: Rows | Tensor = x if plain is None else plain
     if plain is None and x.encoding.name in ("mxfp8", "nvfp4"):
         given = Rows(x.encoding, {**x.parts, "exact": exact(x)}, x.dtype)
-    with torch.cuda.device(ids.device):
-        stored, routed = launch.prepare(variant, given, ids, w, static)
-        _, y_RD, _ = launch.multiply(variant, stored, w, routed)
-    return variant, ExpertTerms(y_RD, ids, weights)
+    return variant, *launch.prepare(variant, given, ids_TA, w, static)
 
 
 def summed(variant: Variant, terms: ExpertTerms) -> Tensor:

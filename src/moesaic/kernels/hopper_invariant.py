@@ -33,7 +33,7 @@ CONTRACTS: tuple[Contract, ...] = tuple(
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """Raises UnsupportedError as `hopper.experts` does."""
     variant = in_one_order(hopper.chosen(x, w, ids_TA, 0))
-    return hopper.summed(*hopper.multiplied(variant, x, w, ids_TA, weights_TA))
+    return hopper.weighted(variant, x, w, ids_TA, weights_TA)
 
 
 def in_one_order(variant: Variant) -> Variant:

@@ -291,7 +291,7 @@ DEVICE void finish(const Decode &a, Joined &j, i64 token, int head, bool wanted,
 
 // What the block's warps found -> its own part of each head; a warp has heads of its own. Sent to where they are added up,
 // or, where nobody else has a part, written.
-DEVICE void join_warps(const Decode &a, Room &room, i64 token, int group, int rank, int blocks, bool wanted) {
+DEVICE void join_warps(const Decode &a, Room &room, i64 token, int group, int rank, int blocks) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sub = lane / LANES, d = lane % LANES * 4;
     for (int first = warp * (32 / LANES); first < a.repeat; first += WARPS * (32 / LANES)) {
         int head = min(first + sub, a.repeat - 1);
@@ -308,7 +308,7 @@ DEVICE void join_warps(const Decode &a, Room &room, i64 token, int group, int ra
 #pragma unroll
         for (int w = 0; w < WARPS; w++) j.add(parts[w], sums[w].x, sums[w].y);
         if (blocks == 1) {
-            finish(a, j, token, group * a.repeat + head, wanted && first + sub < a.repeat, lane);
+            finish(a, j, token, group * a.repeat + head, first + sub < a.repeat, lane);
             continue;
         }
         int owner = head % blocks, place = head / blocks * blocks + rank;
@@ -317,7 +317,7 @@ DEVICE void join_warps(const Decode &a, Room &room, i64 token, int group, int ra
     }
 }
 
-DEVICE void join_blocks(const Decode &a, const Room &room, i64 token, int group, int rank, int blocks, bool wanted) {
+DEVICE void join_blocks(const Decode &a, const Room &room, i64 token, int group, int rank, int blocks) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sub = lane / LANES, d = lane % LANES * 4;
     for (int first = warp * (32 / LANES); first * blocks + rank < a.repeat; first += WARPS * (32 / LANES)) {
         bool real = (first + sub) * blocks + rank < a.repeat;
@@ -331,7 +331,7 @@ DEVICE void join_blocks(const Decode &a, const Room &room, i64 token, int group,
             float2 sums = room.sums[begin + b];
             j.add(*(const float4 *)&room.parts[begin + b][d], sums.x, sums.y);
         }
-        finish(a, j, token, group * a.repeat + mine * blocks + rank, wanted && real, lane);
+        finish(a, j, token, group * a.repeat + mine * blocks + rank, real, lane);
     }
 }
 
@@ -341,10 +341,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_deco
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int blocks = cluster_blocks(), rank = cluster_rank(), item = blockIdx.x / blocks;
     int s = item / a.groups, group = item % a.groups;
-    if (blocks > 1) cluster_arrive();  // others may write here once all have begun
-    let_next_grid_start();
     i64 token = a.spans[3 * s];
-    bool wanted = a.spans[3 * s + 1] > 0;
+    let_next_grid_start();
+    if (!a.spans[3 * s + 1]) return wait_for_grid();  // so that who waits for this grid has waited for the one in front
+    if (blocks > 1) cluster_arrive();     // others may write here once all have begun
     int length = (int)a.spans[3 * s + 2], begin = a.window ? max(0, length - a.window) : 0;
     int share = up(divided_up(length - begin, blocks), TILE), first = begin + rank * share;
     Share own{first + warp * TILE, WARPS * TILE, min(length, first + share)};
@@ -383,9 +383,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) attend_deco
     fold.leave((float *)room.ring[warp], room.warp_sums[warp], lane);
     __syncthreads();
     if (blocks > 1) cluster_wait();
-    join_warps(a, room, token, group, rank, blocks, wanted);
+    join_warps(a, room, token, group, rank, blocks);
     if (blocks == 1) return;
     cluster_arrive();
     cluster_wait();
-    join_blocks(a, room, token, group, rank, blocks, wanted);
+    join_blocks(a, room, token, group, rank, blocks);
 }

@@ -471,8 +471,58 @@ DEVICE void fill_terms(const Arguments &a, const Item &item, int slot, int lane)
     }
 }
 
+// A token alone: who makes the last of its results for some columns adds them up, in the order of its choices. A lane knows the
+// choice of its number.
+struct LoneSum {
+    int count;
+    u32 chosen;
+    float weight;
+    DEVICE_MEMBER void begin(const Arguments &a, int lane) {
+        int id = lane < a.top_k ? a.ids[lane] : -1;
+        chosen = __ballot_sync(0xFFFFFFFFu, id >= 0 && id < a.experts), count = __popc(chosen);
+        weight = lane < a.top_k ? a.weights[lane] : 0.0f;
+        if (!count && blockIdx.x == 0)
+            for (int i = lane; i < a.hidden / 8; i += 32) ((uint4 *)a.sum)[i] = make_uint4(0, 0, 0, 0);
+    }
+    DEVICE_MEMBER void add(const Arguments &a, const Item &item, int lane) const {
+        int last = 0;
+        if (lane == 0) {
+            __threadfence();
+            last = atomicAdd(SUMMED(a, item.column), 1) + 1 == count;
+        }
+        if (!__shfl_sync(0xFFFFFFFFu, last, 0)) return;
+        __threadfence();
+#pragma unroll 1
+        for (int part = 0; part < Y_COLUMNS / 128; part++) {
+            constexpr int AHEAD = 8;  // rows that are on their way at once
+            int column = item.column * Y_COLUMNS + part * 128 + 4 * lane;
+            float sum[4] = {};
+#pragma unroll 1
+            for (int first = 0; first < a.top_k; first += AHEAD) {
+                uint2 q[AHEAD];
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++) {
+                    q[i] = make_uint2(0, 0);
+                    if ((chosen >> first + i & 1) && column < a.hidden) q[i] = __ldcg((const uint2 *)(a.y + (i64)(first + i) * a.hidden + column));
+                }
+#pragma unroll
+                for (int i = 0; i < AHEAD; i++) {
+                    float w = __shfl_sync(0xFFFFFFFFu, weight, first + i);
+                    w = chosen >> first + i & 1 ? w : 0.0f;
+                    sum[0] += w * bf16_low(q[i].x), sum[1] += w * bf16_high(q[i].x), sum[2] += w * bf16_low(q[i].y), sum[3] += w * bf16_high(q[i].y);
+                }
+            }
+            if (column < a.hidden) *(uint2 *)(a.sum + column) = make_uint2(bf16_pair(sum[0], sum[1]), bf16_pair(sum[2], sum[3]));
+        }
+    }
+};
+
 DEVICE void publish(const Arguments &a, int lane) {
     Ring slot = {0, 0};
+#if NARROW
+    LoneSum lone;
+    if (a.sum) lone.begin(a, lane);
+#endif
     for (;;) {
         wait_full(room.item_full, slot);
         Item item = room.items[slot.slot];
@@ -481,6 +531,9 @@ DEVICE void publish(const Arguments &a, int lane) {
         barrier_arrive(shared_address(room.table_full + slot.slot));
         wait_full(room.stored, slot);
         if (item.phase == 1) publish_tile(a, item, lane);
+#if NARROW
+        if (item.phase == 3 && a.sum) lone.add(a, item, lane);
+#endif
         if (item.phase == 2 && lane == 0) {
             __threadfence();
             atomicAdd(READY(a, item.tile), 1);

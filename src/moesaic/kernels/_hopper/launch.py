@@ -41,8 +41,8 @@ class RowsC(ctypes.Structure):
 
 class Arguments(ctypes.Structure):
     _fields_ = (("first", WeightC), ("second", WeightC), ("x", RowsC), ("h", RowsC), ("wide", PTR), ("y", PTR),
-                ("order", PTR), ("tiles", PTR), ("ids", PTR), ("counters", PTR), ("experts", I32),
-                ("tile_limit", I32), ("top_k", I32), ("columns", I32), ("width", I32),
+                ("order", PTR), ("tiles", PTR), ("ids", PTR), ("counters", PTR), ("weights", PTR), ("sum", PTR),
+                ("experts", I32), ("tile_limit", I32), ("top_k", I32), ("columns", I32), ("width", I32),
                 ("hidden", I32), ("phases", I32), ("once", I32), ("likely", I32), ("lead", I32), ("parts", I32),
                 ("groups", I32), ("rows", I32), ("band", I32), ("limit", F32), ("alpha", F32))  # fmt: skip
 
@@ -206,8 +206,9 @@ def room_for_routing(variant: Variant, ids_TA: Tensor, w: ExpertWeights) -> Rout
     limit = max(1, rows if len(ids_TA) == 1 else min(experts, rows) + rows // variant.tile.height)
     groups = up(width, max(128, variant.elements)) // 128 if variant.encoding == 4 else 1
     parts = (groups if variant.encoding == 4 else 1) if variant.needs_wide else -(-width // (64 * stack))
-    counters = ids_TA.new_empty(4 + limit * (1 + groups))
     lone = ids_TA if len(ids_TA) == 1 else None
+    sums = 0 if lone is None else tiles_of(w.w2.shape[1], variant)
+    counters = ids_TA.new_empty(4 + limit * (1 + groups) + sums)
     return Routed(ids_TA.new_empty(rows), ids_TA.new_empty(limit, 4), counters, ids_TA.shape[1], parts, groups, lone)
 
 
@@ -257,35 +258,52 @@ def weight_values(variant: Variant, w: QuantTensor, bias: Tensor | None, tiles: 
     )  # fmt: skip
 
 
+def tiles_of(columns: int, variant: Variant) -> int:
+    """Of the second product."""
+    return -(-columns // (128 * variant.tile.stack))
+
+
+MOST_SUMMED = 32
+"""Choices of a token alone that `multiply` may add up: a lane of a warp has one."""
+
+
+def sums(variant: Variant, ids_TA: Tensor) -> bool:
+    """Whether `multiply` can add up a token's results: of one alone, by tiles of few rows."""
+    tokens, top_k = ids_TA.shape
+    return tokens == 1 and variant.tile.narrow and 0 < top_k <= MOST_SUMMED
+
+
 def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phases: int = 3, h: Stored | None = None,
-             wide: bool = False) -> tuple[Stored, Tensor, Tensor | None]:  # fmt: skip
+             wide: bool = False, weights: Tensor | None = None) -> tuple[Stored, Tensor, Tensor | None]:  # fmt: skip
     """(activated rows in sorted order, results BF16 [R, D] in the rows' places before sorting; of -1 ids undefined,
     the activated rows before they were encoded).
 
     phases: 1 only the first product, 2 only the second (of h), 3 both.  wide: keep those rows where that is not needed.
+    weights: FP32 [1, A] of a token alone, where `sums` allows; the results are then their weighted sum [1, D].
     """
     (_, _, hidden), width, tile = w.w13.shape, w.w2.columns, variant.tile
     rows = len(routed.order_R)
     h = h or room_for_rows(variant, rows, width, x.data, w.between_scale, not tile.narrow)
     y = x.data.new_empty(rows, hidden, dtype=torch.bfloat16)
+    total = None if weights is None else y.new_empty(1, hidden)
     before = x.data.new_empty(rows, h.width, dtype=torch.float32) if wide or variant.needs_wide else None
     first = weight_values(variant, w.w13, w.biases[0] if w.biases else None, -(-width // (64 * tile.stack)))
-    second = weight_values(variant, w.w2, w.biases[1] if w.biases else None, -(-hidden // (128 * tile.stack)))
+    second = weight_values(variant, w.w2, w.biases[1] if w.biases else None, tiles_of(hidden, variant))
     oai, once = w.activation.kind == "swiglu_oai", rows <= w.w13.shape[0] * tile.height
     arguments = Arguments(
         first, second, x.packed(), h.packed(), None if before is None else before.data_ptr(), y.data_ptr(),
         routed.order_R.data_ptr(), routed.tiles_B4.data_ptr(), None if routed.ids is None else routed.ids.data_ptr(),
-        routed.counters.data_ptr(), w.w13.shape[0], len(routed.tiles_B4),
-        routed.top_k, width, h.width, hidden, phases, once, once and rows >= w.w13.shape[0] * 2,
-        lead_of(w, rows) if routed.ids is not None else 0, routed.parts, routed.groups, 0, 0,
-        w.activation.limit, w.activation.alpha if oai else 0.0,
+        routed.counters.data_ptr(), None if weights is None else weights.data_ptr(),
+        None if total is None else total.data_ptr(), w.w13.shape[0], len(routed.tiles_B4), routed.top_k, width, h.width,
+        hidden, phases, once, once and rows >= w.w13.shape[0] * 2, lead_of(w, rows) if routed.ids is not None else 0,
+        routed.parts, routed.groups, 0, 0, w.activation.limit, w.activation.alpha if oai else 0.0,
     )  # fmt: skip
     device = torch.cuda.current_device()
     kernels = loaded(variant, device)
     items = len(routed.tiles_B4) * (first.tiles * (phases & 1) + second.tiles * (phases >> 1) + 1)
     blocks, given = min(processors(device) * tile.blocks, items), [all_maps(variant, w, h), arguments]
     launch(kernels.experts, blocks, kernels.threads, given, kernels.shared)
-    return h, y, before
+    return h, y if total is None else total, before
 
 
 BAND = 16

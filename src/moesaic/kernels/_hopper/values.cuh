@@ -33,6 +33,8 @@ struct Arguments {
     const int4 *tiles;   // expert, first sorted row, rows, rows rounded up
     const int *ids;      // of a token alone, or null
     int *counters;       // see below
+    const float *weights;  // of a token alone, [top_k] of at most 32, and
+    u16 *sum;              // BF16 [D]: the sum of its results, or null: it is another's
     int experts, tile_limit, top_k, columns, width, hidden, phases;  // columns: I; width: of a row of h; phases: 1 first product, 2 second
     int once;           // whether most experts will have at most one tile of rows, so that their weights are read once
     int likely;         // and whether most will have one
@@ -48,9 +50,11 @@ struct Maps {
 };
 
 // counters: [0] tiles of rows, [1] next item (of a token alone, behind one for each thread block), [2] first products done, [3] largest magnitude of h;
-// then per tile of rows: parts of h that the second product may read; and per tile and group: first products done.
+// then per tile of rows: parts of h that the second product may read; per tile and group: first products done; and, where there
+// is a `sum`, per tile of columns: second products done.
 #define READY(a, tile) ((a).counters + 4 + (tile))
 #define MADE(a, tile, group) ((a).counters + 4 + (a).tile_limit + (tile) * (a).groups + (group))
+#define SUMMED(a, column) ((a).counters + 4 + (a).tile_limit * (1 + (a).groups) + (column))
 
 // Sorts and encodes. ids: INT32 [R], -1 for padding.
 struct Preparation {
