@@ -32,7 +32,7 @@ from benchmarks.models import MODELS
 from moesaic.config import EngineConfig
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.engine.engine import Engine
-from moesaic.engine.graphs import DecodeGraphs, prompt_rows, takes_short
+from moesaic.engine.graphs import DecodeGraphs, prompt_rows
 from moesaic.engine.launch import launch
 from moesaic.engine.params import SamplingParams
 from moesaic.layers.linear import Stored
@@ -59,10 +59,10 @@ def make(args: argparse.Namespace, length: int) -> Engine:
             engine = launch(checkpoint, config, None).engine
     runner = engine.runner
     if args.batch:
-        plan = runner.model.kernels.plan
-        short, rows = takes_short(plan), prompt_rows(plan, length, CHUNK)
+        model, pool = runner.model, runner.pool
+        rows = prompt_rows(model.spec, model.kernels.plan, pool.block_size, length, CHUNK)
         only = sorted({*args.batch, *(each for each in args.first if each <= rows)})
-        runner.graphs = DecodeGraphs(runner.model, runner.pool, runner.feed, most, length, short, rows, only)
+        runner.graphs = DecodeGraphs(model, pool, runner.feed, most, length, rows, only)
     return engine
 
 

@@ -96,7 +96,7 @@ def test_short_prompts_in_graphs_change_nothing_but_near_ties(monkeypatch: pytes
     assert same_but_for_ties([ask(llm, [prompt])[0] for prompt in prompts], alone) <= 2
 
 
-@pytest.mark.parametrize("options", [{}, {"kv": "fp8"}, {"quantization": "fp8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kv": "fp8"}, {"quantization": "fp8"}, {"deterministic": True}], ids=str)
 @pytest.mark.parametrize("size", [64, 128])
 def test_rows_of_a_prompt_see_one_another(tmp_path: Path, size: int, options: dict[str, Any],
                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -130,6 +130,7 @@ def test_rows_of_a_prompt_see_one_another(tmp_path: Path, size: int, options: di
     theirs = scores(False)
     other = (theirs - theirs.roll(1, 0)).square().mean(1).sqrt()
     assert ((mine - theirs).square().mean(2).sqrt() < other / 10).all()
+    assert not options.get("deterministic") or (mine == theirs).all()
 
 
 def test_every_way_of_sampling_is_the_same_ahead() -> None:

@@ -20,10 +20,10 @@ from torch import Tensor
 from benchmarks.models import MODELS as CONFIGS
 from moesaic.contracts.plan import ModelPlan, Wishes
 from moesaic.engine.engine import Engine
-from moesaic.engine.graphs import Captured, DecodeGraphs, prompt_rows, prompt_sizes, sizes, takes_short
+from moesaic.engine.graphs import Captured, DecodeGraphs, prompt_rows, prompt_sizes, sizes, takes_short, takes_whole
 from moesaic.engine.params import SamplingParams
 from moesaic.engine.rows import Fetch
-from moesaic.engine.staging import FIELDS
+from moesaic.engine.staging import FIELDS, PromptInputs
 from moesaic.hardware import GPUS
 from moesaic.kernels import reference_fused
 from moesaic.kernels.ops import AttentionBatch, Ops, Span
@@ -64,9 +64,10 @@ class Replayed(DecodeGraphs):
 
     def check_fresh(self, size: int) -> None:
         """A kernel may read all of a context but its last `fresh` positions before this step has written anything."""
-        if size > self.most:
+        inputs = self.inputs(size)
+        if isinstance(inputs, PromptInputs):
             return
-        of, block = self.rows.integers, self.pool.block_size
+        of, block = inputs.integers, self.pool.block_size
         slot_B, fresh_B, length_B = (of.fields_FB[FIELDS.index(name), :size] for name in ("slot", "fresh", "length"))
         written = set(slot_B[length_B > 0].tolist())
         for table, fresh, length in zip(of.tables_SW.tolist(), fresh_B.tolist(), length_B.tolist(), strict=False):
@@ -92,12 +93,15 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fetch, "__init__", lambda self, tensor: fetch(self, tensor.clone()))
 
 
-def with_graphs(engine: Engine, most: int = 64, length: int = 256, rows: int = 0) -> Replayed:
-    """Where every row is greedy and wants nothing else, the graph's own choice is taken. Prompts run in them in
-    deterministic mode, too, where on a CPU no bit may change. rows: of longer prompts."""
+def with_graphs(engine: Engine, most: int = 64, length: int = 256, rows: int = 0, whole: bool = False) -> Replayed:
+    """Where every row is greedy and wants nothing else, the graph's own choice is taken. Prompts run in them, whatever
+    the plan says: on a CPU no bit may change. rows: of longer prompts.  whole: these are not rows of their own."""
     runner = engine.runner
     runner.model.ops = cast(Ops, SimpleNamespace(**vars(runner.model.ops), top_two=reference_fused.top_two))
-    graphs = runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length, True, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moesaic.engine.graphs.takes_short", lambda plan: True)
+        patch.setattr("moesaic.engine.graphs.takes_whole", lambda plan: whole)
+        graphs = runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length, rows)
     return graphs
 
 
@@ -179,10 +183,13 @@ def test_sizes() -> None:
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.8, seed=3, max_tokens=5, ignore_eos=True)])
-@pytest.mark.parametrize(("budget", "requests", "read"), [(256, 64, 1 << 20), (12, 64, 50), (256, 5, 0), (40, 5, 9)])
-def test_prompts_run_in_graphs(folder: Path, budget: int, requests: int, read: int, params: SamplingParams,
-                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """Whole, or cut in chunks of which all but the last choose nothing, beside requests that decode; as rows of their
+@pytest.mark.parametrize(("budget", "requests", "whole", "read"), [
+    (256, 64, False, 1 << 20), (12, 64, True, 50), (256, 5, True, 0), (40, 5, True, 9), (256, 5, False, 1 << 20),
+    (40, 5, False, 1 << 20),
+])  # fmt: skip
+def test_prompts_run_in_graphs(folder: Path, budget: int, requests: int, whole: bool, read: int,
+                               params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """At once, or cut in chunks of which all but the last choose nothing, beside requests that decode; as rows of their
     own, or as whole sequences where they read much or are long."""
     monkeypatch.setattr("moesaic.engine.graphs.MOST_READ", read)
     rng = random.Random(7)
@@ -190,7 +197,7 @@ def test_prompts_run_in_graphs(folder: Path, budget: int, requests: int, read: i
     found = []
     for most in (0, 64):
         engine = engine_of(folder, overlap=True, max_num_batched_tokens=budget, max_num_seqs=requests)
-        graphs = with_graphs(engine, requests, rows=100) if most else None
+        graphs = with_graphs(engine, requests, rows=100, whole=whole) if most else None
         said: dict[str, list[Any]] = {name: [] for name in asked}
         for name, prompt in asked.items():
             engine.add(name, prompt, params)
@@ -235,17 +242,24 @@ def test_who_asked_about_its_prompt_keeps_no_other_out(folder: Path) -> None:
     assert graphs.counts == {8: 1}, "a row that decodes, and four of a prompt"
 
 
-@pytest.mark.parametrize(("config", "wishes", "short", "rows"), [
-    ("qwen3-30b-a3b", Wishes(), True, 2048), ("qwen3-30b-a3b", Wishes(attention="triton"), True, 2048),
-    ("qwen3-30b-a3b", Wishes(kv="fp8"), True, 2048), ("qwen3-30b-a3b", Wishes(deterministic=True), False, 0),
-    ("v2-lite", Wishes(), True, 0), ("v2-lite", Wishes(deterministic=True), False, 0),
-    ("qwen3-30b-a3b", Wishes(attention="flashinfer"), False, 0),
+@pytest.mark.parametrize(("config", "wishes", "short", "whole", "rows"), [
+    ("qwen3-30b-a3b", Wishes(), True, True, 2048), ("qwen3-30b-a3b", Wishes(attention="triton"), True, True, 2048),
+    ("qwen3-30b-a3b", Wishes(kv="fp8"), True, True, 2048),
+    ("qwen3-30b-a3b", Wishes(deterministic=True), True, False, 512),
+    ("v2-lite", Wishes(), True, False, 1024), ("v2-lite", Wishes(deterministic=True), True, False, 256),
+    ("qwen3-30b-a3b", Wishes(attention="flashinfer"), False, False, 0),
 ])  # fmt: skip
-def test_which_plans_take_prompts(config: str, wishes: Wishes, short: bool, rows: int) -> None:
-    """Latents of longer prompts are decompressed, for as many tokens as there are."""
-    made = plan(spec_of(CONFIGS[config]), GPUS["h200"], CATALOGUE, wishes)
+def test_which_plans_take_prompts(config: str, wishes: Wishes, short: bool, whole: bool, rows: int) -> None:
+    """Latents of longer prompts are decompressed, for as many tokens as there are. Parts of results, 64 of each row in
+    deterministic mode here, take no more than half a gigabyte, nor tables more than 64 MB."""
+    spec = spec_of(CONFIGS[config])
+    made = plan(spec, GPUS["h200"], CATALOGUE, wishes)
     assert isinstance(made, ModelPlan), made
-    assert takes_short(made) == short
-    assert prompt_rows(made, 1 << 20, 2048) == rows
-    assert prompt_rows(made, 1 << 20, 1 << 20) == 2 * rows, "not more than one launches as fast"
-    assert prompt_rows(made, 300, 2048) == min(rows, 300), "not more than padding has room for"
+    assert (takes_short(made), takes_whole(made)) == (short, whole)
+    assert prompt_rows(spec, made, 16, 1 << 15, 2048) == rows
+    assert prompt_rows(spec, made, 16, 1 << 15, 100) == min(rows, 100)
+    if whole:
+        assert prompt_rows(spec, made, 16, 1 << 15, 1 << 20) == 4096, "not more than one launches as fast"
+        assert prompt_rows(spec, made, 16, 300, 2048) == 300, "not more than padding has room for"
+    elif rows:
+        assert prompt_rows(spec, made, 16, 1 << 20, 2048) <= 256

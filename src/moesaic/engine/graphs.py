@@ -4,8 +4,9 @@ A step that is not captured costs a millisecond of Python per layer, whatever it
 
 - of decoding: a row per request. Prompts so short that there are rows enough run in them, too: each of their tokens is
   a row of its own, whose context ends with it, and rows write to the cache before any of them reads it;
-- of longer prompts behind requests that decode: attention takes each prompt as a whole, as it does without a graph, and
-  only the rows that choose a token are scored.
+- of longer prompts beside requests that decode: of more rows, of which only those that choose a token are scored.
+  Attention over heads takes each prompt as a whole, as it does without a graph. Over latents, which are decompressed
+  for whole prompts, and in `--deterministic` mode, whose kernels take rows as they come, they are rows as above.
 
 A graph works on fixed addresses: a step writes its few integers there and replays. Numbers of rows are rounded up to a
 captured one; rows that are padding choose no expert, and write to slot 0, which belongs to nobody. The greedy choice is
@@ -27,25 +28,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moesaic.contracts.plan import ModelPlan
+from moesaic.contracts.spec import MLASpec, ModelSpec
 from moesaic.engine.draw import pick
 from moesaic.engine.feed import Feed
 from moesaic.engine.rows import upload
 from moesaic.engine.scheduler import Chunk, Step
 from moesaic.engine.staging import FIELDS, Inputs, PromptInputs, RowInputs
 from moesaic.kernels.registry import catalogue
+from moesaic.kernels.triton_invariant import CHUNK
 from moesaic.layers.kv_pool import KVPool
 from moesaic.layers.step import StepInput
 from moesaic.models.decoder import Decoder
 
 ATTENTION = ("attend_paged", "attend_encode", "attend_latent")
 """Ops that read the cache."""
-TOGETHER = frozenset({"triton", "hopper"})
+TOGETHER = frozenset({"triton", "hopper", "triton_invariant"})
 """Backends whose attention reads no position before it is written, although it is another row of the same step that
 writes it (all behind the kernel in front, or as `fresh_S` says), and finds prompts by the spans on the device."""
 MOST_READ = 1 << 20
 """Positions of contexts that rows of prompts may read together, where each row reads its own."""
-MOST_ROWS = 4096
-"""Of a graph: for more, the device needs as long as Python does to launch the step."""
+MOST_WHOLE, MOST_ROWS = 4096, 1024
+"""Rows of a graph, with prompts as a whole and as rows: for more, the device needs as long as Python does to launch the
+step."""
+TABLES, PARTS = 1 << 24, 1 << 27
+"""Entries of the tables of all rows; and numbers in parts of their results, which `--deterministic` attention over a
+context leaves to be added up."""
 
 
 def sizes(most: int) -> list[int]:
@@ -77,15 +84,19 @@ class DecodeGraphs:
 
     metered = True
 
-    def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int, short: bool = False,
-                 rows: int = 0, only: Sequence[int] = (), progress: bool = False) -> None:  # fmt: skip
-        """most: requests in the largest step.  length: longest context in tokens.  short: prompts may run as rows that
-        decode.  rows: of the largest step with longer prompts; 0 where none is to run here.  only: numbers of rows to
-        capture.  progress: show a bar; kernels that were never compiled on this machine take a while."""
-        self.model, self.pool, self.feed, self.most, self.short = model, pool, feed, most, short
-        of = -(-length // pool.block_size), pool.block_size, feed.device
-        self.rows = RowInputs(most, *of)
-        self.prompts = PromptInputs(rows, most, *of) if rows > most else None
+    def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int, rows: int = 0,
+                 only: Sequence[int] = (), progress: bool = False) -> None:  # fmt: skip
+        """most: requests in the largest step.  length: longest context in tokens.  rows: of the largest step with
+        longer prompts; 0 where none is to run here.  only: numbers of rows to capture.
+        progress: show a bar; kernels that were never compiled on this machine take a while."""
+        self.model, self.pool, self.feed, self.most = model, pool, feed, most
+        plan, of = model.kernels.plan, (-(-length // pool.block_size), pool.block_size, feed.device)
+        self.short, self.whole = takes_short(plan), takes_whole(plan)
+        self.decoding: Inputs = RowInputs(most, *of)
+        self.prompts: Inputs = self.decoding
+        if rows > most:
+            self.prompts = PromptInputs(rows, most, *of) if self.whole else RowInputs(rows, *of)
+        self.scores_RV: Tensor | None = None
         self.captured: dict[int, Captured] = {}
         self.capture_all(only or sizes(most) + prompt_sizes(most, rows), progress and sys.stderr.isatty())
 
@@ -108,8 +119,9 @@ class DecodeGraphs:
         return Captured(graph, scores_BV, packed_2B)
 
     def forward(self, size: int) -> tuple[Tensor, Tensor | None]:
-        """(scores [B, V], the greedy choice) of the rows whose integers lie in the buffer; with prompts, of `most` rows
-        that these name."""
+        """(scores [B, V], the greedy choice) of the rows whose integers lie in the buffer; of more rows than requests,
+        of those that these name. Such scores lie in one place for all numbers of rows, which would each keep their own
+        (20 MB of 64 requests)."""
         inputs = self.inputs(size)
         fields = dict(zip(FIELDS, inputs.integers.fields_FB[:, :size].unbind(0), strict=True))
         chosen_B = self.feed.chosen_R.index_select(0, fields["place"])
@@ -120,13 +132,14 @@ class DecodeGraphs:
             if size > self.most:
                 hidden_BD = hidden_BD.index_select(0, fields["end"][: self.most])
             scores_BV = self.model.scores(hidden_BD)
-        return scores_BV, pick(self.model.ops, scores_BV)
+        packed_2B = pick(self.model.ops, scores_BV)
+        if size > self.most:
+            self.scores_RV = scores_BV.clone() if self.scores_RV is None else self.scores_RV.copy_(scores_BV)
+            scores_BV = self.scores_RV
+        return scores_BV, packed_2B
 
     def inputs(self, size: int) -> Inputs:
-        if size <= self.most:
-            return self.rows
-        assert self.prompts is not None
-        return self.prompts
+        return self.decoding if size <= self.most else self.prompts
 
     def fits(self, step: Step) -> bool:
         return self.size(step) > 0
@@ -142,7 +155,10 @@ class DecodeGraphs:
                 return 0
             prompts = [chunk for chunk in step.chunks if chunk.count > 1]
             read = sum(chunk.count * (2 * chunk.start + chunk.count + 1) // 2 for chunk in prompts)
-            large |= not self.short or read > MOST_READ
+            rows = self.short and read <= MOST_READ
+            if not (rows or self.whole):
+                return 0
+            large |= not rows
         least = max(step.tokens, self.most + 1) if large else step.tokens
         return min((size for size in self.captured if size >= least), default=0)
 
@@ -166,20 +182,34 @@ class DecodeGraphs:
 
 
 def takes_short(plan: ModelPlan) -> bool:
-    """Whether rows that decode may be of prompts: all attention is of `TOGETHER`, the plan not `--deterministic`."""
+    """Whether rows may be of prompts: all attention is of `TOGETHER`."""
     chosen = {choice.chosen for each in plan.ops.values() for choice in each if choice.op in ATTENTION}
-    return chosen <= TOGETHER and not plan.base.batch_invariant
+    return chosen <= TOGETHER
 
 
-def prompt_rows(plan: ModelPlan, room: int, most: int) -> int:
-    """Rows of the largest graph with prompts, where all kernels that prompts run in can be captured; else 0.
-
-    room: positions of the longest context, which padding must fit into.  most: tokens of the largest step.
-    """
+def takes_whole(plan: ModelPlan) -> bool:
+    """Whether prompts can stand in graphs as a whole, by the kernels that they have without."""
     cells = [cell for layer in plan.layers for cell in layer.cells if cell.phase == "prefill"]
     eager = {(contract.op, contract.backend) for contract in catalogue() if not contract.capturable}
     captured = not any((stage.role, stage.kernel) in eager for cell in cells for stage in cell.path.stages)
-    return min(MOST_ROWS, room, most) if takes_short(plan) and captured and not plan.base.latent else 0
+    return takes_short(plan) and captured and not plan.base.latent and not plan.base.batch_invariant
+
+
+def prompt_rows(spec: ModelSpec, plan: ModelPlan, block: int, room: int, most: int) -> int:
+    """Rows of the largest graph with prompts; 0 if there can be none.
+
+    block: positions of one.  room: of the longest context, which padding must fit into.  most: tokens of a step.
+    """
+    if takes_whole(plan):
+        return min(MOST_WHOLE, room, most)
+    if not takes_short(plan):
+        return 0
+    rows = min(MOST_ROWS, most, TABLES // -(-room // block))
+    if plan.base.batch_invariant:
+        each = [block.attention for block in spec.layers]
+        width = max(at.heads * (at.kv_rank if isinstance(at, MLASpec) else at.head_dim) for at in each)
+        rows = min(rows, PARTS // (width * -(-room // CHUNK)))
+    return rows
 
 
 def reported(chunk: Chunk) -> bool:

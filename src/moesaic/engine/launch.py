@@ -12,7 +12,7 @@ from moesaic.contracts.spec import ModelSpec
 from moesaic.engine.blocks import BlockManager
 from moesaic.engine.engine import Engine
 from moesaic.engine.feed import Feed
-from moesaic.engine.graphs import DecodeGraphs, prompt_rows, takes_short
+from moesaic.engine.graphs import DecodeGraphs, prompt_rows
 from moesaic.engine.runner import Runner
 from moesaic.engine.scheduler import Scheduler, SchedulerConfig
 from moesaic.engine.tapes import DecodeTapes
@@ -106,8 +106,8 @@ def decoding_of(config: EngineConfig, built: Built, pool: KVPool, feed: Feed,
     """What runs the steps that decode, where the kernels can be recorded."""
     of = (built.model, pool, feed, config.max_num_seqs, length)
     if built.plan.base.capturable:
-        rows = prompt_rows(built.plan, length, config.max_num_batched_tokens)
-        return DecodeGraphs(*of, takes_short(built.plan), rows, progress=config.progress)
+        of_rows = (built.model.spec, built.plan, config.block_size, length, config.max_num_batched_tokens)
+        return DecodeGraphs(*of, prompt_rows(*of_rows), progress=config.progress)
     return DecodeTapes(*of) if built.model.kernels.taped else None
 
 

@@ -118,18 +118,20 @@ class Inputs:
 
 
 class RowInputs(Inputs):
-    """Of graphs of decoding: every row is a sequence of its own, of a prompt as of padding."""
+    """Every row is a sequence of its own, of a prompt as of padding."""
 
     def __init__(self, rows: int, blocks: int, block: int, device: torch.device) -> None:
         super().__init__(rows, rows, blocks, block, device)
 
     def fill(self, to: Staging, chunks: Sequence[Chunk], size: int, feed: Feed) -> int:
-        at = 0
+        at, ends = 0, []
         if all(chunk.count == 1 for chunk in chunks):
             to.decoding(chunks, 0, feed)
-            at = len(chunks)
-        for chunk in chunks if not at else ():
+            at, chunks = len(chunks), ()
+        for chunk in chunks:
             end = at + chunk.count
+            if chunk.sample:
+                ends.append(end - 1)
             if chunk.count == 1:
                 to.decoding([chunk], at, feed)
             else:
@@ -141,6 +143,7 @@ class RowInputs(Inputs):
                 to.spans[at:end, 2] = to.fields[LENGTH, at:end]
             at = end
         to.fields[:, at:size] = 0
+        to.fields[END, : len(ends)] = ends
         to.spans[at:size, 0], to.spans[at:size, 1:] = range(at, size), (1, 0)
         return size
 
@@ -151,8 +154,8 @@ class RowInputs(Inputs):
 
 
 class PromptInputs(Inputs):
-    """Of graphs of prompts: the first rows are of requests that decode, each a sequence; from sequence `most` on come
-    prompts, each of all its rows; and padding, which is like one more prompt whose context is slot 0 over and over."""
+    """The first rows are of requests that decode, each a sequence; from sequence `most` on come prompts, each of all
+    its rows; and padding, which is like one more prompt whose context is slot 0 over and over."""
 
     def __init__(self, rows: int, most: int, blocks: int, block: int, device: torch.device) -> None:
         super().__init__(rows, 2 * most + 1, blocks, block, device)
