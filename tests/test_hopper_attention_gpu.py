@@ -212,9 +212,10 @@ def test_a_row_written_by_the_kernel_in_front() -> None:
 @pytest.mark.parametrize("view", [GQA, NARROW], ids=str)
 @pytest.mark.parametrize(("rows", "start"), [(2, 0), (33, 0), (40, 100), (130, 7), (16, 1500)])
 def test_rows_of_a_prompt_written_by_the_kernel_in_front(rows: int, start: int, view: KVView, fp8: bool) -> None:
-    """Dependent launch: each row's context ends with it, and what is before it in the prompt is written only now.
-    Behind them a sequence that decodes."""
+    """Dependent launch: each row's context ends with it, and what is before it in the prompt is written only now, by a
+    kernel that waits for a long one. Behind them a sequence that decodes."""
     from moesaic.kernels import triton
+    from moesaic.kernels._triton.linear import wide_terms
     from moesaic.kernels.ops import HeadNorms
 
     heads, size = 8 * view.kv_heads, view.key_dim
@@ -226,22 +227,22 @@ def test_rows_of_a_prompt_written_by_the_kernel_in_front(rows: int, start: int, 
     fresh = torch.cat([torch.arange(rows) + 1, torch.ones(1).long()]).cuda()
     table = torch.cat([two.table_SB[:1].expand(rows, -1), two.table_SB[1:]])
     batch = AttentionBatch((Span(0, 1, 2048),) * count, count, table, 16, spans_S3, fresh)
-    pool, x = pool_for(two, blocks, view, fp8), torch.randn(1, count, (heads + 2 * view.kv_heads) * size, device="cuda")
+    pool, h = pool_for(two, blocks, view, fp8), torch.randn(count, 8192, device="cuda").bfloat16()
+    w = torch.randn((heads + 2 * view.kv_heads) * size, 8192, device="cuda").bfloat16() / 90
     last = lengths - 1
     slots = table.long()[torch.arange(count, device="cuda"), last // 16] * 16 + last % 16
 
-    def layer() -> Tensor:
-        q = triton.store_heads(x, norms, turn, pool, slots, view)
-        return hopper.attend_paged(q, pool, batch, view, 0.1)
+    def queries() -> Tensor:
+        return triton.store_heads(wide_terms(h, w, None), norms, turn, pool, slots, view)
 
-    layer()
+    hopper.attend_paged(queries(), pool, batch, view, 0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        mine = layer()
+        mine = hopper.attend_paged(queries(), pool, batch, view, 0.1)
     for _ in range(5):
-        x.copy_(torch.randn(x.shape))
+        h.copy_(torch.randn(h.shape))
         pool[slots] = 255 if fp8 else float("nan")
         graph.replay()
-        q = triton.store_heads(x, norms, turn, pool, slots, view)
+        q = queries()
         theirs = wanted(q, pool, batch, view, Softmax(0.1))
         assert_rows_close(mine.flatten(1), theirs.flatten(1), LIMIT, f"{rows} {start}")
