@@ -231,6 +231,18 @@ def test_prompts_that_run_without_graphs(folder: Path, monkeypatch: pytest.Monke
         assert bool(graphs.counts) == fits, (params, prompt, short, read)
 
 
+def test_more_prompts_than_a_graph_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rows, where there are enough; else without."""
+    monkeypatch.setattr("moesaic.engine.staging.MOST_PROMPTS", 3)
+    for count, length, size in ((3, 5, 15), (3, 4, 12), (4, 3, 12), (5, 3, 0), (3, 2, 8)):
+        engine = engine_of(folder, overlap=False, max_num_seqs=12)
+        graphs = with_graphs(engine, 12, rows=15, whole=True)
+        for i in range(count):
+            engine.add(f"{i}", [5 + i] * length, SamplingParams(max_tokens=1, temperature=0))
+        engine.step()
+        assert list(graphs.counts) == [size] * (size > 0), (count, length)
+
+
 def test_who_asked_about_its_prompt_keeps_no_other_out(folder: Path) -> None:
     engine = engine_of(folder, overlap=False)
     graphs = with_graphs(engine)
@@ -263,3 +275,4 @@ def test_which_plans_take_prompts(config: str, wishes: Wishes, short: bool, whol
         assert prompt_rows(spec, made, 16, 300, 2048) == 300, "not more than padding has room for"
     elif rows:
         assert prompt_rows(spec, made, 16, 1 << 20, 2048) <= 256
+        assert not wishes.deterministic or prompt_rows(spec, made, 16, 1 << 20, 2048) * (1 << 11) < 1 << 16

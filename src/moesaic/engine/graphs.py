@@ -20,7 +20,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from moesaic.engine.draw import pick
 from moesaic.engine.feed import Feed
 from moesaic.engine.rows import upload
 from moesaic.engine.scheduler import Chunk, Step
-from moesaic.engine.staging import FIELDS, Inputs, PromptInputs, RowInputs
+from moesaic.engine.staging import FIELDS, Inputs, PromptInputs, RowInputs, ends_of
 from moesaic.kernels.registry import catalogue
 from moesaic.kernels.triton_invariant import CHUNK
 from moesaic.layers.kv_pool import KVPool
@@ -53,6 +52,8 @@ step."""
 TABLES, PARTS = 1 << 24, 1 << 27
 """Entries of the tables of all rows; and numbers in parts of their results, which `--deterministic` attention over a
 context leaves to be added up."""
+GRID = 65535
+"""Most programs of a launch along its third axis, which has those parts of all rows."""
 
 
 def sizes(most: int) -> list[int]:
@@ -156,9 +157,9 @@ class DecodeGraphs:
             prompts = [chunk for chunk in step.chunks if chunk.count > 1]
             read = sum(chunk.count * (2 * chunk.start + chunk.count + 1) // 2 for chunk in prompts)
             rows = self.short and read <= MOST_READ
-            if not (rows or self.whole):
-                return 0
             large |= not rows
+            if large and not (self.prompts.holds(step.chunks) and (rows or self.whole)):
+                return 0
         least = max(step.tokens, self.most + 1) if large else step.tokens
         return min((size for size in self.captured if size >= least), default=0)
 
@@ -173,8 +174,7 @@ class DecodeGraphs:
         if step.decode or size > self.most:
             count = len(step.chunks) if step.decode else sum(chunk.sample for chunk in step.chunks)
             return scores[:count], None if packed is None else packed[:, :count]
-        ends = accumulate(chunk.count for chunk in step.chunks)
-        last = [end - 1 for end, chunk in zip(ends, step.chunks, strict=True) if chunk.sample]
+        last = ends_of(step.chunks)
         if not last:
             return scores[:0], None
         last_R = upload(last, torch.int64, self.feed.device)
@@ -208,7 +208,8 @@ def prompt_rows(spec: ModelSpec, plan: ModelPlan, block: int, room: int, most: i
     if plan.base.batch_invariant:
         each = [block.attention for block in spec.layers]
         width = max(at.heads * (at.kv_rank if isinstance(at, MLASpec) else at.head_dim) for at in each)
-        rows = min(rows, PARTS // (width * -(-room // CHUNK)))
+        parts = -(-room // CHUNK)
+        rows = min(rows, PARTS // (width * parts), GRID // parts)
     return rows
 
 

@@ -6,6 +6,7 @@ Legend: B rows of a graph, S sequences, F fields, W blocks of the longest contex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ FIELDS = ("token", "position", "slot", "waits", "place", "end", "fresh", "length
 end: of prompts, the row that the scores of this place are of.  fresh: as in `AttentionBatch`.
 length: of the context that ends with the row, 0 of padding."""
 END, FRESH, LENGTH = (FIELDS.index(name) for name in ("end", "fresh", "length"))
+MOST_PROMPTS = 64
+"""That stand in a graph as a whole: some kernels have programs for so many of its length, most of which end at once."""
 
 
 class Integers:
@@ -116,6 +119,21 @@ class Inputs:
         """For attention, with the spans that are the longest possible on the host."""
         raise NotImplementedError
 
+    def holds(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether there are sequences enough."""
+        return True
+
+
+def ends_of(chunks: Sequence[Chunk]) -> list[int]:
+    """The last row of each chunk that samples."""
+    ends = accumulate(chunk.count for chunk in chunks)
+    return [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.sample]
+
+
+def leading(chunks: Sequence[Chunk]) -> int:
+    """How many at the front have one token each."""
+    return next((i for i, chunk in enumerate(chunks) if chunk.count != 1), len(chunks))
+
 
 class RowInputs(Inputs):
     """Every row is a sequence of its own, of a prompt as of padding."""
@@ -124,14 +142,12 @@ class RowInputs(Inputs):
         super().__init__(rows, rows, blocks, block, device)
 
     def fill(self, to: Staging, chunks: Sequence[Chunk], size: int, feed: Feed) -> int:
-        at, ends = 0, []
+        at, ends = 0, ends_of(chunks)
         if all(chunk.count == 1 for chunk in chunks):
             to.decoding(chunks, 0, feed)
             at, chunks = len(chunks), ()
         for chunk in chunks:
             end = at + chunk.count
-            if chunk.sample:
-                ends.append(end - 1)
             if chunk.count == 1:
                 to.decoding([chunk], at, feed)
             else:
@@ -158,21 +174,22 @@ class PromptInputs(Inputs):
     its rows; and padding, which is like one more prompt whose context is slot 0 over and over."""
 
     def __init__(self, rows: int, most: int, blocks: int, block: int, device: torch.device) -> None:
-        super().__init__(rows, 2 * most + 1, blocks, block, device)
-        self.most = most
+        self.most, self.prompts = most, min(most, MOST_PROMPTS)
+        super().__init__(rows, most + self.prompts + 1, blocks, block, device)
+
+    def holds(self, chunks: Sequence[Chunk]) -> bool:
+        return len(chunks) - leading(chunks) <= self.prompts
 
     def fill(self, to: Staging, chunks: Sequence[Chunk], size: int, feed: Feed) -> int:
-        first = next((i for i, chunk in enumerate(chunks) if chunk.count != 1), len(chunks))
+        first = leading(chunks)
         to.spans[:] = 0
         to.decoding(chunks[:first], 0, feed)
-        at, place, ends = first, self.most, list(range(first))
+        at, place, ends = first, self.most, ends_of(chunks)
         for chunk in chunks[first:]:
             used = to.prompt(chunk, at, feed)
             to.tables[place, : len(used)] = used
             to.spans[place] = at, chunk.count, chunk.start + chunk.count
             at, place = at + chunk.count, place + 1
-            if chunk.sample:
-                ends.append(at - 1)
         to.fields[:, at:size] = 0
         to.tables[place, : -(-(size - at) // self.block)] = 0
         to.spans[place] = at, size - at, size - at
@@ -180,5 +197,5 @@ class PromptInputs(Inputs):
         return place + 1
 
     def batch(self, size: int) -> AttentionBatch:
-        spans = (Span(0, 1, self.room),) * self.most + (Span(0, size, self.room),) * (self.most + 1)
+        spans = (Span(0, 1, self.room),) * self.most + (Span(0, size, self.room),) * (self.prompts + 1)
         return AttentionBatch(spans, self.most, self.integers.tables_SW, self.block, self.integers.spans_S3)
