@@ -35,6 +35,7 @@ from tests.test_overlap import engine_of, folder
 
 __all__ = ["folder"]
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=2)
+DRAWN = SamplingParams(temperature=0.8, seed=3, max_tokens=5, ignore_eos=True)
 
 
 class Replayed(DecodeGraphs):
@@ -182,10 +183,9 @@ def test_sizes() -> None:
     assert prompt_sizes(256, 2048) == [320, 384, 512, 640, 768, 1024, 1280, 1536, 2048]
 
 
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.8, seed=3, max_tokens=5, ignore_eos=True)])
-@pytest.mark.parametrize(("budget", "requests", "whole", "read"), [
-    (256, 64, False, 1 << 20), (12, 64, True, 50), (256, 5, True, 0), (40, 5, True, 9), (256, 5, False, 1 << 20),
-    (40, 5, False, 1 << 20),
+@pytest.mark.parametrize(("budget", "requests", "whole", "read", "params"), [
+    (256, 64, False, 1 << 20, GREEDY), (12, 64, True, 50, DRAWN), (256, 5, True, 0, GREEDY), (40, 5, True, 9, DRAWN),
+    (40, 5, False, 1 << 20, GREEDY),
 ])  # fmt: skip
 def test_prompts_run_in_graphs(folder: Path, budget: int, requests: int, whole: bool, read: int,
                                params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
