@@ -248,6 +248,23 @@ def test_the_engine_answers_the_same(folder: Path, monkeypatch: pytest.MonkeyPat
     assert ahead.scheduler.blocks.available == ahead.scheduler.blocks.num_blocks - 1
 
 
+def test_tokens_that_come_late_one_after_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was launched behind a late token is void. If it comes late itself, that says nothing of what was launched
+    behind it, which was made when the first token was known: else a request alone would never get on."""
+    monkeypatch.setattr(draw, "NARROW", 1)
+    params = SamplingParams(temperature=3.0, top_p=0.999, seed=1, max_tokens=12, ignore_eos=True)
+    found = []
+    for overlap in (False, True):
+        engine, tokens, steps = engine_of(folder, overlap=overlap), [], 0
+        engine.add("alone", [5, 6, 7], params)
+        while engine.has_work and steps < 50:
+            tokens += [token for delta in engine.step() for token in delta.tokens]
+            steps += 1
+        found.append(tokens)
+    assert found[0] == found[1]
+    assert len(found[0]) == 12
+
+
 def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the steps launched while another was flying."""
     counts, real = Counter[str](), engine.launch

@@ -151,7 +151,8 @@ class Engine:
                 self.states[request.id].add_prompt_logprobs(start, found)
         self.scheduler.commit(step, sampled.tokens)
         for i in sampled.late:
-            self.scheduler.void(sampling[i].request)
+            if counts[i]:  # else the step behind this one was scheduled in the knowledge that this one is void
+                self.scheduler.void(sampling[i].request)
         for chunk, token, logprobs, one in zip(sampling, sampled.tokens, sampled.logprobs, counts, strict=True):
             if one and self.alive(chunk.request):
                 deltas.append(self.say(chunk.request, token, logprobs))
