@@ -162,7 +162,7 @@ class Checked(TracedKernels):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("case", [
-    *CASES, TRITON[0], TRITON[2], *(pytest.param(each, marks=LONG) for each in (TRITON[1], *TRITON[3:])),
+    *CASES, *TRITON[:2], *(pytest.param(each, marks=LONG) for each in TRITON[2:]),
 ], ids=str)  # fmt: skip
 @torch.inference_mode()
 def test_fakes_say_what_comes_out(case: Case) -> None:
