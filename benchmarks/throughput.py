@@ -61,8 +61,8 @@ def make(args: argparse.Namespace, length: int) -> Engine:
     if args.batch:
         model, pool = runner.model, runner.pool
         rows = prompt_rows(model.spec, model.kernels.plan, pool.block_size, length, CHUNK)
-        only = sorted({*args.batch, *(each for each in args.first if each <= rows)})
-        runner.graphs = DecodeGraphs(model, pool, runner.feed, most, length, rows, only)
+        each = sorted({*args.batch, *(length for length in args.first if length <= rows)})
+        runner.graphs = DecodeGraphs(model, pool, runner.feed, most, length, each)
     return engine
 
 

@@ -103,7 +103,8 @@ def with_graphs(engine: Engine, most: int = 64, length: int = 256, rows: int = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moesaic.engine.graphs.takes_short", lambda plan: True)
         patch.setattr("moesaic.engine.graphs.takes_whole", lambda plan: whole)
-        graphs = runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length, rows)
+        each = sizes(most) + prompt_sizes(most, rows)
+        graphs = runner.graphs = Replayed(runner.model, runner.pool, runner.feed, most, length, each)
     return graphs
 
 

@@ -85,21 +85,21 @@ class DecodeGraphs:
 
     metered = True
 
-    def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int, rows: int = 0,
-                 only: Sequence[int] = (), progress: bool = False) -> None:  # fmt: skip
-        """most: requests in the largest step.  length: longest context in tokens.  rows: of the largest step with
-        longer prompts; 0 where none is to run here.  only: numbers of rows to capture.
+    def __init__(self, model: Decoder, pool: KVPool, feed: Feed, most: int, length: int, each: Sequence[int],
+                 progress: bool = False) -> None:  # fmt: skip
+        """most: requests in the largest step.  length: longest context in tokens.  each: numbers of rows to capture,
+        those above `most` for longer prompts.
         progress: show a bar; kernels that were never compiled on this machine take a while."""
         self.model, self.pool, self.feed, self.most = model, pool, feed, most
         plan, of = model.kernels.plan, (-(-length // pool.block_size), pool.block_size, feed.device)
         self.short, self.whole = takes_short(plan), takes_whole(plan)
         self.decoding: Inputs = RowInputs(most, *of)
         self.prompts: Inputs = self.decoding
-        if rows > most:
+        if (rows := max(each)) > most:
             self.prompts = PromptInputs(rows, most, *of) if self.whole else RowInputs(rows, *of)
         self.scores_RV: Tensor | None = None
         self.captured: dict[int, Captured] = {}
-        self.capture_all(only or sizes(most) + prompt_sizes(most, rows), progress and sys.stderr.isatty())
+        self.capture_all(each, progress and sys.stderr.isatty())
 
     def capture_all(self, each: Sequence[int], show: bool) -> None:
         """The largest first: the smaller ones then fit into its memory."""
@@ -206,7 +206,7 @@ def prompt_rows(spec: ModelSpec, plan: ModelPlan, block: int, room: int, most: i
         return 0
     rows = min(MOST_ROWS, most, TABLES // -(-room // block))
     if plan.base.batch_invariant:
-        each = [block.attention for block in spec.layers]
+        each = [layer.attention for layer in spec.layers]
         width = max(at.heads * (at.kv_rank if isinstance(at, MLASpec) else at.head_dim) for at in each)
         parts = -(-room // CHUNK)
         rows = min(rows, PARTS // (width * parts), GRID // parts)

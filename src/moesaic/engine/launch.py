@@ -12,7 +12,7 @@ from moesaic.contracts.spec import ModelSpec
 from moesaic.engine.blocks import BlockManager
 from moesaic.engine.engine import Engine
 from moesaic.engine.feed import Feed
-from moesaic.engine.graphs import DecodeGraphs, prompt_rows
+from moesaic.engine.graphs import DecodeGraphs, prompt_rows, prompt_sizes, sizes
 from moesaic.engine.runner import Runner
 from moesaic.engine.scheduler import Scheduler, SchedulerConfig
 from moesaic.engine.tapes import DecodeTapes
@@ -104,10 +104,12 @@ def hardware_of(device: str) -> Hardware:
 def decoding_of(config: EngineConfig, built: Built, pool: KVPool, feed: Feed,
                 length: int) -> DecodeGraphs | DecodeTapes | None:  # fmt: skip
     """What runs the steps that decode, where the kernels can be recorded."""
-    of = (built.model, pool, feed, config.max_num_seqs, length)
+    most = config.max_num_seqs
+    of = (built.model, pool, feed, most, length)
     if built.plan.base.capturable:
-        of_rows = (built.model.spec, built.plan, config.block_size, length, config.max_num_batched_tokens)
-        return DecodeGraphs(*of, prompt_rows(*of_rows), progress=config.progress)
+        tokens = config.max_num_batched_tokens
+        rows = prompt_rows(built.model.spec, built.plan, config.block_size, length, tokens)
+        return DecodeGraphs(*of, sizes(most) + prompt_sizes(most, rows), config.progress)
     return DecodeTapes(*of) if built.model.kernels.taped else None
 
 

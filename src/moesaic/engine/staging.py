@@ -5,6 +5,7 @@ Legend: B rows of a graph, S sequences, F fields, W blocks of the longest contex
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -95,7 +96,7 @@ class Staging:
         return request.blocks[: (start + count - 1) // self.block + 1]
 
 
-class Inputs:
+class Inputs(ABC):
     """What the graphs of one kind read. Two stagings take turns: one is filled while the other's copy may still wait
     for the device."""
 
@@ -111,13 +112,13 @@ class Inputs:
         staging.wait()
         staging.send(self.fill(staging, chunks, size, feed), self.integers)
 
+    @abstractmethod
     def fill(self, to: Staging, chunks: Sequence[Chunk], size: int, feed: Feed) -> int:
         """Returns how many sequences there are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, size: int) -> AttentionBatch:
         """For attention, with the spans that are the longest possible on the host."""
-        raise NotImplementedError
 
     def holds(self, chunks: Sequence[Chunk]) -> bool:
         """Whether there are sequences enough."""
