@@ -7,7 +7,8 @@ operands in the tensor core's documentation, so that the sources' own function i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from moesaic.contracts.scheme import Scheme
 from moesaic.contracts.spec import SILU, Activation
 from moesaic.formats import encodings
 from moesaic.formats.encodings import Rows
-from moesaic.kernels import reference, triton
+from moesaic.kernels import hopper_invariant, reference, triton
 from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.variants import Tile, Variant, variant_of
 from moesaic.kernels.ops import ExpertWeights
@@ -79,6 +80,7 @@ class Layer:
     x: Tensor
     ids: Tensor
     weights: Tensor
+    recoded: bool = False
 
     @staticmethod
     def of(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int], tile: Tile, how: str = "usual",
@@ -88,9 +90,19 @@ class Layer:
         ids = some_ids(tokens, experts, top_k, how)
         return Layer(scheme, tile, w, randn(tokens, hidden), ids, torch.rand(tokens, top_k, device="cuda"))
 
+    @cached_property
+    def held(self) -> ExpertWeights:
+        """The weights as the variant wants them; recoded ones in storage of their own."""
+        if not self.recoded:
+            return self.w
+        w13, w2 = (replace(each, parts={name: part.clone() for name, part in each.parts.items()})
+                   for each in (self.w.w13, self.w.w2))  # fmt: skip
+        return hopper_invariant.pack(replace(self.w, w13=w13, w2=w2))
+
     @property
     def variant(self) -> Variant:
-        return launch.fitted(variant_of(self.scheme.weight, self.scheme.activation, self.tile), self.w)
+        made = variant_of(self.scheme.weight, self.scheme.activation, self.tile)
+        return launch.fitted(replace(made, zigzag=self.recoded), self.held)
 
     @property
     def scale(self) -> Tensor | None:
@@ -107,11 +119,11 @@ def check_layer(layer: Layer) -> None:
     stored, routed = check_rows(layer, rows, order)
     if layer.scheme.activation.by_row:  # else the scale must be known first
         check_rows(layer, layer.x, order)
-        stored, routed = launch.prepare(v, rows, ids, w, layer.scale)
+        stored, routed = launch.prepare(v, rows, ids, layer.held, layer.scale)
     at = routed.order_R[: len(order)].long()
     hidden, before = check_first(layer, stored, routed, rows, at)
     routed.counters[1] = 0  # items are handed out anew
-    _, y, _ = launch.multiply(v, stored, w, routed, 2, hidden)
+    _, y, _ = launch.multiply(v, stored, layer.held, routed, 2, hidden)
     experts = ids.flatten()[at]
     wanted = reference.expert_products(before, w.w2, experts, w.biases[1] if w.biases else None)
     assert_rows_close(y[at], wanted, LIMIT, "second product")
@@ -120,7 +132,7 @@ def check_layer(layer: Layer) -> None:
 
 def check_rows(layer: Layer, given: Rows | Tensor, order: Tensor) -> tuple[launch.Stored, launch.Routed]:
     rows, tile = layer.rows(), layer.tile
-    stored, routed = launch.prepare(layer.variant, given, layer.ids, layer.w, layer.scale)
+    stored, routed = launch.prepare(layer.variant, given, layer.ids, layer.held, layer.scale)
     at = routed.order_R[: len(order)].long()
     if len(layer.x) > 1:  # a single token's choices stay in their own order
         assert torch.equal(layer.ids.flatten()[at], layer.ids.flatten()[order])
@@ -142,7 +154,7 @@ def check_first(layer: Layer, stored: launch.Stored, routed: launch.Routed, rows
                 at: Tensor) -> tuple[launch.Stored, Tensor]:  # fmt: skip
     """-> (activated rows as they are stored, the same as FP64 numbers)."""
     w, how, count, width = layer.w, layer.scheme.activation, len(at), layer.w.w2.columns
-    hidden, _, wide = launch.multiply(layer.variant, stored, w, routed, 1, wide=True)
+    hidden, _, wide = launch.multiply(layer.variant, stored, layer.held, routed, 1, wide=True)
     assert wide is not None
     values = reference.row_values(in_double(rows))[at // layer.ids.shape[1]]
     both = reference.expert_products(values, w.w13, layer.ids.flatten()[at], w.biases[0] if w.biases else None)
@@ -172,8 +184,8 @@ def check_first(layer: Layer, stored: launch.Stored, routed: launch.Routed, rows
 def check_together(layer: Layer, rows: Rows, y: Tensor, hidden: Tensor, at: Tensor) -> None:
     """Both products in one launch give the same bits; then the weighted sum, in FP64."""
     v, (tokens, top_k), count = layer.variant, layer.ids.shape, len(at)
-    stored, routed = launch.prepare(v, rows, layer.ids, layer.w, layer.scale)
-    again, both, _ = launch.multiply(v, stored, layer.w, routed)
+    stored, routed = launch.prepare(v, rows, layer.ids, layer.held, layer.scale)
+    again, both, _ = launch.multiply(v, stored, layer.held, routed)
     now = routed.order_R[:count].long()
     place = torch.empty(tokens * top_k, dtype=torch.long, device="cuda")
     place[at] = torch.arange(count, device="cuda")

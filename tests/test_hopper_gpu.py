@@ -12,6 +12,8 @@ from moesaic.contracts.spec import SILU, Activation
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import launch
+from moesaic.kernels._hopper.pack import PAIRS as RECODED
+from moesaic.kernels._hopper.pack import packing_of
 from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
@@ -27,6 +29,7 @@ OTHERS = {
 }
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
 EVERY = KNOWN | OTHERS
+PAIR_OF = {name: (each.weight.name, each.activation.name) for name, each in EVERY.items()}
 
 
 def test_probe() -> None:
@@ -62,6 +65,17 @@ def test_every_height(name: str, height: int) -> None:
     check_layer(Layer.of(EVERY[name], 1680, (20, 768, 512, 1), TILES[height], "every height"))
 
 
+@pytest.mark.parametrize("name", [name for name in EVERY if PAIR_OF[name] in RECODED])
+@pytest.mark.parametrize("tile", [each for each in TILES.values() if not each.narrow])
+def test_recoded_weights(name: str, tile: Tile) -> None:
+    """As `hopper_invariant` has them."""
+    for tokens, shape in ((1, (16, 1024, 640, 4)), (333, (16, 768, 768, 4)), (700, (64, 1152, 128, 4))):
+        layer = Layer.of(EVERY[name], tokens, shape, tile, "holes" if tokens > 1 else "usual")
+        layer.recoded = True
+        check_layer(layer)
+        assert not torch.equal(layer.held.w2.parts["data"], layer.w.w2.parts["data"])
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp8", "mxfp4", "nvfp4", "wna16", "w4afp8"])
 def test_released_shapes(name: str) -> None:
     """DeepSeek-V3, DeepSeek-V2-Lite and gpt-oss, with fewer experts; with biases and the clamped activation."""
@@ -80,10 +94,10 @@ def test_a_token_alone(name: str) -> None:
 
     def check_sum(layer: Layer) -> None:
         rows = hopper.encode_later(layer.x, scheme.activation, layer.scale)
-        apart = hopper.summed(*hopper.multiplied(layer.variant, rows, layer.w, layer.ids, layer.weights))
+        apart = hopper.summed(*hopper.multiplied(layer.variant, rows, layer.held, layer.ids, layer.weights))
         torch.full_like(apart, float("nan"))  # in whose place the next result may lie
         for _ in range(3):
-            assert torch.equal(hopper.weighted(layer.variant, rows, layer.w, layer.ids, layer.weights), apart)
+            assert torch.equal(hopper.weighted(layer.variant, rows, layer.held, layer.ids, layer.weights), apart)
 
     scheme = EVERY[name]
     four = scheme.weight.name in ("int4", "mxfp4", "nvfp4")
@@ -99,7 +113,7 @@ def test_a_token_alone(name: str) -> None:
         check_sum(layer)
         layer.ids.fill_(-1)
         rows = hopper.encode_later(layer.x, scheme.activation, layer.scale)
-        assert not hopper.summed(*hopper.multiplied(layer.variant, rows, layer.w, layer.ids, layer.weights)).any()
+        assert not hopper.summed(*hopper.multiplied(layer.variant, rows, layer.held, layer.ids, layer.weights)).any()
         check_sum(layer)
         layer = Layer.of(scheme, 1, (8, size, size, 4), tile, activation=OAI)
         check_layer(layer)
@@ -115,9 +129,9 @@ def test_layer(name: str, tokens: int) -> None:
     layer = Layer.of(EVERY[name], tokens, (32, 1024, 512, 6), Tile(8), "holes" if tokens > 2 else "usual")
     rows = layer.rows()
     later = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale)
-    out = hopper.experts(rows, layer.w, layer.ids, layer.weights)
+    out = hopper.experts(rows, layer.held, layer.ids, layer.weights)
     assert out.any()
-    assert torch.equal(out, hopper.experts(later, layer.w, layer.ids, layer.weights))
+    assert torch.equal(out, hopper.experts(later, layer.held, layer.ids, layer.weights))
     assert_rows_close(out, triton.experts(rows, layer.w, layer.ids, layer.weights).double(), 2**-4,
                       "two roundings in between, and codes a step apart")  # fmt: skip
 
@@ -126,11 +140,12 @@ def test_layer(name: str, tokens: int) -> None:
 def test_rows_in_other_batches(name: str) -> None:
     """Of `hopper_invariant`: the same bits alone, in tens, and among 600."""
     layer = Layer.of(SCHEMES[name], 600, (16, 1024, 512, 4), Tile(8), "holes")
+    layer.recoded = packing_of(layer.w) != "plain"
     rows = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale)
-    whole = hopper_invariant.experts(rows, layer.w, layer.ids, layer.weights)
+    whole = hopper_invariant.experts(rows, layer.held, layer.ids, layer.weights)
     for part in (slice(0, 1), slice(3, 4), slice(5, 15), slice(40, 240), slice(599, 600)):
         rows = hopper.encode_later(layer.x[part], layer.scheme.activation, layer.scale)
-        alone = hopper_invariant.experts(rows, layer.w, layer.ids[part], layer.weights[part])
+        alone = hopper_invariant.experts(rows, layer.held, layer.ids[part], layer.weights[part])
         assert torch.equal(alone, whole[part]), part
 
 
@@ -146,10 +161,11 @@ def test_all_tiles_give_the_same_bits(name: str, tokens: int, odd: bool) -> None
     shape = (8, 1408, 640 if four else 704, 4) if odd else (16, 2048, 768, 4)
     how, activation = "holes" if tokens > 2 else "usual", OAI if odd else SILU
     layer = Layer.of(EVERY[name], tokens, shape, Tile(8), how, activation)
+    layer.recoded = packing_of(layer.w) != "plain"
     rows, seen = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale), {}
     for tile in [*TILES.values(), Tile(128, 1, 1)]:
         variant = hopper_invariant.in_one_order(with_tile(layer.variant, tile))
-        terms = hopper.multiplied(variant, rows, layer.w, layer.ids, layer.weights)
+        terms = hopper.multiplied(variant, rows, layer.held, layer.ids, layer.weights)
         seen[variant.tile] = hopper.summed(*terms)
     assert len(seen) >= 4
     assert seen[TILES[64]].any()
@@ -169,8 +185,8 @@ def test_sums_in_fp32(name: str, tile: Tile) -> None:
         half = each.shape[-1] // 2
         each[..., half:] = each[..., :half].clone()
     rows = layer.rows()
-    stored, routed = launch.prepare(layer.variant, rows, layer.ids, layer.w, layer.scale)
-    _, _, wide = launch.multiply(layer.variant, stored, layer.w, routed, 1, wide=True)
+    stored, routed = launch.prepare(layer.variant, rows, layer.ids, layer.held, layer.scale)
+    _, _, wide = launch.multiply(layer.variant, stored, layer.held, routed, 1, wide=True)
     assert wide is not None
     at = routed.order_R.long()
     values, experts = reference.row_values(in_double(rows))[at], layer.ids.flatten()[at]
@@ -240,7 +256,7 @@ def test_dense_products_of_rows_as_they_lie() -> None:
 def test_rows_are_sorted(name: str, height: int, tokens: int, experts: int, how: str) -> None:
     """By one thread block or by several: stable; every row is in one tile of its expert, of which none is too high."""
     layer = Layer.of(SCHEMES[name], tokens, (experts, 64, 64, 8), Tile(height, 2, 1), how)
-    _, routed = launch.prepare(layer.variant, layer.x, layer.ids, layer.w)
+    _, routed = launch.prepare(layer.variant, layer.x, layer.ids, layer.held)
     order = sorted_rows(layer.ids)
     assert torch.equal(routed.order_R[: len(order)].long(), order)
     assert (routed.order_R[len(order) :] == -1).all()
@@ -258,9 +274,9 @@ def test_many_calls_give_the_same_bits() -> None:
     for name in ("fp8", "nvfp4", "wna16"):
         for tokens in (61, 700):
             layer = Layer.of(SCHEMES[name], tokens, (32, 2048, 768, 8), Tile(8), "holes")
-            first = hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights)
+            first = hopper.experts(layer.rows(), layer.held, layer.ids, layer.weights)
             for _ in range(40):
-                assert torch.equal(hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights), first)
+                assert torch.equal(hopper.experts(layer.rows(), layer.held, layer.ids, layer.weights), first)
 
 
 def test_in_a_graph() -> None:
@@ -268,7 +284,7 @@ def test_in_a_graph() -> None:
 
     def call() -> torch.Tensor:
         rows = hopper.encode_later(layer.x, layer.scheme.activation)
-        return hopper.experts(rows, layer.w, layer.ids, layer.weights)
+        return hopper.experts(rows, layer.held, layer.ids, layer.weights)
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -282,7 +298,7 @@ def test_in_a_graph() -> None:
 def test_rows_that_ask_for_nothing() -> None:
     layer = Layer.of(SCHEMES["fp8"], 6, (8, 512, 256, 2), Tile(8))
     layer.ids.fill_(-1)
-    assert not hopper.experts(layer.rows(), layer.w, layer.ids, layer.weights).any()
+    assert not hopper.experts(layer.rows(), layer.held, layer.ids, layer.weights).any()
     rows = triton.encode(layer.x[:0], layer.scheme.activation)
-    empty = hopper.experts(rows, layer.w, layer.ids[:0], layer.weights[:0])
+    empty = hopper.experts(rows, layer.held, layer.ids[:0], layer.weights[:0])
     assert empty.shape == (0, 512)

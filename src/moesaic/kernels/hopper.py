@@ -157,8 +157,10 @@ def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor,
     return multiplied(chosen(x, w, ids_TA, tile), x, w, ids_TA, weights_TA)[1]
 
 
-def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int) -> Variant:
+def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int, packing: str = "plain") -> Variant:
     experts, columns, hidden = w.w13.shape
+    if w.packing != packing:
+        raise ValueError(f"weights packed as {w.packing!r}, not as {packing!r}")
     if experts > MOST_EXPERTS:
         raise UnsupportedError(f"{experts} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
                                remedy="Use more ranks, or --experts triton (or triton_invariant).")  # fmt: skip
@@ -173,7 +175,7 @@ def weighted(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor, weight
     """[T, D] by a variant. Of a token alone the kernel that makes the results adds them up, where it can."""
     from moesaic.kernels._hopper import launch
 
-    if launch.sums(variant, ids_TA):
+    if launch.sums(ids_TA):
         weights = weights_TA.float().contiguous()
         with torch.cuda.device(ids_TA.device):
             variant, stored, routed = prepared(variant, x, w, ids_TA.to(torch.int32).contiguous())

@@ -4,6 +4,7 @@
 at a time, with the same bits on a Hopper GPU (`tests/test_hopper_gpu.py` compares them); the variants here have them do
 so in one order. Products of E4M3 codes, which only groups of four warps make, are those of tall tiles for all numbers
 of rows; whether rows of x or of w come first in the tensor core does not change its bits either (the same test).
+INT4 codes then always become E4M3, in fewer steps if they are zigzag codes: `pack` makes them that.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING
 
 from moesaic.contracts.contract import Contract
 from moesaic.kernels import hopper
-from moesaic.kernels._hopper.variants import TILES, Variant, with_tile
+from moesaic.kernels._hopper.pack import NAME as ZIGZAG
+from moesaic.kernels._hopper.pack import PAIRS as RECODED
+from moesaic.kernels._hopper.pack import pack, packing_of, unpack
+from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Variant, with_tile
 from moesaic.kernels.hopper import encode_later, probe
 
 if TYPE_CHECKING:
@@ -22,22 +26,25 @@ if TYPE_CHECKING:
     from moesaic.formats.encodings import Rows
     from moesaic.kernels.ops import ExpertWeights
 
-__all__ = ["CONTRACTS", "encode_later", "experts", "probe"]
+__all__ = ["CONTRACTS", "encode_later", "experts", "pack", "probe", "unpack"]
 CONTRACTS: tuple[Contract, ...] = tuple(
-    replace(each, backend="hopper_invariant", batch_invariant=True, rank=57)
+    replace(each, backend="hopper_invariant", batch_invariant=True, rank=57, packing=packing, pairs=pairs,
+            formats=frozenset(form for form, _ in pairs), encodings=frozenset(encoding for _, encoding in pairs))
     for each in hopper.CONTRACTS
     if each.op == "experts"
-)
+    for pairs, packing in ((PAIRS - RECODED, "plain"), (RECODED, ZIGZAG))
+)  # fmt: skip
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """Raises UnsupportedError as `hopper.experts` does."""
-    variant = in_one_order(hopper.chosen(x, w, ids_TA, 0))
-    return hopper.weighted(variant, x, w, ids_TA, weights_TA)
+    variant = hopper.chosen(x, w, ids_TA, 0, packing_of(w))
+    return hopper.weighted(in_one_order(variant), x, w, ids_TA, weights_TA)
 
 
 def in_one_order(variant: Variant) -> Variant:
     """The kernel of the same rows whose bits are those of every other one made here."""
     if variant.codes and variant.tile.narrow:
         variant = with_tile(variant, TILES[64])
-    return replace(variant, one_order=variant.tile.narrow)
+    recoded = variant.form == FORMATS["int4"] and variant.codes
+    return replace(variant, one_order=variant.tile.narrow, zigzag=recoded)

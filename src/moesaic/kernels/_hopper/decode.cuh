@@ -27,7 +27,7 @@
 #define ROW_BYTES (ROWS8 ? 1 : 2)
 #define X_ROW (ELEMENTS * ROW_BYTES) /* bytes of a row of x per stage */
 #define PIECES (X_ROW / 128)
-#define LIFT (HALVES ? (FORMAT == NVFP4 ? 0x1p7f : 1.0f) : FORMAT == INT4 && ROWS8 ? 0x1p9f : FORMAT == MXFP4 || FORMAT == NVFP4 ? 0x1p63f : FORMAT == BF16 || FORMAT == INT4 || ROWS8 ? 1.0f : 0x1p60f)
+#define LIFT (HALVES ? (FORMAT == NVFP4 ? 0x1p7f : 1.0f) : FORMAT == INT4 && ROWS8 ? (ZIGZAG ? 0x1p8f : 0x1p9f) : FORMAT == MXFP4 || FORMAT == NVFP4 ? 0x1p63f : FORMAT == BF16 || FORMAT == INT4 || ROWS8 ? 1.0f : 0x1p60f)
 
 #define MAP_BLOCK (!DECODED || (NARROW && FORMAT == FP8 && HALVES) ? 1 : NARROW ? (FOUR_BIT ? 8 : 4) : FORMAT == INT4 ? 32 : FOUR_BIT ? 128 : 64)
 
@@ -76,6 +76,10 @@ DEVICE u32 decode_int4_e4m3(u32 w) {
     return ((w & 0x07070707u) ^ (below - one)) + one * 0x81u;
 }
 
+// The same of zigzag codes (2 v of v >= 0, -2 v - 1 below) -> E4M3 codes of 2^-8 v: up to 16, too, such a code is a number of
+// steps. Of a negative v, -2 (v + 1) is there already; two steps and the sign are lacking.
+DEVICE u32 decode_zigzag(u32 w) { return (w & 0x01010101u) * 0x82u + (w & 0x0E0E0E0Eu); }
+
 // The scale of a block as a pair of operands, times LIFT.
 DEVICE u32 block_scale(u32 code) {
     if (FORMAT == MXFP8) return (code + 60) * 0x00800080u;
@@ -92,7 +96,7 @@ DEVICE void decode_words(u32 upper, u32 lower, u32 upper_scale, u32 lower_scale,
     for (int r = 0; r < 2; r++) {
         u32 word = r ? lower : upper, scale = r ? lower_scale : upper_scale, o[4];
 #if FORMAT == INT4 && ROWS8
-        o[0] = decode_int4_e4m3(word), o[1] = decode_int4_e4m3(word >> 4);
+        o[0] = ZIGZAG ? decode_zigzag(word) : decode_int4_e4m3(word), o[1] = ZIGZAG ? decode_zigzag(word >> 4) : decode_int4_e4m3(word >> 4);
 #elif FORMAT == INT4
         decode_int4(word, o);
 #elif HALVES && FORMAT == NVFP4

@@ -48,7 +48,7 @@ class Tile:
 class Variant:
     """form, encoding: numbers as the sources have them.  codes: rows that come encoded hold E4M3 codes.  group: of INT4
     scales.  aligned: bytes of which all rows of scales along K begin at multiples (0: of 2).  one_order: a tile of up
-    to NARROW rows adds up in the order of the higher ones.  See `defines`."""
+    to NARROW rows adds up in the order of the higher ones.  zigzag: INT4 codes are so (pack.py).  See `defines`."""
 
     form: int
     encoding: int
@@ -59,6 +59,7 @@ class Variant:
     group: int = 128
     aligned: int = 16
     one_order: bool = False
+    zigzag: bool = False
 
     @property
     def eight_bit(self) -> bool:
@@ -159,7 +160,8 @@ class Variant:
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,
             "SCALE_UNIT": self.scale_unit,
-            "ONE_ORDER": int(self.one_order), **{f"HEIGHT_{i}": each for i, each in enumerate(heights)},
+            "ONE_ORDER": int(self.one_order), "ZIGZAG": int(self.zigzag),
+            **{f"HEIGHT_{i}": each for i, each in enumerate(heights)},
         }  # fmt: skip
 
 
