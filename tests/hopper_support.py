@@ -23,7 +23,7 @@ from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.variants import Tile, Variant, variant_of
 from moesaic.kernels.ops import ExpertWeights
 from tests.compare import assert_rows_close
-from tests.triton_support import expert_weights, in_double, randn, some_ids, sorted_rows, static_scale
+from tests.triton_support import device, expert_weights, in_double, randn, some_ids, sorted_rows, static_scale
 
 LIMIT = 2**-7
 FOUR_BIT, CODES8 = ("mxfp4", "nvfp4", "int4"), ("fp8_tensor", "fp8_token", "fp8_group128")
@@ -88,7 +88,7 @@ class Layer:
         experts, hidden, width, top_k = shape
         w = expert_weights(scheme, (experts, hidden, width), activation)
         ids = some_ids(tokens, experts, top_k, how)
-        return Layer(scheme, tile, w, randn(tokens, hidden), ids, torch.rand(tokens, top_k, device="cuda"))
+        return Layer(scheme, tile, w, randn(tokens, hidden), ids, torch.rand(tokens, top_k, device=device()))
 
     @cached_property
     def held(self) -> ExpertWeights:
@@ -178,7 +178,7 @@ def check_first(layer: Layer, stored: launch.Stored, routed: launch.Routed, rows
         scales = each[:, None] if len(each) > 1 else each
     if how.name != "bf16":
         assert torch.equal(mine.float() * scales, codes.decode()), "encoding"
-    return hidden, (mine * scales.double()).cuda()
+    return hidden, (mine * scales.double()).to(device())
 
 
 def check_together(layer: Layer, rows: Rows, y: Tensor, hidden: Tensor, at: Tensor) -> None:
@@ -187,12 +187,12 @@ def check_together(layer: Layer, rows: Rows, y: Tensor, hidden: Tensor, at: Tens
     stored, routed = launch.prepare(v, rows, layer.ids, layer.held, layer.scale)
     again, both, _ = launch.multiply(v, stored, layer.held, routed)
     now = routed.order_R[:count].long()
-    place = torch.empty(tokens * top_k, dtype=torch.long, device="cuda")
-    place[at] = torch.arange(count, device="cuda")
+    place = torch.empty(tokens * top_k, dtype=torch.long, device=device())
+    place[at] = torch.arange(count, device=device())
     assert torch.equal(again.data[:count].float(), hidden[:count].float()[place[now]])
     assert torch.equal(both[now], y[now])
     out = launch.combine(v, both, layer.ids, layer.weights)
-    full = torch.zeros(tokens * top_k, both.shape[1], dtype=torch.float64, device="cuda")
+    full = torch.zeros(tokens * top_k, both.shape[1], dtype=torch.float64, device=device())
     full[now] = both[now].double()
     kept = (layer.weights * (layer.ids >= 0)).double()
     assert_rows_close(out, (full.view(tokens, top_k, -1) * kept[..., None]).sum(1), LIMIT, "sum")

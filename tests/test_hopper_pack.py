@@ -76,7 +76,7 @@ def test_codes_of_the_other_kind_are_not_multiplied(kernels: object, packing: st
     ("name", "deterministic"), [("w4afp8_static", True), ("w4afp8_token", True), ("w4afp8", False), ("fp8", True)]
 )
 def test_plans_say_how_experts_are_packed(name: str, deterministic: bool) -> None:
-    """All cells of a layer in one way, and the memory of one copy."""
+    """All cells of a layer in one way."""
     wishes = Wishes(deterministic=deterministic, experts="hopper_invariant" if deterministic else "hopper")
     spec = hold(spec_of(plan_fixtures.read("qwen3-30b-a3b").config), SCHEMES[name])
     made = plan(spec, GPUS["h100"], CATALOGUE, wishes, "bfloat16")

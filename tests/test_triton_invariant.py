@@ -144,12 +144,13 @@ def check_latent(heads: int, sizes: tuple[int, int, int], turned: int) -> None:
         assert torch.equal(triton_invariant.attend_latent(q[s : s + 1], w, turn, pool, one)[0], whole[s])
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "fp8", "mxfp8"])
+@pytest.mark.parametrize("scheme", ["bf16", "fp8", pytest.param("mxfp8", marks=pytest.mark.long)])
 def test_products(scheme: str) -> None:
     check_products(scheme, 70, (40, 136), 512)
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "fp8", "mxfp8", "w4afp8_token"])
+@pytest.mark.parametrize("scheme", ["bf16", "w4afp8_token", *(pytest.param(each, marks=pytest.mark.long)
+                                                             for each in ("fp8", "mxfp8"))])  # fmt: skip
 def test_experts(scheme: str) -> None:
     check_experts(scheme, 66, (4, 256, 128), 3)
 

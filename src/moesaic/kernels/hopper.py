@@ -175,7 +175,7 @@ def weighted(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor, weight
     """[T, D] by a variant. Of a token alone the kernel that makes the results adds them up, where it can."""
     from moesaic.kernels._hopper import launch
 
-    if launch.sums(ids_TA):
+    if launch.sums(variant, ids_TA):
         weights = weights_TA.float().contiguous()
         with torch.cuda.device(ids_TA.device):
             variant, stored, routed = prepared(variant, x, w, ids_TA.to(torch.int32).contiguous())

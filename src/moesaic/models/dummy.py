@@ -19,8 +19,10 @@ GAIN = 0.5
 
 def fill_model(model: Decoder) -> Decoder:
     """Overwrites all weights; static input scales suit rows of unit size."""
-    settles = []
-    for item in model.sources():
+    settles, items = [], list(model.sources())
+    for open_ in dict.fromkeys(item.open for item in items if isinstance(item, Stored) and item.open):
+        open_()
+    for item in items:
         if isinstance(item, Stored):
             fill(item.weight, GAIN)
             settles.append(item.settle)

@@ -46,7 +46,7 @@ class Options:
         idle = [Rejection(f"{name} as router", f"{chose[0]} is preferred" if chose else "the experts' kernel routes")
                 for name in self.routers if name not in chose]  # fmt: skip
         every = unique([*beaten, *apart, *self.rejected, *idle, *self.unable])
-        return path, tuple(each for each in every if each.candidate != first)
+        return path, tuple(each for each in every if each.candidate not in (first, path.stage("experts").kernel))
 
 
 def unlike(other: How, how: How) -> str:

@@ -57,9 +57,19 @@ DEVICE void fence_to_async() { asm volatile("fence.proxy.async.global;" ::: "mem
 // And what others wrote to shared memory, which this thread has waited for, to tensor cores.
 DEVICE void fence_shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Barriers by number, of some threads of a block: those that wait, and those that only say that they were there.
 template <int ID, int THREADS> DEVICE void group_sync() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
+
+template <int THREADS> DEVICE void group_sync(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory"); }
+
+template <int THREADS> DEVICE void group_arrive(int id) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory"); }
+
+// A warp group hands back registers, or takes some.
+template <int COUNT> DEVICE void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 // --- copies ---
 
@@ -276,6 +286,12 @@ DEVICE float2 e4m3_values(u16 pair) {
     float2 v;
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(v.x), "=f"(v.y) : "r"(r));
     return v;
+}
+
+DEVICE float about_reciprocal(float d) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));
+    return y;
 }
 
 DEVICE float larger(float a, float b) {  // NaN wins

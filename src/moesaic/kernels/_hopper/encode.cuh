@@ -37,8 +37,7 @@ DEVICE float scale_of_row(float amax) {
 // What 1 / d is rounded to, for d that is neither tiny nor huge: the compiler's own steps without its branch, behind which
 // nothing could be done at the same time.
 DEVICE float reciprocal(float d) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));
+    float y = about_reciprocal(d);
     return __fmaf_rn(y, __fmaf_rn(-d, y, 1.0f), y);
 }
 

@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) experts(con
     }
     if (threadIdx.x < FETCHERS) {
 #if !NARROW
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BLOCKS_PER_SM == 1 ? 56 : 32));
+        keep_registers<BLOCKS_PER_SM == 1 ? 56 : 32>();
 #endif
         if (threadIdx.x < 32)
             fetch_weights(a, maps, threadIdx.x);
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) experts(con
             fetch_rows(a, maps, 1, threadIdx.x - 96);
     } else {
 #if !NARROW
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS_PER_SM == 1 ? 224 : 104));
+        take_registers<BLOCKS_PER_SM == 1 ? 224 : 104>();
 #endif
         consume(a);
     }

@@ -519,8 +519,10 @@ struct LoneSum {
 
 DEVICE void publish(const Arguments &a, int lane) {
     Ring slot = {0, 0};
+#if NARROW
     LoneSum lone;
     if (a.sum) lone.begin(a, lane);
+#endif
     for (;;) {
         wait_full(room.item_full, slot);
         Item item = room.items[slot.slot];
@@ -529,7 +531,9 @@ DEVICE void publish(const Arguments &a, int lane) {
         barrier_arrive(shared_address(room.table_full + slot.slot));
         wait_full(room.stored, slot);
         if (item.phase == 1) publish_tile(a, item, lane);
+#if NARROW
         if (item.phase == 3 && a.sum) lone.add(a, item, lane);
+#endif
         if (item.phase == 2 && lane == 0) {
             __threadfence();
             atomicAdd(READY(a, item.tile), 1);

@@ -267,10 +267,10 @@ MOST_SUMMED = 32
 """Choices of a token alone that `multiply` may add up: a lane of a warp has one."""
 
 
-def sums(ids_TA: Tensor) -> bool:
-    """Whether `multiply` can add up a token's results: of one alone."""
+def sums(variant: Variant, ids_TA: Tensor) -> bool:
+    """Whether `multiply` can add up a token's results: of one alone, by tiles of few rows."""
     tokens, top_k = ids_TA.shape
-    return tokens == 1 and 0 < top_k <= MOST_SUMMED
+    return tokens == 1 and variant.tile.narrow and 0 < top_k <= MOST_SUMMED
 
 
 def multiply(variant: Variant, x: Stored, w: ExpertWeights, routed: Routed, phases: int = 3, h: Stored | None = None,

@@ -1,8 +1,8 @@
 """INT4 codes as groups of warps want them beside E4M3 rows (`hopper_invariant`), and back, within their storage.
 
 A code n of a value v = n - 8 becomes the zigzag code of v: 2 v, or -2 v - 1 where v is negative. Beside a sign bit in
-its lowest place stand then three bits of magnitude, which a kernel makes an E4M3 code with two instructions. Places and
-scales stay as they are.
+its lowest place stand then three bits of magnitude, and a kernel makes four such codes E4M3 with three instructions.
+Places and scales stay as they are.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ DEVICE void order_rows(const Preparation &p, int warp, int lane, u8 *space) {
 }
 
 template <bool ENCODE> DEVICE void prepare_rows(const Preparation &p) {
-    __shared__ alignas(16) u8 spaces[PREPARERS / 32][256];
+    __shared__ __align__(16) u8 spaces[PREPARERS / 32][256];
     wait_for_grid();
     let_next_grid_start();
     int sorters = cluster_blocks();

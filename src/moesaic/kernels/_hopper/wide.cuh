@@ -78,10 +78,10 @@ struct Codes {
 
 // The two groups of warps multiply in turn: a warp that gives products to the tensor cores stands still until all but the last
 // have begun, and meanwhile the other group decodes. Left alone, both would do the same at once.
-DEVICE void begin_turn(int group) { asm volatile("bar.sync %0, %1;" ::"r"(3 + group), "n"(CONSUMERS) : "memory"); }
+DEVICE void begin_turn(int group) { group_sync<CONSUMERS>(3 + group); }
 
 // And lets the other one begin.
-DEVICE void end_turn(int group) { asm volatile("bar.arrive %0, %1;" ::"r"(3 + (group ^ 1)), "n"(CONSUMERS) : "memory"); }
+DEVICE void end_turn(int group) { group_arrive<CONSUMERS>(3 + (group ^ 1)); }
 
 template <int N> DEVICE void multiply(float *sums, const u32 (&a)[WORDS][4 * STEPS], u64 x_tile, int first) {
     constexpr int PER_PIECE = W_ROW / 16 / PIECES;  // words that one piece of x serves

@@ -1,0 +1,102 @@
+"""The Hopper expert kernels on a CPU (hopper_machine.py), every stage held against the oracles of the GPU's tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moesaic.contracts.scheme import SCHEMES
+from moesaic.contracts.spec import Activation, MoESpec
+from moesaic.formats.dummy import fill
+from moesaic.kernels import hopper, hopper_invariant, reference
+from moesaic.kernels._hopper.pack import NAME, packing_of
+from moesaic.kernels._hopper.variants import PAIRS, TILES, with_tile
+from moesaic.layers.linear import Stored
+from moesaic.models.build import spec_of
+from moesaic.moe.experts import Experts
+from tests.compare import assert_rows_close
+from tests.hopper_machine import encode, machine
+from tests.hopper_support import Layer, check_layer
+from tests.small_models import MODELS
+
+__all__ = ["machine"]
+pytestmark = pytest.mark.usefixtures("machine")
+OAI = Activation("swiglu_oai")
+KNOWN = [name for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS]
+USUAL = [("fp8", 128), ("nvfp4", 16), ("w4afp8_token", 64), ("mxfp8", 8)]
+BY_ROW = [name for name in KNOWN if SCHEMES[name].activation.by_row and name != "w4afp8_static"]
+REST = [(name, tile) for name in KNOWN for tile in TILES if (name, tile) not in USUAL]
+
+
+def check(name: str, tile: int) -> None:
+    """Experts with few rows, many, none; a lone token; stages and tiles that are not full; biases and clamps."""
+    scheme = SCHEMES[name]
+    columns = 320 if scheme.weight.name == "bf16" else 384
+    check_layer(Layer.of(scheme, 21, (4, 512, 256, 2), TILES[tile], "holes"))
+    check_layer(Layer.of(scheme, 1, (4, columns, 256, 3), TILES[tile]))
+    check_layer(Layer.of(scheme, 70, (3, columns, 128, 2), TILES[tile], "one expert", OAI))
+
+
+@pytest.mark.parametrize(("name", "tile"), USUAL)
+def test_layers(name: str, tile: int) -> None:
+    check(name, tile)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "tile"), REST)
+def test_all_layers(name: str, tile: int) -> None:
+    check(name, tile)
+
+
+@pytest.mark.parametrize("tile", [64, *(pytest.param(tile, marks=pytest.mark.long) for tile in (80, 96, 128, 160))])
+def test_recoded_weights(tile: int) -> None:
+    """As `hopper_invariant` has them."""
+    for tokens in (1, 40):
+        layer = Layer.of(SCHEMES["w4afp8_static"], tokens, (4, 384, 256, 2), TILES[tile])
+        layer.recoded = True
+        check_layer(layer)
+        assert not torch.equal(layer.held.w2.parts["data"], layer.w.w2.parts["data"])
+
+
+@pytest.mark.parametrize("name", ["w4afp8_static", *(pytest.param(name, marks=pytest.mark.long) for name in BY_ROW)])
+def test_all_tiles_add_up_in_one_order(name: str) -> None:
+    """Of `hopper_invariant`: with products that are added up as they come, bits tell the order."""
+    layer = Layer.of(SCHEMES[name], 19, (3, 384, 256, 2), TILES[8], "holes", OAI)
+    layer.recoded = packing_of(layer.w) != "plain"
+    rows, seen = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale), {}
+    tiles = (64, 160) if name == "w4afp8_static" else TILES
+    for tile in tiles:
+        variant = hopper_invariant.in_one_order(with_tile(layer.variant, TILES[tile]))
+        seen[tile] = hopper.summed(*hopper.multiplied(variant, rows, layer.held, layer.ids, layer.weights))
+    assert seen[64].any()
+    for tile, out in seen.items():
+        assert torch.equal(out, seen[64]), tile
+
+
+def test_experts_are_recoded_when_they_are_filled() -> None:
+    """A layer's experts: filled, settled, opened, filled anew. What the kernels compute of them is right each time."""
+    spec = spec_of(MODELS["heads with norms"]).layers[1].mlp
+    assert isinstance(spec, MoESpec)
+    scheme = SCHEMES["w4afp8_static"]
+    experts = Experts(spec, scheme, torch.empty(0, dtype=torch.bfloat16), hopper_invariant)
+    x, ids, weights = torch.randn(5, 128).bfloat16(), torch.tensor([[0, 1]] * 5).int(), torch.rand(5, 2)
+    seen = []
+    for _ in range(2):
+        stored = [item for item in experts.sources() if isinstance(item, Stored)]
+        for item in stored:
+            if item.open:
+                item.open()
+            fill(item.weight)
+            if item.input_scale is not None:
+                item.input_scale.fill_(0.01)
+        experts.settle()
+        assert experts.weights.packing == NAME
+        rows = hopper_invariant.encode_later(x, scheme.activation, experts.input_scale)
+        seen.append(hopper_invariant.experts(rows, experts.weights, ids, weights))
+        experts.open()
+        wanted = reference.experts(encode(x, scheme.activation, torch.tensor(0.01)), experts.plain, ids, weights)
+        assert_rows_close(seen[-1], wanted.double(), 2**-6, "two roundings in between")
+    assert not torch.equal(*seen)
