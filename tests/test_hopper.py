@@ -22,6 +22,7 @@ from moesaic.kernels import hopper, hopper_invariant
 from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.variants import (
+    LONE,
     PAIRS,
     TILES,
     Tile,
@@ -116,6 +117,18 @@ def test_recoded_weights_are_decoded_by_fewer_instructions(tmp_path: Path) -> No
     assert made.zigzag
     few, many = (arithmetic(code.machine_code(each.defines, each.sizes), tmp_path) for each in (made, plain))
     assert few <= many - 4 * 4 * 16
+
+
+def test_a_token_alone_in_one_order() -> None:
+    """INT4 that meets E4M3 rows: more thread blocks where experts are small; whatever else has no tile of its own."""
+    small, large = 3 * 2048 * 768, 3 * 7168 * 2048
+    for name in ("w4afp8_token", "w4afp8_static"):
+        made = hopper_invariant.in_one_order(variant(name, 8), small)
+        assert (made.tile, made.stages) == (LONE, 10)
+        assert hopper_invariant.in_one_order(variant(name, 8), large).tile is TILES[64]
+        assert hopper_invariant.in_one_order(variant(name, 8)).tile is TILES[64]
+    assert hopper_invariant.in_one_order(variant("fp8", 16), small).tile is TILES[64]
+    assert hopper_invariant.in_one_order(variant("wna16", 8), small).tile is TILES[8]
 
 
 @pytest.mark.long

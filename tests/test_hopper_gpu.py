@@ -14,7 +14,7 @@ from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.pack import PAIRS as RECODED
 from moesaic.kernels._hopper.pack import packing_of
-from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
+from moesaic.kernels._hopper.variants import LONE, PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, on_hopper
@@ -66,7 +66,7 @@ def test_every_height(name: str, height: int) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if PAIR_OF[name] in RECODED])
-@pytest.mark.parametrize("tile", [each for each in TILES.values() if not each.narrow])
+@pytest.mark.parametrize("tile", [LONE, *(each for each in TILES.values() if not each.narrow)])
 def test_recoded_weights(name: str, tile: Tile) -> None:
     """As `hopper_invariant` has them."""
     for tokens, shape in ((1, (16, 1024, 640, 4)), (333, (16, 768, 768, 4)), (700, (64, 1152, 128, 4))):
@@ -163,7 +163,7 @@ def test_all_tiles_give_the_same_bits(name: str, tokens: int, odd: bool) -> None
     layer = Layer.of(EVERY[name], tokens, shape, Tile(8), how, activation)
     layer.recoded = packing_of(layer.w) != "plain"
     rows, seen = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale), {}
-    for tile in [*TILES.values(), Tile(128, 1, 1)]:
+    for tile in [*TILES.values(), Tile(128, 1, 1), LONE]:
         variant = hopper_invariant.in_one_order(with_tile(layer.variant, tile))
         terms = hopper.multiplied(variant, rows, layer.held, layer.ids, layer.weights)
         seen[variant.tile] = hopper.summed(*terms)

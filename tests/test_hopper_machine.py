@@ -12,7 +12,7 @@ from moesaic.contracts.spec import Activation, MoESpec
 from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
 from moesaic.kernels._hopper.pack import NAME, packing_of
-from moesaic.kernels._hopper.variants import PAIRS, TILES, with_tile
+from moesaic.kernels._hopper.variants import LONE, PAIRS, TILES, Tile, with_tile
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
 from moesaic.moe.experts import Experts
@@ -51,11 +51,12 @@ def test_all_layers(name: str, tile: int) -> None:
     check(name, tile)
 
 
-@pytest.mark.parametrize("tile", [64, *(pytest.param(tile, marks=pytest.mark.long) for tile in (80, 96, 128, 160))])
-def test_recoded_weights(tile: int) -> None:
+@pytest.mark.parametrize("tile", [LONE, *(pytest.param(TILES[each], marks=pytest.mark.long)
+                                         for each in (18, 64, 80, 96, 128, 160))], ids=str)  # fmt: skip
+def test_recoded_weights(tile: Tile) -> None:
     """As `hopper_invariant` has them."""
     for tokens in (1, 40):
-        layer = Layer.of(SCHEMES["w4afp8_static"], tokens, (4, 384, 256, 2), TILES[tile])
+        layer = Layer.of(SCHEMES["w4afp8_static"], tokens, (4, 384, 256, 2), tile)
         layer.recoded = True
         check_layer(layer)
         assert not torch.equal(layer.held.w2.parts["data"], layer.w.w2.parts["data"])
@@ -67,13 +68,12 @@ def test_all_tiles_add_up_in_one_order(name: str) -> None:
     layer = Layer.of(SCHEMES[name], 19, (3, 384, 256, 2), TILES[8], "holes", OAI)
     layer.recoded = packing_of(layer.w) != "plain"
     rows, seen = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale), {}
-    tiles = (64, 160) if name == "w4afp8_static" else TILES
-    for tile in tiles:
-        variant = hopper_invariant.in_one_order(with_tile(layer.variant, TILES[tile]))
+    for tile in (TILES[64], LONE) if name == "w4afp8_static" else TILES.values():
+        variant = hopper_invariant.in_one_order(with_tile(layer.variant, tile))
         seen[tile] = hopper.summed(*hopper.multiplied(variant, rows, layer.held, layer.ids, layer.weights))
-    assert seen[64].any()
+    assert seen[TILES[64]].any()
     for tile, out in seen.items():
-        assert torch.equal(out, seen[64]), tile
+        assert torch.equal(out, seen[TILES[64]]), tile
 
 
 def test_experts_are_recoded_when_they_are_filled() -> None:

@@ -332,9 +332,9 @@ template <int N> inline void multiply(float *d, const float (&w)[2][DEPTH], u64 
             float v[DEPTH];
             for (int k = 0; k < DEPTH; k++) v[k] = element(of_tile(x, 8 * j + 2 * (lane % 4) + i, k * WIDTH));
             for (int r = 0; r < 2; r++) {
-                float sum = fresh ? 0.0f : d[4 * j + 2 * r + i];
-                for (int k = 0; k < DEPTH; k++) sum += w[r][k] * v[k];
-                d[4 * j + 2 * r + i] = sum;
+                double sum = fresh ? 0.0f : d[4 * j + 2 * r + i];  // in which, within a product, order makes no difference
+                for (int k = 0; k < DEPTH; k++) sum += (double)w[r][k] * v[k];
+                d[4 * j + 2 * r + i] = (float)sum;
             }
         }
 }
@@ -371,11 +371,11 @@ inline void multiply_warp(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     auto word = [&](int of, int i, int b) { return value((u16)(all[of][i] >> (16 * b))); };
     for (int r = 0; r < 2; r++)
         for (int i = 0; i < 2; i++) {
-            float sum = d[2 * r + i];
+            double sum = d[2 * r + i];
             for (int half = 0; half < 2; half++)
                 for (int c = 0; c < 4; c++)
-                    for (int b = 0; b < 2; b++) sum += word(lane / 4 * 4 + c, 2 * half + r, b) * word((2 * (lane % 4) + i) * 4 + c, 4 + half, b);
-            d[2 * r + i] = sum;
+                    for (int b = 0; b < 2; b++) sum += (double)word(lane / 4 * 4 + c, 2 * half + r, b) * word((2 * (lane % 4) + i) * 4 + c, 4 + half, b);
+            d[2 * r + i] = (float)sum;
         }
 }
 

@@ -158,7 +158,7 @@ def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor,
 
 
 def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int, packing: str = "plain") -> Variant:
-    experts, columns, hidden = w.w13.shape
+    experts = len(w.w13.parts["data"])
     if w.packing != packing:
         raise ValueError(f"weights packed as {w.packing!r}, not as {packing!r}")
     if experts > MOST_EXPERTS:
@@ -167,8 +167,13 @@ def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int, packing: str = 
     variant = variant_of(w.w13.form, x.encoding, TILES[tile or 8])
     if tile:
         return variant
-    lone = columns * hidden * 3 // 2 if len(ids_TA) == 1 else 0
-    return with_tile(variant, tile_for(variant, ids_TA.numel(), experts, lone))
+    return with_tile(variant, tile_for(variant, ids_TA.numel(), experts, read_by_one(w, ids_TA)))
+
+
+def read_by_one(w: ExpertWeights, ids_TA: Tensor) -> int:
+    """Of a token alone, the elements of an expert's weights; else 0."""
+    _, columns, hidden = w.w13.shape
+    return columns * hidden * 3 // 2 if len(ids_TA) == 1 else 0
 
 
 def weighted(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from moesaic.kernels import hopper
 from moesaic.kernels._hopper.pack import NAME as ZIGZAG
 from moesaic.kernels._hopper.pack import PAIRS as RECODED
 from moesaic.kernels._hopper.pack import pack, packing_of, unpack
-from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Variant, with_tile
+from moesaic.kernels._hopper.variants import FORMATS, LONE, PAIRS, SMALL, TILES, Variant, with_tile
 from moesaic.kernels.hopper import encode_later, probe
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ CONTRACTS: tuple[Contract, ...] = tuple(
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """Raises UnsupportedError as `hopper.experts` does."""
     variant = hopper.chosen(x, w, ids_TA, 0, packing_of(w))
-    return hopper.weighted(in_one_order(variant), x, w, ids_TA, weights_TA)
+    return hopper.weighted(in_one_order(variant, hopper.read_by_one(w, ids_TA)), x, w, ids_TA, weights_TA)
 
 
-def in_one_order(variant: Variant) -> Variant:
-    """The kernel of the same rows whose bits are those of every other one made here."""
-    if variant.codes and variant.tile.narrow:
-        variant = with_tile(variant, TILES[64])
+def in_one_order(variant: Variant, lone: int = 0) -> Variant:
+    """The kernel of the same rows whose bits are those of every other one made here. lone: as in `tile_for`."""
     recoded = variant.form == FORMATS["int4"] and variant.codes
+    if variant.codes and variant.tile.narrow:
+        variant = with_tile(variant, LONE if recoded and 0 < lone < SMALL else TILES[64])
     return replace(variant, one_order=variant.tile.narrow, zigzag=recoded)

@@ -83,6 +83,7 @@ DEVICE void emit_elements(const Arguments &a, i64 row, int column, bool wanted, 
 // The chunk of rows from `begin` of the tile on, 16 elements to a lane.
 DEVICE void emit_broad(const Arguments &a, const Item &item, int begin, int slot, const Consumer &me) {
     constexpr int LANES = H_COLUMNS / 16;
+    if (CHUNK * LANES < CONSUMERS && me.warp * 32 >= CHUNK * LANES) return;
     int local = (me.warp * 32 + me.lane) / LANES, part = me.lane % LANES, column = item.column * H_COLUMNS + part * 16;
     bool wanted = begin + local < item.count;
     i64 row = item.first + begin + local;

@@ -19,7 +19,7 @@
 #define NVFP4 4
 #define INT4 5
 
-#define NARROW (MOST <= 32)  // few rows of x: products by warps; else by groups of four
+// NARROW: products by warps, of few rows of x; else by groups of four
 #define FOUR_BIT (FORMAT >= MXFP4)
 #define W_ROW (FOUR_BIT && !NARROW ? 64 : 128) /* bytes of a weight row per stage; where x takes most of the room, fewer */
 #define ELEMENTS (FORMAT == BF16 ? 64 : FOUR_BIT ? 2 * W_ROW : 128) /* of K per stage */

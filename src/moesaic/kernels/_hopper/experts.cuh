@@ -210,7 +210,7 @@ DEVICE void consume(const Arguments &a) {
 #endif
                 finish_tile(a, item, slot.slot, me, sums);
         }
-        if (!NARROW) fence_to_async();  // the copy engine will read h
+        if (!NARROW && item.phase != 3) fence_to_async();  // the copy engine will read h
         __syncwarp();
         release(room.stored + slot.slot, me.lane);
         release(room.item_empty + slot.slot, me.lane);
@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) experts(con
     }
     if (threadIdx.x < FETCHERS) {
 #if !NARROW
-        keep_registers<BLOCKS_PER_SM == 1 ? 56 : 32>();
+        keep_registers<BLOCKS_PER_SM == 1 ? 56 : 48>();
 #endif
         if (threadIdx.x < 32)
             fetch_weights(a, maps, threadIdx.x);
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) experts(con
             fetch_rows(a, maps, 1, threadIdx.x - 96);
     } else {
 #if !NARROW
-        take_registers<BLOCKS_PER_SM == 1 ? 224 : 104>();
+        take_registers<BLOCKS_PER_SM == 1 ? 224 : 96>();
 #endif
         consume(a);
     }

@@ -6,7 +6,7 @@
 #define W_BLOCK (128 * W_ROW)       /* bytes of 128 weight rows in a stage */
 #define W_BYTES (W_BLOCK * STACK)
 #define X_BYTES (MOST * X_ROW)      /* and as many elements of K of up to MOST rows of x */
-#define STEP (MOST < 64 ? 8 : 16) /* rows of h that are copied at a time */
+#define STEP (NARROW ? 8 : 16) /* rows of h that are copied at a time */
 #define GROUP_SCALES (ENCODING == GROUP128)
 #define BLOCK_SCALES (FORMAT == FP8 && BLOCKS)
 #define ROW_SCALES (!GROUP_SCALES && ENCODING != PLAIN && ENCODING != MX8) /* a row of x has one scale, or all have */
@@ -23,7 +23,7 @@
 #define FETCHERS (NARROW ? 96 : 128) /* threads before the consumers; three warps of them work */
 #define CONSUMERS 256
 #define THREADS (FETCHERS + CONSUMERS)
-#define CHUNK (!NARROW ? 64 / STACK : MOST) /* rows of x that the epilogue takes at a time */
+#define CHUNK (NARROW || MOST < 64 / STACK ? MOST : 64 / STACK) /* rows of x that the epilogue takes at a time */
 #define H_COLUMNS (64 * STACK)        /* elements of h per tile */
 #define Y_COLUMNS (128 * STACK)
 #define ENCODED (MOST < 32 ? 2 : 4) /* rows that a warp encodes at a time */

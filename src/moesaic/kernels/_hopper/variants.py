@@ -22,7 +22,7 @@ PAIRS = frozenset(
 """Weight formats and encodings that meet in a tensor core as they are."""
 HEIGHTS = (8, 16, 32, 64, 80, 96, 128, 160)
 NARROW = 32
-"""Tiles of up to so many rows of x are multiplied by warps; as NARROW in decode.cuh."""
+"""Tiles of up to so many rows of x are multiplied by warps, if nothing else is said."""
 SMALL = 1 << 23
 """Elements of an expert's weights; see tile_for."""
 FEW, PROCESSORS = 128, 132
@@ -33,15 +33,17 @@ SHARED = {1: 232448, 2: 115712, 3: 76800}
 
 @dataclass(frozen=True)
 class Tile:
-    """height: rows of x.  stack: blocks of 128 weight rows.  blocks: thread blocks per multiprocessor."""
+    """height: rows of x.  stack: blocks of 128 weight rows.  blocks: thread blocks per multiprocessor.
+    grouped: multiplied by groups of four warps, as high tiles are anyway."""
 
     height: int
     stack: int = 1
     blocks: int = 2
+    grouped: bool = False
 
     @property
     def narrow(self) -> bool:
-        return self.height <= NARROW
+        return self.height <= NARROW and not self.grouped
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Variant:
         tile, slots = self.tile, 4 if self.tile.narrow else 3
         scaled = self.encoding not in (0, 4, 5)  # ROW_SCALES, ROW_TERMS in room.cuh
         terms = 8 if self.form == 4 or (self.form == 1 and not self.block_scales) else 4
-        rows = tile.height if tile.narrow else 64 // tile.stack  # CHUNK in room.cuh
+        rows = tile.height if tile.narrow else min(tile.height, 64 // tile.stack)  # CHUNK in room.cuh
         fixed = 1024 + rows * (64 * tile.stack + 4) * 4
         if tile.narrow or (self.encoding == 4 and tile.stack == 1):
             fixed += 256 * (2 if tile.height < 32 else 4) * (8 if tile.narrow and self.encoding in (2, 3, 7) else 1)
@@ -147,7 +149,8 @@ class Variant:
         stage = 128 * self.row_bytes * tile.stack + tile.height * self.elements * (1 if self.eight_bit else 2)
         stage += -(-tile.height // 32) * 128 if self.encoding == 4 else 0
         left = SHARED[tile.blocks] - fixed
-        most = 8 if tile.narrow else 5 if tile.height == 64 else 4  # more are not faster
+        few = 10 if tile.height < 64 else 10 // tile.stack if tile.height == 64 else 4  # more are not faster
+        most = 8 if tile.narrow else few
         return next((each for each in range(most, 2, -1) if each * stage + self.scale_room(each) <= left), 2)
 
     @property
@@ -155,7 +158,7 @@ class Variant:
         heights = (*self.sizes[:-1], *4 * (self.tile.height,))[:4]
         return {
             "FORMAT": self.form, "ROWS8": int(self.eight_bit), "HALVES": int(self.halves),
-            "ENCODING": self.encoding, "MOST": self.tile.height,
+            "ENCODING": self.encoding, "MOST": self.tile.height, "NARROW": int(self.tile.narrow),
             "STACK": self.tile.stack, "BLOCKS_PER_SM": self.tile.blocks, "STAGES": self.stages,
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,
@@ -166,10 +169,12 @@ class Variant:
 
 
 TILES = {
-    8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 32: Tile(32, 2, 1), 33: Tile(32), 64: Tile(64, 2, 1),
-    80: Tile(80, 2, 1), 96: Tile(96, 2, 1), 128: Tile(128, 2, 1), 160: Tile(160, 1, 1),
+    8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 18: Tile(16, grouped=True), 32: Tile(32, 2, 1), 33: Tile(32),
+    64: Tile(64, 2, 1), 80: Tile(80, 2, 1), 96: Tile(96, 2, 1), 128: Tile(128, 2, 1), 160: Tile(160, 1, 1),
 }  # fmt: skip
-"""Those that are the fastest somewhere."""
+"""Those that are the fastest somewhere, and one (18) that measurements are to judge."""
+LONE = Tile(64, 1, 1)
+"""Of a token alone and small experts, where INT4 meets E4M3 rows as it does in prompts: twice as many blocks decode."""
 
 
 def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
