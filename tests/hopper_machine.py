@@ -77,6 +77,8 @@ def start(kernel: tuple[ctypes.CDLL, str], grid: int, block: int, arguments: Seq
     assert cluster == 1, "one thread block sorts"
     kernels, name = kernel
     if name == "experts":
+        given = arguments[1]
+        kernels.begin_by_chance(grid + 31 * given.hidden + 17 * given.columns + 7 * given.top_k)
         stuck = kernels.run_experts(*map(ctypes.byref, arguments), grid, block, shared)
     elif name == "combine":
         stuck = kernels.run_combine(*arguments, grid)

@@ -11,8 +11,9 @@ from moesaic.contracts.scheme import SCHEMES
 from moesaic.contracts.spec import Activation, MoESpec
 from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
+from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.pack import NAME, packing_of
-from moesaic.kernels._hopper.variants import LONE, PAIRS, TILES, Tile, with_tile
+from moesaic.kernels._hopper.variants import LONE, PAIRS, TILES, Tile, variant_of, with_tile
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
 from moesaic.moe.experts import Experts
@@ -20,6 +21,7 @@ from tests.compare import assert_rows_close
 from tests.hopper_machine import encode, machine
 from tests.hopper_support import Layer, check_layer
 from tests.small_models import MODELS
+from tests.triton_support import in_double, randn, weight
 
 __all__ = ["machine"]
 pytestmark = pytest.mark.usefixtures("machine")
@@ -74,6 +76,18 @@ def test_all_tiles_add_up_in_one_order(name: str) -> None:
     assert seen[TILES[64]].any()
     for tile, out in seen.items():
         assert torch.equal(out, seen[TILES[64]]), tile
+
+
+@pytest.mark.parametrize("tile", [128, *(pytest.param(tile, marks=pytest.mark.long) for tile in (64, 96))])
+def test_dense_products(tile: int) -> None:
+    """Rows and columns of the weight that fill no tile, several tiles in a band; a bias."""
+    scheme = SCHEMES["fp8"]
+    variant = variant_of(scheme.weight, scheme.activation, TILES[tile])
+    for tokens, segments, columns in ((150, (256, 40), 272), (300, (136,), 128)):
+        w, rows = weight(scheme, segments, columns), encode(randn(tokens, columns), scheme.activation)
+        for bias in (None, randn(sum(segments))):
+            y = launch.linear(variant, rows.data, rows.parts["scale"], w, bias)
+            assert_rows_close(y, reference.linear_quant(in_double(rows), w, bias), 2**-7, f"{segments} {columns}")
 
 
 def test_experts_are_recoded_when_they_are_filled() -> None:

@@ -81,5 +81,8 @@ def test_plans_say_how_experts_are_packed(name: str, deterministic: bool) -> Non
     spec = hold(spec_of(plan_fixtures.read("qwen3-30b-a3b").config), SCHEMES[name])
     made = plan(spec, GPUS["h100"], CATALOGUE, wishes, "bfloat16")
     assert isinstance(made, ModelPlan)
-    packings = {cell.packed.packing for layer in made.layers for cell in layer.cells}
+    cells = [cell for layer in made.layers for cell in layer.cells]
+    packings = {cell.packed.packing for cell in cells}
+    for cell in cells:
+        assert cell.path.stage("experts").kernel not in [each.candidate for each in cell.rejected]
     assert packings == {NAME if name in RECODED and deterministic else "plain"}

@@ -28,5 +28,6 @@ extern "C" int run_combine(const u16 *y, const int *ids, const float *weights, u
     return machine::run([] { combine(given_terms.y, given_terms.ids, given_terms.weights, given_terms.out, given_terms.tokens, given_terms.hidden, given_terms.top_k); }, grid, COMBINERS, 0, 1);
 }
 
+extern "C" void begin_by_chance(u64 seed) { machine::chance = seed * 2 + 1; }
 extern "C" int room_size() { return room_bytes; }
 extern "C" int thread_count() { return threads; }
