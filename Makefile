@@ -50,7 +50,7 @@ serve: $(STAMP) ## serve the embedded model on http://127.0.0.1:8000/v1
 	$(PY) -m moesaic serve
 
 test: $(STAMP) ## the tests (at most 10 minutes on 2 cores)
-	$(ONE_THREAD) $(PY) -m pytest -n 2 --durations=10
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal --durations=10
 
 test-long: $(STAMP) ## the tests that are too slow for `make test`
 	$(PY) -m pytest -m "long and not gpu" --timeout 7200 --durations=20

@@ -36,8 +36,7 @@ from moesaic.kernels._hopper.variants import (
 from moesaic.kernels.ops import ExpertWeights
 
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
-SOME = [("fp8", 8), ("fp8", 128), ("nvfp4", 16), ("nvfp4", 80), ("mxfp8", 96), ("wna16", 64), ("w4afp8", 160),
-        ("bf16", 128)]  # fmt: skip
+SOME = [("fp8", 128), ("nvfp4", 16), ("nvfp4", 80), ("w4afp8", 160), ("bf16", 128)]
 REST = [(name, tile) for name in KNOWN for tile in TILES if (name, tile) not in SOME]
 WIDE = {"fp8": "QGMMA", "fp8_tensor": "QGMMA", "fp8_tensor_static": "QGMMA", "fp8_channel": "QGMMA", "w4afp8": "QGMMA",
         "w4afp8_static": "QGMMA", "w4afp8_token": "QGMMA"}  # fmt: skip

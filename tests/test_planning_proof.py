@@ -266,6 +266,7 @@ def test_an_answer_is_found_by_its_question_and_not_sought_again() -> None:
     assert lacking.anew == 1
 
 
+@pytest.mark.long
 def test_a_run_that_was_ended_goes_on_and_the_result_is_of_all_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,7 @@ def test_an_endless_expression_costs_its_own_request(server: Server) -> None:
     server.until(server.idle)
 
 
+@pytest.mark.long
 def test_endless_expressions_one_after_another_do_not_end_the_engine(server: Server) -> None:
     """Steps of which nobody survives end an engine, unless it is the requests' own fault."""
     for i in range(3):

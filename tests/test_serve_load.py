@@ -173,6 +173,7 @@ def test_1000_disconnects_leave_nothing_behind() -> None:
     assert max(found["growth"].values()) < serve_soak.BOUND
 
 
+@pytest.mark.long
 def test_the_measure_of_load_sees_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge of the long test, on a small load, and on answers that one letter is changed of."""
     found = serve_load.measure(6, 0.5)

@@ -49,7 +49,8 @@ def command_names() -> list[str]:
     return sorted(name for name in files if not name.startswith("_"))
 
 
-def build_parser() -> Parser:
+def build_parser(command: str | None = None) -> Parser:
+    """Of all commands, or of one alone, which spares what only the others import."""
     parser = Parser(
         prog="moesaic",
         description="Run Mixture-of-Experts language models, exactly and fast, on what hardware there is.",
@@ -57,7 +58,8 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name in command_names():
+    names = command_names()
+    for name in [command] if command in names else names:
         import_module(f"moesaic.commands.{name}").add_parser(subparsers)
     return parser
 
@@ -82,9 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(argv: Sequence[str] | None) -> int:
-    parser = build_parser()
+    given = sys.argv[1:] if argv is None else argv
+    parser = build_parser(given[0] if given else None)
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_args(given)
     except SystemExit as done:  # argparse has printed its help or the version
         return done.code if isinstance(done.code, int) else 0
     if args.command is None:
