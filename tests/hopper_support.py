@@ -18,7 +18,7 @@ from moesaic.contracts.scheme import Scheme
 from moesaic.contracts.spec import SILU, Activation
 from moesaic.formats import encodings
 from moesaic.formats.encodings import Rows
-from moesaic.kernels import hopper_invariant, reference, triton
+from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.variants import Tile, Variant, variant_of
 from moesaic.kernels.ops import ExpertWeights
@@ -196,3 +196,12 @@ def check_together(layer: Layer, rows: Rows, y: Tensor, hidden: Tensor, at: Tens
     full[now] = both[now].double()
     kept = (layer.weights * (layer.ids >= 0)).double()
     assert_rows_close(out, (full.view(tokens, top_k, -1) * kept[..., None]).sum(1), LIMIT, "sum")
+
+
+def check_sum(layer: Layer) -> None:
+    """Of a token alone: whoever adds up its results, `experts` or `combine`, the bits are the same."""
+    rows = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale)
+    apart = hopper.summed(*hopper.multiplied(layer.variant, rows, layer.held, layer.ids, layer.weights))
+    torch.full_like(apart, float("nan"))  # in whose place the next result may lie
+    for _ in range(3):
+        assert torch.equal(hopper.weighted(layer.variant, rows, layer.held, layer.ids, layer.weights), apart)

@@ -17,7 +17,7 @@ from moesaic.kernels._hopper.pack import packing_of
 from moesaic.kernels._hopper.variants import LONE, PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
-from tests.hopper_support import Layer, check_layer, on_hopper
+from tests.hopper_support import Layer, check_layer, check_sum, on_hopper
 from tests.triton_support import in_double, randn, sorted_rows, weight
 
 __all__ = ["on_hopper"]
@@ -91,14 +91,6 @@ def test_a_token_alone(name: str) -> None:
     """Usual sizes, sizes that are odd multiples of 64, an odd number of choices, choices of padding; biases. Its thread
     blocks begin before its row is ready, with low tiles and with high ones. Low ones add up its results as `combine`
     does, unless they are too many."""
-
-    def check_sum(layer: Layer) -> None:
-        rows = hopper.encode_later(layer.x, scheme.activation, layer.scale)
-        apart = hopper.summed(*hopper.multiplied(layer.variant, rows, layer.held, layer.ids, layer.weights))
-        torch.full_like(apart, float("nan"))  # in whose place the next result may lie
-        for _ in range(3):
-            assert torch.equal(hopper.weighted(layer.variant, rows, layer.held, layer.ids, layer.weights), apart)
-
     scheme = EVERY[name]
     four = scheme.weight.name in ("int4", "mxfp4", "nvfp4")
     odd, size = (1280, 2816) if four else (1408, 2880)

@@ -19,12 +19,13 @@ from moesaic.models.build import spec_of
 from moesaic.moe.experts import Experts
 from tests.compare import assert_rows_close
 from tests.hopper_machine import encode, machine
-from tests.hopper_support import Layer, check_layer
+from tests.hopper_support import Layer, check_layer, check_sum
+from tests.native_support import needs_compiler
 from tests.small_models import MODELS
 from tests.triton_support import in_double, randn, weight
 
 __all__ = ["machine"]
-pytestmark = pytest.mark.usefixtures("machine")
+pytestmark = [needs_compiler, pytest.mark.usefixtures("machine")]
 OAI = Activation("swiglu_oai")
 KNOWN = [name for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS]
 USUAL = [("fp8", 128), ("nvfp4", 16), ("w4afp8_token", 64), ("mxfp8", 8)]
@@ -37,7 +38,9 @@ def check(name: str, tile: int) -> None:
     scheme = SCHEMES[name]
     columns = 320 if scheme.weight.name == "bf16" else 384
     check_layer(Layer.of(scheme, 21, (4, 512, 256, 2), TILES[tile], "holes"))
-    check_layer(Layer.of(scheme, 1, (4, columns, 256, 3), TILES[tile]))
+    alone = Layer.of(scheme, 1, (4, columns, 256, 3), TILES[tile])
+    check_layer(alone)
+    check_sum(alone)
     check_layer(Layer.of(scheme, 70, (3, columns, 128, 2), TILES[tile], "one expert", OAI))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -65,11 +66,11 @@ def test_codes_are_recoded_within_their_storage_and_back(name: str) -> None:
 
 
 @pytest.mark.parametrize(("kernels", "packing"), [(hopper, NAME), (hopper_invariant, "plain")])
-def test_codes_of_the_other_kind_are_not_multiplied(kernels: object, packing: str) -> None:
+def test_codes_of_the_other_kind_are_not_multiplied(kernels: ModuleType, packing: str) -> None:
     w = replace(weights_of("w4afp8"), packing=packing)
     rows = hopper.encode_later(torch.zeros(2, 256, dtype=torch.bfloat16), SCHEMES["w4afp8"].activation)
     with pytest.raises(ValueError, match=f"packed as '{packing}'"):
-        kernels.experts(rows, w, torch.zeros(2, 1).int(), torch.ones(2, 1))  # type: ignore[attr-defined]
+        kernels.experts(rows, w, torch.zeros(2, 1).int(), torch.ones(2, 1))
 
 
 @pytest.mark.parametrize(

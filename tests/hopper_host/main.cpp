@@ -1,7 +1,7 @@
 // The kernels with a host's way to start them. 0, or 1 where threads wait for ever.
 #include "hopper.cu"
 
-static const Maps *given_maps;
+static Maps given_maps;  // in a place of its own: those of the caller lie anywhere, and a map wants 64 bytes
 static const Arguments *given;
 static const Preparation *given_rows;
 
@@ -13,9 +13,9 @@ static struct {
     int tokens, hidden, top_k;
 } given_terms;
 
-extern "C" int run_experts(const Maps *maps, const Arguments *arguments, int grid, int count, int shared) {
-    given_maps = maps, given = arguments;
-    return machine::run([] { experts(*given_maps, *given); }, grid, count, shared, grid);
+extern "C" int run_experts(const void *maps, const Arguments *arguments, int grid, int count, int shared) {
+    memcpy(&given_maps, maps, sizeof given_maps), given = arguments;
+    return machine::run([] { experts(given_maps, *given); }, grid, count, shared, grid);
 }
 
 extern "C" int run_prepare(const Preparation *p, int grid, int encoded) {

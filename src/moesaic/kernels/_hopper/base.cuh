@@ -66,7 +66,7 @@ template <int THREADS> DEVICE void group_sync(int id) { asm volatile("bar.sync %
 
 template <int THREADS> DEVICE void group_arrive(int id) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory"); }
 
-// A warp group hands back registers, or takes some.
+// A warp group hands back registers, or takes some: all of a block's together have as many as it was launched with.
 template <int COUNT> DEVICE void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 template <int COUNT> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
