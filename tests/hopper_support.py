@@ -72,7 +72,7 @@ def in_order(scheme: Scheme, tile: Tile, stored: Tensor, columns: int) -> Tensor
 
 @dataclass
 class Layer:
-    """One call's operands. order: the sorted rows of a stable sort by expert."""
+    """One call's operands. order: the sorted rows of a stable sort by expert. invariant: of `hopper_invariant`."""
 
     scheme: Scheme
     tile: Tile
@@ -80,7 +80,7 @@ class Layer:
     x: Tensor
     ids: Tensor
     weights: Tensor
-    recoded: bool = False
+    invariant: bool = False
 
     @staticmethod
     def of(scheme: Scheme, tokens: int, shape: tuple[int, int, int, int], tile: Tile, how: str = "usual",
@@ -92,17 +92,15 @@ class Layer:
 
     @cached_property
     def held(self) -> ExpertWeights:
-        """The weights as the variant wants them; recoded ones in storage of their own."""
-        if not self.recoded:
-            return self.w
+        """The weights as the variant wants them; those of other codes in storage of their own."""
         w13, w2 = (replace(each, parts={name: part.clone() for name, part in each.parts.items()})
                    for each in (self.w.w13, self.w.w2))  # fmt: skip
-        return hopper_invariant.pack(replace(self.w, w13=w13, w2=w2))
+        return (hopper_invariant if self.invariant else hopper).pack(replace(self.w, w13=w13, w2=w2))
 
     @property
     def variant(self) -> Variant:
         made = variant_of(self.scheme.weight, self.scheme.activation, self.tile)
-        return launch.fitted(replace(made, zigzag=self.recoded), self.held)
+        return launch.fitted(replace(made, zigzag=self.held.packing == "zigzag"), self.held)
 
     @property
     def scale(self) -> Tensor | None:

@@ -12,7 +12,6 @@ from moesaic.contracts.spec import Activation, MoESpec
 from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
 from moesaic.kernels._hopper import launch
-from moesaic.kernels._hopper.pack import NAME, packing_of
 from moesaic.kernels._hopper.variants import LONE, PAIRS, TILES, Tile, variant_of, with_tile
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
@@ -62,7 +61,7 @@ def test_recoded_weights(tile: Tile) -> None:
     """As `hopper_invariant` has them."""
     for tokens in (1, 40):
         layer = Layer.of(SCHEMES["w4afp8_static"], tokens, (4, 384, 256, 2), tile)
-        layer.recoded = True
+        layer.invariant = True
         check_layer(layer)
         assert not torch.equal(layer.held.w2.parts["data"], layer.w.w2.parts["data"])
 
@@ -71,7 +70,7 @@ def test_recoded_weights(tile: Tile) -> None:
 def test_all_tiles_add_up_in_one_order(name: str) -> None:
     """Of `hopper_invariant`: with products that are added up as they come, bits tell the order."""
     layer = Layer.of(SCHEMES[name], 19, (3, 384, 256, 2), TILES[8], "holes", OAI)
-    layer.recoded = packing_of(layer.w) != "plain"
+    layer.invariant = True
     rows, seen = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale), {}
     for tile in (TILES[64], LONE) if name == "w4afp8_static" else TILES.values():
         variant = hopper_invariant.in_one_order(with_tile(layer.variant, tile))
@@ -110,7 +109,7 @@ def test_experts_are_recoded_when_they_are_filled() -> None:
             if item.input_scale is not None:
                 item.input_scale.fill_(0.01)
         experts.settle()
-        assert experts.weights.packing == NAME
+        assert experts.weights.packing == "zigzag"
         rows = hopper_invariant.encode_later(x, scheme.activation, experts.input_scale)
         seen.append(hopper_invariant.experts(rows, experts.weights, ids, weights))
         experts.open()

@@ -1,4 +1,4 @@
-"""INT4 codes as the Hopper kernels of `--deterministic` want them: which, by whom, and back. No GPU is needed."""
+"""4-bit codes as the Hopper kernels want them: which, by whom, and back. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesaic.formats.base import QuantTensor
 from moesaic.formats.dummy import fill
 from moesaic.hardware import GPUS
 from moesaic.kernels import hopper, hopper_invariant
-from moesaic.kernels._hopper.pack import NAME, pack, unpack, unzigzag, zigzag
+from moesaic.kernels._hopper.pack import WAYS, unzigzag, zigzag
 from moesaic.kernels.ops import ExpertWeights
 from moesaic.models.build import spec_of
 from moesaic.models.hold import hold
@@ -25,7 +25,10 @@ from scripts import plan_fixtures
 from tests.planning_support import CATALOGUE
 
 LIKE = torch.empty(0, dtype=torch.bfloat16)
-RECODED = ("w4afp8", "w4afp8_static", "w4afp8_token")
+FP4 = {name: "e2m1_halves" if name.startswith("nvfp4") and not name.endswith("a16") else "e2m1_bf16"
+       for name in SCHEMES if "fp4" in name}  # fmt: skip
+PACKED = {hopper: FP4, hopper_invariant: FP4 | dict.fromkeys(("w4afp8", "w4afp8_static", "w4afp8_token"), "zigzag")}
+E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 
 
 def weights_of(name: str) -> ExpertWeights:
@@ -48,33 +51,80 @@ def test_every_byte_becomes_two_zigzag_codes_and_comes_back() -> None:
     assert torch.equal(unzigzag(zigzag(codes)), codes)
 
 
+def operands(word: int, name: str) -> list[float]:
+    """The eight values that a kernel takes out of a word, each as a part of it that was rotated and masked."""
+    values, bits = {}, [word >> i & 1 for i in range(32)]
+    if name == "e2m1_bf16":  # rotated to the right by 0, 2, 12 and 6, but for one bit of the first
+        for i, by in enumerate((0, 2, 12, 6)):
+            for half in (0, 16):
+                sign, low, mantissa = (bits[(half + place + by) % 32] for place in (15, 7, 6))
+                high = bits[(half + 8 + (by or 8)) % 32]
+                values[i + half // 4] = sign, high * 4 + low * 2 + mantissa
+    else:
+        for byte in range(0, 32, 8):
+            for odd, places in enumerate(((7, 3, 2, 1), (0, 6, 5, 4))):
+                sign, *rest = (bits[byte + place] for place in places)
+                values[byte // 4 + odd] = sign, rest[0] * 4 + rest[1] * 2 + rest[2]
+    return [(-1) ** sign * E2M1[code] for sign, code in (values[i] for i in range(8))]
+
+
+@pytest.mark.parametrize("name", ["e2m1_bf16", "e2m1_halves"])
+def test_bits_of_fp4_codes_lie_where_operands_want_them(name: str) -> None:
+    """Of random words, and of every code in every place."""
+    codes = torch.randint(0, 16, (1000, 8), dtype=torch.uint8)
+    codes[:128] = 0
+    for i in range(128):
+        codes[i, i // 16] = i % 16
+    plain = codes[:, ::2] | codes[:, 1::2] << 4
+    there, back = WAYS[name]
+    packed = there(plain)
+    assert torch.equal(back(packed), plain)
+    for word, wanted in zip(packed.view(torch.int32)[:, 0].tolist(), codes.tolist(), strict=True):
+        assert operands(word, name) == [(-1) ** (code >> 3) * E2M1[code & 7] for code in wanted]
+
+
+@pytest.mark.parametrize("kernels", PACKED)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_codes_are_recoded_within_their_storage_and_back(name: str) -> None:
-    """Of INT4 beside E4M3 rows; all else stays as it is."""
-    w = weights_of(name)
+def test_codes_are_rewritten_within_their_storage_and_back(name: str, kernels: ModuleType) -> None:
+    """Those of 4 bits that a kernel decodes in fewer steps then; all else stays as it is."""
+    w, wanted = weights_of(name), PACKED[kernels].get(name, "plain")
     before, values = raw(w), (w.w13.dequantize(), w.w2.dequantize())
-    there = pack(w)
-    assert there.packing == (NAME if name in RECODED else "plain")
-    assert any(not torch.equal(a, b) for a, b in zip(before, raw(w), strict=True)) == (name in RECODED)
+    there = kernels.pack(w)
+    assert there.packing == wanted
+    assert any(not torch.equal(a, b) for a, b in zip(before, raw(w), strict=True)) == (wanted != "plain")
     once = raw(w)
-    assert all(torch.equal(a, b) for a, b in zip(once, raw(pack(there, there)), strict=True)), "packed twice"
-    back = unpack(there)
+    assert all(torch.equal(a, b) for a, b in zip(once, raw(kernels.pack(there, there)), strict=True)), "packed twice"
+    back = kernels.unpack(there)
     assert back.packing == "plain"
     assert all(torch.equal(a, b) for a, b in zip(before, raw(back), strict=True))
     for value, weight in zip(values, (back.w13, back.w2), strict=True):
         assert torch.equal(value, weight.dequantize())
 
 
-@pytest.mark.parametrize(("kernels", "packing"), [(hopper, NAME), (hopper_invariant, "plain")])
-def test_codes_of_the_other_kind_are_not_multiplied(kernels: ModuleType, packing: str) -> None:
-    w = replace(weights_of("w4afp8"), packing=packing)
-    rows = hopper.encode_later(torch.zeros(2, 256, dtype=torch.bfloat16), SCHEMES["w4afp8"].activation)
+@pytest.mark.parametrize(
+    ("kernels", "name", "packing"),
+    [(hopper, "w4afp8", "zigzag"), (hopper_invariant, "w4afp8", "plain"), (hopper, "mxfp4", "plain"),
+     (hopper, "nvfp4", "e2m1_bf16")],
+)  # fmt: skip
+def test_codes_of_another_kind_are_not_multiplied(kernels: ModuleType, name: str, packing: str) -> None:
+    w = replace(weights_of(name), packing=packing)
+    rows = hopper.encode_later(torch.zeros(2, 256, dtype=torch.bfloat16), SCHEMES[name].activation)
     with pytest.raises(ValueError, match=f"packed as '{packing}'"):
         kernels.experts(rows, w, torch.zeros(2, 1).int(), torch.ones(2, 1))
 
 
 @pytest.mark.parametrize(
-    ("name", "deterministic"), [("w4afp8_static", True), ("w4afp8_token", True), ("w4afp8", False), ("fp8", True)]
+    ("name", "deterministic"),
+    [
+        ("w4afp8_static", True),
+        ("w4afp8_token", True),
+        ("w4afp8", False),
+        ("fp8", True),
+        ("nvfp4", False),
+        ("nvfp4", True),
+        ("mxfp4a8", False),
+        ("mxfp4", True),
+    ],
 )
 def test_plans_say_how_experts_are_packed(name: str, deterministic: bool) -> None:
     """All cells of a layer in one way."""
@@ -86,4 +136,4 @@ def test_plans_say_how_experts_are_packed(name: str, deterministic: bool) -> Non
     packings = {cell.packed.packing for cell in cells}
     for cell in cells:
         assert cell.path.stage("experts").kernel not in [each.candidate for each in cell.rejected]
-    assert packings == {NAME if name in RECODED and deterministic else "plain"}
+    assert packings == {PACKED[hopper_invariant if deterministic else hopper].get(name, "plain")}

@@ -510,7 +510,9 @@ DEVICE u32 bf16_pair(float low, float high) { return machine::to_bf16(low) | (u3
 DEVICE float bf16_low(u32 pair) { return machine::from_bits(pair << 16); }
 DEVICE float bf16_high(u32 pair) { return machine::from_bits(pair & 0xFFFF0000u); }
 DEVICE u32 mul_pair(u32 a, u32 b) { return bf16_pair(bf16_low(a) * bf16_low(b), bf16_high(a) * bf16_high(b)); }
-DEVICE u32 sub_pair(u32 a, u32 b) { return bf16_pair(bf16_low(a) - bf16_low(b), bf16_high(a) - bf16_high(b)); }
+DEVICE u32 fma_pair(u32 a, u32 b, u32 c) {
+    return bf16_pair((float)((double)bf16_low(a) * bf16_low(b) + bf16_low(c)), (float)((double)bf16_high(a) * bf16_high(b) + bf16_high(c)));
+}
 DEVICE u32 half_pair(float low, float high) { return machine::to_half(low) | (u32)machine::to_half(high) << 16; }
 
 DEVICE u32 mul_halves(u32 a, u32 b) {
@@ -560,6 +562,8 @@ DEVICE float __fsub_rn(float a, float b) { return a - b; }
 DEVICE float __fmul_rn(float a, float b) { return a * b; }
 DEVICE float __fdiv_rn(float a, float b) { return a / b; }
 DEVICE float __fdividef(float a, float b) { return a / b; }
+
+DEVICE u32 __funnelshift_r(u32 low, u32 high, u32 by) { return (u32)(((u64)high << 32 | low) >> (by & 31)); }
 
 DEVICE u32 __byte_perm(u32 a, u32 b, u32 how) {
     u64 both = (u64)b << 32 | a;

@@ -2,7 +2,7 @@
 
 A call of `experts` is three launches: rows are sorted by expert while they are encoded; both products, the activation
 and the encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read
-as they are stored.
+as they are stored, but for FP4 codes, whose bits change places when they are loaded (`pack`).
 E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
 BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
 A dense product of many FP8 rows is the second product of a layer with one expert; few rows are left to Triton.
@@ -28,29 +28,26 @@ from moesaic.contracts.scheme import KV_FORMATS, Encoding, WeightFormat
 from moesaic.errors import UnsupportedError
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels._hopper.variants import (
-    FORMATS,
-    PAIRS,
-    TILES,
-    Variant,
-    dense_tile,
-    tile_for,
-    variant_of,
-    with_tile,
-)
+from moesaic.kernels._hopper.pack import NAMES, Names, by_packing, packing_of
+from moesaic.kernels._hopper.pack import pack as pack
+from moesaic.kernels._hopper.pack import unpack as unpack
+from moesaic.kernels._hopper.variants import TILES, Variant, dense_tile, tile_for, variant_of, with_tile
 from moesaic.kernels.exact import exact
 from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, KVView, Softmax, Span
 
 if TYPE_CHECKING:
     from moesaic.kernels._hopper.launch import Routed, Stored
 
+FORMS = frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128))
 CONTRACTS = (
-    Contract(
-        "experts", "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
-        formats=frozenset(FORMATS), encodings=frozenset(encoding for _, encoding in PAIRS), pairs=PAIRS,
-        forms=frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128)),
-        activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
-        limits=Limits(hidden_multiple=64, width_multiple=64),
+    *(
+        Contract(
+            "experts", "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
+            formats=frozenset(form for form, _ in pairs), encodings=frozenset(encoding for _, encoding in pairs),
+            pairs=pairs, packing=packing, forms=FORMS,
+            activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
+            limits=Limits(hidden_multiple=64, width_multiple=64),
+        ) for packing, pairs in by_packing(NAMES)
     ),
     *(
         Contract(
@@ -157,10 +154,11 @@ def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor,
     return multiplied(chosen(x, w, ids_TA, tile), x, w, ids_TA, weights_TA)[1]
 
 
-def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int, packing: str = "plain") -> Variant:
+def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int, names: Names = NAMES) -> Variant:
+    """names: how each pair is packed."""
     experts = len(w.w13.parts["data"])
-    if w.packing != packing:
-        raise ValueError(f"weights packed as {w.packing!r}, not as {packing!r}")
+    if w.packing != packing_of(w, names):
+        raise ValueError(f"weights packed as {w.packing!r}, not as {packing_of(w, names)!r}")
     if experts > MOST_EXPERTS:
         raise UnsupportedError(f"{experts} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
                                remedy="Use more ranks, or --experts triton (or triton_invariant).")  # fmt: skip

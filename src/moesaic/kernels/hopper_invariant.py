@@ -4,7 +4,7 @@
 at a time, with the same bits on a Hopper GPU (`tests/test_hopper_gpu.py` compares them); the variants here have them do
 so in one order. Products of E4M3 codes, which only groups of four warps make, are those of tall tiles for all numbers
 of rows; whether rows of x or of w come first in the tensor core does not change its bits either (the same test).
-INT4 codes then always become E4M3, in fewer steps if they are zigzag codes: `pack` makes them that.
+INT4 codes then always become E4M3, in fewer steps if they are zigzag codes: `pack` makes them that, too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from moesaic.contracts.contract import Contract
 from moesaic.kernels import hopper
-from moesaic.kernels._hopper.pack import NAME as ZIGZAG
-from moesaic.kernels._hopper.pack import PAIRS as RECODED
-from moesaic.kernels._hopper.pack import pack, packing_of, unpack
-from moesaic.kernels._hopper.variants import FORMATS, LONE, PAIRS, SMALL, TILES, Variant, with_tile
+from moesaic.kernels._hopper.pack import INVARIANT_NAMES, by_packing, unpack
+from moesaic.kernels._hopper.pack import pack_invariant as pack
+from moesaic.kernels._hopper.variants import FORMATS, LONE, SMALL, TILES, Variant, with_tile
 from moesaic.kernels.hopper import encode_later, probe
 
 if TYPE_CHECKING:
@@ -28,17 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTRACTS", "encode_later", "experts", "pack", "probe", "unpack"]
 CONTRACTS: tuple[Contract, ...] = tuple(
-    replace(each, backend="hopper_invariant", batch_invariant=True, rank=57, packing=packing, pairs=pairs,
-            formats=frozenset(form for form, _ in pairs), encodings=frozenset(encoding for _, encoding in pairs))
-    for each in hopper.CONTRACTS
-    if each.op == "experts"
-    for pairs, packing in ((PAIRS - RECODED, "plain"), (RECODED, ZIGZAG))
+    replace(next(each for each in hopper.CONTRACTS if each.op == "experts"), backend="hopper_invariant",
+            batch_invariant=True, rank=57, packing=packing, pairs=pairs, formats=frozenset(form for form, _ in pairs),
+            encodings=frozenset(encoding for _, encoding in pairs))
+    for packing, pairs in by_packing(INVARIANT_NAMES)
 )  # fmt: skip
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """Raises UnsupportedError as `hopper.experts` does."""
-    variant = hopper.chosen(x, w, ids_TA, 0, packing_of(w))
+    variant = hopper.chosen(x, w, ids_TA, 0, INVARIANT_NAMES)
     return hopper.weighted(in_one_order(variant, hopper.read_by_one(w, ids_TA)), x, w, ids_TA, weights_TA)
 
 

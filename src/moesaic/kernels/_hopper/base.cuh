@@ -255,9 +255,9 @@ DEVICE u32 mul_halves(u32 a, u32 b) {
     return r;
 }
 
-DEVICE u32 sub_pair(u32 a, u32 b) {
+DEVICE u32 fma_pair(u32 a, u32 b, u32 c) {
     u32 r;
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
 

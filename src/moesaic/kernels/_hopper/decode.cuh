@@ -5,9 +5,9 @@
 // that this gives (`element_at`), within blocks of MAP_BLOCK elements.
 //
 // FP4 and E4M3 codes become BF16 by moving their bits, which gives a number too small by a power of two (exact: the
-// multipliers know subnormals); half of that power goes into the block's scale, half into the sum. NVFP4 and FP8 with
-// rows of their own fit IEEE halves as well (HALVES), with fewer instructions: a 4-bit code and its sign are one byte there, and E4M3 is
-// converted by the hardware.
+// multipliers know subnormals); half of that power goes into the block's scale, half into the sum. Bits of FP4 codes are
+// put in order when weights are loaded (pack.py), so that few instructions move many. NVFP4 and FP8 with rows of their own
+// fit IEEE halves as well (HALVES): a 4-bit code and its sign are one byte there, and E4M3 is converted by the hardware.
 #pragma once
 #include "base.cuh"
 
@@ -27,7 +27,14 @@
 #define ROW_BYTES (ROWS8 ? 1 : 2)
 #define X_ROW (ELEMENTS * ROW_BYTES) /* bytes of a row of x per stage */
 #define PIECES (X_ROW / 128)
-#define LIFT (HALVES ? (FORMAT == NVFP4 ? 0x1p7f : 1.0f) : FORMAT == INT4 && ROWS8 ? (ZIGZAG ? 0x1p8f : 0x1p9f) : FORMAT == MXFP4 || FORMAT == NVFP4 ? 0x1p63f : FORMAT == BF16 || FORMAT == INT4 || ROWS8 ? 1.0f : 0x1p60f)
+// LIFT: by which a sum of products is too small.
+#if FORMAT == INT4
+#define LIFT (!ROWS8 ? 4.0f : ZIGZAG ? 0x1p8f : 0x1p9f)
+#elif FORMAT == MXFP4 || FORMAT == NVFP4
+#define LIFT (HALVES ? 0x1p7f : 0x1p63f)
+#else
+#define LIFT (FORMAT == BF16 || HALVES || ROWS8 ? 1.0f : 0x1p60f)
+#endif
 
 #define MAP_BLOCK (!DECODED || (NARROW && FORMAT == FP8 && HALVES) ? 1 : NARROW ? (FOUR_BIT ? 8 : 4) : FORMAT == INT4 ? 32 : FOUR_BIT ? 128 : 64)
 
@@ -42,17 +49,20 @@ DEVICE int element_at(int p) {
     return lane * 16 + step * 4 + i / 2 + i % 2 * 2;
 }
 
-// Eight E2M1 codes -> pairs (n0, n4), (n1, n5), (n2, n6), (n3, n7), 2^-126 times their values.
+DEVICE u32 rotated(u32 w, int right) { return __funnelshift_r(w, w, right); }
+
+// Eight E2M1 codes, in the order of bits that pack.py gives them -> pairs (n0, n4), (n1, n5), (n2, n6), (n3, n7), 2^-126 times
+// their values: a sign, and three bits across the exponent's lowest one.
 DEVICE void decode_e2m1(u32 w, u32 (&o)[4]) {
-    o[0] = ((w << 12) & 0x80008000u) | ((w << 6) & 0x01C001C0u);
-    o[1] = ((w << 8) & 0x80008000u) | ((w << 2) & 0x01C001C0u);
-    o[2] = ((w << 4) & 0x80008000u) | ((w >> 2) & 0x01C001C0u);
-    o[3] = (w & 0x80008000u) | ((w >> 6) & 0x01C001C0u);
+    o[0] = (w & 0x80C080C0u) | (rotated(w, 8) & 0x01000100u);
+    o[1] = rotated(w, 2) & 0x81C081C0u;
+    o[2] = rotated(w, 12) & 0x81C081C0u;
+    o[3] = rotated(w, 6) & 0x81C081C0u;
 }
 
-// The same in halves, 2^-14 times their values.
+// The same in halves, from another such order, 2^-14 times their values.
 DEVICE void decode_e2m1_halves(u32 w, u32 (&o)[4]) {
-    u32 even = ((w << 4) & 0x80808080u) | ((w << 1) & 0x0E0E0E0Eu), odd = (w & 0x80808080u) | ((w >> 3) & 0x0E0E0E0Eu);
+    u32 even = w & 0x8E8E8E8Eu, odd = ((w << 7) & 0x80808080u) | ((w >> 3) & 0x0E0E0E0Eu);
     o[0] = __byte_perm(even, 0, 0x2404), o[2] = even & 0xFF00FF00u;
     o[1] = __byte_perm(odd, 0, 0x2404), o[3] = odd & 0xFF00FF00u;
 }
@@ -64,10 +74,15 @@ DEVICE void decode_e4m3(u32 w, u32 &low, u32 &high) {
     high = (w & 0x80008000u) | ((w >> 4) & 0x07F007F0u);
 }
 
-// Eight codes n -> n - 8 as pairs (n0, n4), (n1, n5), ...: 128 + n is a pattern of bits.
+// Eight codes n -> (n - 8) / 4 as pairs (n0, n4), (n1, n5), ...: 128 + n is a pattern of bits, and so is 2^-129 n, up to the
+// exponent's lowest bit.
 DEVICE void decode_int4(u32 w, u32 (&o)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) o[i] = sub_pair(picked(w >> (4 * i), 0x000F000Fu, 0x43004300u), 0x43084308u);
+    for (int i = 0; i < 4; i += 2) {
+        u32 mine = w >> (4 * i);
+        o[i] = fma_pair(picked(mine, 0x000F000Fu, 0x43004300u), 0x3E803E80u, 0xC208C208u);  // / 4, - 34
+        o[i + 1] = fma_pair(mine & 0x00F000F0u, 0x7F007F00u, 0xC000C000u);                  // 2^127, - 2
+    }
 }
 
 // The codes n in the low halves of four bytes -> E4M3 codes of 2^-9 (n - 8): up to 8, a code is a number of such steps.

@@ -1,47 +1,111 @@
-"""INT4 codes as groups of warps want them beside E4M3 rows (`hopper_invariant`), and back, within their storage.
+"""4-bit codes as the Hopper kernels want them, and back, within their storage; scales stay as they are.
 
-A code n of a value v = n - 8 becomes the zigzag code of v: 2 v, or -2 v - 1 where v is negative. Beside a sign bit in
-its lowest place stand then three bits of magnitude, and a kernel makes four such codes E4M3 with three instructions.
-Places and scales stay as they are.
+FP4: a kernel makes operands of eight codes in 32 bits by taking out bits where they lie, after few rotations. What a
+rotation is to serve at once must lie as it does in the operand: so the 32 bits change places, in one way for BF16
+(`decode_e2m1`: 9 instructions instead of 15) and in another for halves (`decode_e2m1_halves`: 9 instead of 11).
+
+INT4, beside E4M3 rows and for `hopper_invariant` only: a code n of a value v = n - 8 becomes the zigzag code of v:
+2 v, or -2 v - 1 where v is negative. Beside a sign bit in its lowest place stand then three bits of magnitude, and a
+kernel makes four such codes E4M3 with three instructions.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
+from moesaic.kernels._hopper.variants import PAIRS
 from moesaic.kernels.ops import ExpertWeights
 
-NAME = "zigzag"
-PAIRS = frozenset({("int4", "fp8_tensor"), ("int4", "fp8_token")})
-"""Weight formats and encodings of rows for which codes are packed."""
+Names = Mapping[tuple[str, str], str]
+NAMES: Names = {("mxfp4", "bf16"): "e2m1_bf16", ("mxfp4", "mxfp8"): "e2m1_bf16", ("nvfp4", "bf16"): "e2m1_bf16",
+         ("nvfp4", "nvfp4"): "e2m1_halves"}  # fmt: skip
+"""Weight format and encoding of rows -> how codes are packed, where they are."""
+INVARIANT_NAMES: Names = {**NAMES, ("int4", "fp8_tensor"): "zigzag", ("int4", "fp8_token"): "zigzag"}
+"""The same of `hopper_invariant`."""
 
 
-def packing_of(w: ExpertWeights) -> str:
-    """In which the kernels want these experts."""
-    return NAME if (w.w13.form.name, w.between.name) in PAIRS else "plain"
+def by_packing(names: Names) -> list[tuple[str, frozenset[tuple[str, str]]]]:
+    """All pairs that the kernels multiply, by how they are packed."""
+    found: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for pair in sorted(PAIRS):
+        found[names.get(pair, "plain")].add(pair)
+    return [(name, frozenset(pairs)) for name, pairs in sorted(found.items())]
+
+
+def packing_of(w: ExpertWeights, names: Names = NAMES) -> str:
+    return names.get((w.w13.form.name, w.between.name), "plain")
 
 
 def pack(w: ExpertWeights, before: ExpertWeights | None = None) -> ExpertWeights:
-    """The same storage with other codes, where the kernels want them. before: what an earlier call returned."""
-    if w.packing == "plain" and packing_of(w) == NAME:
-        for codes in codes_of(w):
-            codes.copy_(zigzag(codes))
-    return replace(w, packing=packing_of(w))
+    """The same storage with other codes, where `hopper` wants them. before: what an earlier call returned."""
+    return packed(w, packing_of(w))
+
+
+def pack_invariant(w: ExpertWeights, before: ExpertWeights | None = None) -> ExpertWeights:
+    """The same for `hopper_invariant`."""
+    return packed(w, packing_of(w, INVARIANT_NAMES))
+
+
+def packed(w: ExpertWeights, name: str) -> ExpertWeights:
+    if w.packing == "plain" and name != "plain":
+        rewrite(w, WAYS[name][0])
+        return replace(w, packing=name)
+    return w
 
 
 def unpack(w: ExpertWeights) -> ExpertWeights:
-    """The inverse."""
-    if w.packing == NAME:
-        for codes in codes_of(w):
-            codes.copy_(unzigzag(codes))
+    """The inverse of both."""
+    if w.packing != "plain":
+        rewrite(w, WAYS[w.packing][1])
     return replace(w, packing="plain")
 
 
-def codes_of(w: ExpertWeights) -> list[Tensor]:
-    """UINT8, an expert each: what passes through a copy at a time."""
-    return [*w.w13.parts["data"], *w.w2.parts["data"]]
+def rewrite(w: ExpertWeights, change: Callable[[Tensor], Tensor]) -> None:
+    """change: of an expert's codes, UINT8: what passes through a copy at a time."""
+    for codes in (*w.w13.parts["data"], *w.w2.parts["data"]):
+        codes.copy_(change(codes))
+
+
+def moved(codes: Tensor, places: Sequence[int]) -> Tensor:
+    """codes: UINT8 [..., 4 n], words of 32 bits. Bit i of each goes to bit places[i]."""
+    words = codes.view(torch.int32)
+    masks: dict[int, int] = defaultdict(int)
+    for bit, place in enumerate(places):
+        masks[place - bit] |= 1 << place
+    out = torch.zeros_like(words)
+    for by, mask in masks.items():
+        out |= (words << by if by > 0 else words >> -by) & signed(mask)
+    return out.view(torch.uint8)
+
+
+def signed(bits: int) -> int:
+    """As INT32."""
+    return bits - (bits >> 31 << 32)
+
+
+def places_bf16() -> Iterator[int]:
+    """Operand i of a word holds codes i and i + 4, in its lower and upper half: sign, exponent and mantissa of each
+    where BF16 has them, before the word was rotated to the right."""
+    rotations = ((0, 0, 8, 0), (2, 2, 2, 2), (12, 12, 12, 12), (6, 6, 6, 6))  # of bits 0 to 3 of code i
+    for code in range(8):
+        for bit, place in enumerate((6, 7, 8, 15)):
+            yield (16 * (code // 4) + place + rotations[code % 4][bit]) % 32
+
+
+def places_halves() -> Iterator[int]:
+    """A byte still holds two codes: the first where the upper byte of a half has it, the other in the bits between."""
+    for byte in range(4):
+        yield from (8 * byte + place for place in (1, 2, 3, 7, 4, 5, 6, 0))
+
+
+def inverse(places: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(places)), key=lambda bit: places[bit]))
 
 
 def zigzag(codes: Tensor) -> Tensor:
@@ -53,3 +117,12 @@ def zigzag(codes: Tensor) -> Tensor:
 def unzigzag(codes: Tensor) -> Tensor:
     signs = codes & 0x11
     return ((codes ^ signs * 15) >> 1 & 0x77 | signs << 3) ^ 0x88
+
+
+def moves(places: Iterator[int]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    there = tuple(places)
+    return partial(moved, places=there), partial(moved, places=inverse(there))
+
+
+WAYS = {"e2m1_bf16": moves(places_bf16()), "e2m1_halves": moves(places_halves()), "zigzag": (zigzag, unzigzag)}
+"""There, and back."""
