@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -92,12 +94,15 @@ def test_dense_products(tile: int) -> None:
             assert_rows_close(y, reference.linear_quant(in_double(rows), w, bias), 2**-7, f"{segments} {columns}")
 
 
-def test_experts_are_recoded_when_they_are_filled() -> None:
+@pytest.mark.parametrize(
+    ("kernels", "name"), [(hopper_invariant, "w4afp8_static"), (hopper, "nvfp4"), (hopper, "mxfp8")]
+)
+def test_experts_are_packed_when_they_are_filled(kernels: ModuleType, name: str) -> None:
     """A layer's experts: filled, settled, opened, filled anew. What the kernels compute of them is right each time."""
     spec = spec_of(MODELS["heads with norms"]).layers[1].mlp
     assert isinstance(spec, MoESpec)
-    scheme = SCHEMES["w4afp8_static"]
-    experts = Experts(spec, scheme, torch.empty(0, dtype=torch.bfloat16), hopper_invariant)
+    scheme = SCHEMES[name]
+    experts = Experts(spec, scheme, torch.empty(0, dtype=torch.bfloat16), kernels)
     x, ids, weights = torch.randn(5, 128).bfloat16(), torch.tensor([[0, 1]] * 5).int(), torch.rand(5, 2)
     seen = []
     for _ in range(2):
@@ -109,10 +114,10 @@ def test_experts_are_recoded_when_they_are_filled() -> None:
             if item.input_scale is not None:
                 item.input_scale.fill_(0.01)
         experts.settle()
-        assert experts.weights.packing == "zigzag"
-        rows = hopper_invariant.encode_later(x, scheme.activation, experts.input_scale)
-        seen.append(hopper_invariant.experts(rows, experts.weights, ids, weights))
+        assert experts.weights.packing != "plain"
+        rows = kernels.encode_later(x, scheme.activation, experts.input_scale)
+        seen.append(kernels.experts(rows, experts.weights, ids, weights))
         experts.open()
-        wanted = reference.experts(encode(x, scheme.activation, torch.tensor(0.01)), experts.plain, ids, weights)
+        wanted = reference.experts(encode(x, scheme.activation, experts.input_scale), experts.plain, ids, weights)
         assert_rows_close(seen[-1], wanted.double(), 2**-6, "two roundings in between")
     assert not torch.equal(*seen)

@@ -1,4 +1,4 @@
-"""4-bit codes as the Hopper kernels want them: which, by whom, and back. No GPU is needed."""
+"""Codes of weights as the Hopper kernels want them: which, by whom, and back. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from scripts import plan_fixtures
 from tests.planning_support import CATALOGUE
 
 LIKE = torch.empty(0, dtype=torch.bfloat16)
-FP4 = {name: "e2m1_halves" if name.startswith("nvfp4") and not name.endswith("a16") else "e2m1_bf16"
-       for name in SCHEMES if "fp4" in name}  # fmt: skip
-PACKED = {hopper: FP4, hopper_invariant: FP4 | dict.fromkeys(("w4afp8", "w4afp8_static", "w4afp8_token"), "zigzag")}
+BITS = {name: "e2m1_halves" if name.startswith("nvfp4") and not name.endswith("a16") else "e2m1_bf16"
+        for name in SCHEMES if "fp4" in name}  # fmt: skip
+BITS |= dict.fromkeys(("mxfp8", "mxfp8a16", "fp8a16"), "e4m3_bf16")
+PACKED = {hopper: BITS, hopper_invariant: BITS | dict.fromkeys(("w4afp8", "w4afp8_static", "w4afp8_token"), "zigzag")}
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 
 
@@ -83,10 +84,27 @@ def test_bits_of_fp4_codes_lie_where_operands_want_them(name: str) -> None:
         assert operands(word, name) == [(-1) ** (code >> 3) * E2M1[code & 7] for code in wanted]
 
 
+def test_bits_of_e4m3_codes_lie_where_operands_want_them() -> None:
+    """Every pair of neighbours: the first as a part of the word as it is, the second after rotations by 4 and 8."""
+    every = torch.arange(256).repeat(256).to(torch.uint8)
+    other = torch.arange(256).repeat_interleave(256).to(torch.uint8)
+    plain = torch.stack((every, other, other, every), 1)
+    there, back = WAYS["e4m3_bf16"]
+    packed = there(plain)
+    assert torch.equal(back(packed), plain)
+    word = packed.view(torch.int32)[:, 0].long() & 0xFFFFFFFF
+    by4, by8 = ((word >> by | word << 32 - by) & 0xFFFFFFFF for by in (4, 8))
+    low, high = word & 0x87F087F0, by4 & 0x80808080 | by8 & 0x07700770
+    for wanted, got in ((every, low), (other, low >> 16), (other, high), (every, high >> 16)):
+        values = (got & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.bfloat16).double() * 2.0**120
+        numbers = wanted & 127 != 127  # else NaN
+        assert torch.equal(values[numbers], wanted.view(torch.float8_e4m3fn).double()[numbers])
+
+
 @pytest.mark.parametrize("kernels", PACKED)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_codes_are_rewritten_within_their_storage_and_back(name: str, kernels: ModuleType) -> None:
-    """Those of 4 bits that a kernel decodes in fewer steps then; all else stays as it is."""
+    """Those that a kernel decodes in fewer steps then; all else stays as it is."""
     w, wanted = weights_of(name), PACKED[kernels].get(name, "plain")
     before, values = raw(w), (w.w13.dequantize(), w.w2.dequantize())
     there = kernels.pack(w)

@@ -5,7 +5,7 @@
 // that this gives (`element_at`), within blocks of MAP_BLOCK elements.
 //
 // FP4 and E4M3 codes become BF16 by moving their bits, which gives a number too small by a power of two (exact: the
-// multipliers know subnormals); half of that power goes into the block's scale, half into the sum. Bits of FP4 codes are
+// multipliers know subnormals); half of that power goes into the block's scale, half into the sum. Bits of such codes are
 // put in order when weights are loaded (pack.py), so that few instructions move many. NVFP4 and FP8 with rows of their own
 // fit IEEE halves as well (HALVES): a 4-bit code and its sign are one byte there, and E4M3 is converted by the hardware.
 #pragma once
@@ -67,11 +67,10 @@ DEVICE void decode_e2m1_halves(u32 w, u32 (&o)[4]) {
     o[1] = __byte_perm(odd, 0, 0x2404), o[3] = odd & 0xFF00FF00u;
 }
 
-// Four E4M3 codes -> pairs (b0, b2), (b1, b3), 2^-120 times their values.
+// Four E4M3 codes, whose bits have an order of their own, too -> pairs (b0, b2), (b1, b3), 2^-120 times their values.
 DEVICE void decode_e4m3(u32 w, u32 &low, u32 &high) {
-    u32 up = w << 8;
-    low = (up & 0x80008000u) | ((up >> 4) & 0x07F007F0u);
-    high = (w & 0x80008000u) | ((w >> 4) & 0x07F007F0u);
+    low = w & 0x87F087F0u;
+    high = (rotated(w, 4) & 0x80808080u) | (rotated(w, 8) & 0x07700770u);
 }
 
 // Eight codes n -> (n - 8) / 4 as pairs (n0, n4), (n1, n5), ...: 128 + n is a pattern of bits, and so is 2^-129 n, up to the
@@ -95,12 +94,12 @@ DEVICE u32 decode_int4_e4m3(u32 w) {
 // steps. Of a negative v, -2 (v + 1) is there already; two steps and the sign are lacking.
 DEVICE u32 decode_zigzag(u32 w) { return (w & 0x01010101u) * 0x82u + (w & 0x0E0E0E0Eu); }
 
-// The scale of a block as a pair of operands, times LIFT.
-DEVICE u32 block_scale(u32 code) {
-    if (FORMAT == MXFP8) return (code + 60) * 0x00800080u;
-    if (FORMAT == MXFP4) return (code + 63) * 0x00800080u;
-    u32 raw = code * 0x00100010u;                              // E4M3 bits where BF16 has them: 2^-120 times the scale
-    return mul_pair(mul_pair(raw, 0x7B807B80u), 0x5F005F00u);  // 2^120, 2^63
+// Two scales of NVFP4 as operands, times LIFT. Bits of E4M3, without a sign, where wider numbers have theirs: a power of two
+// times their values.
+DEVICE u32 scale_pair(u32 codes) {
+    u32 apart = __byte_perm(codes, 0, 0x4140);
+    if (HALVES) return mul_halves(apart << 7, 0x78007800u);           // 2^-8 is there: 2^15
+    return mul_pair(mul_pair(apart << 4, 0x7B807B80u), 0x5F005F00u);  // 2^-120 is there: 2^120, 2^63
 }
 
 #define STEPS (FOUR_BIT && !ROWS8 ? 2 : 1) /* products per word of codes */

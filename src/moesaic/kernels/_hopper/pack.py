@@ -1,8 +1,9 @@
-"""4-bit codes as the Hopper kernels want them, and back, within their storage; scales stay as they are.
+"""Codes of weights as the Hopper kernels want them, and back, within their storage; scales stay as they are.
 
-FP4: a kernel makes operands of eight codes in 32 bits by taking out bits where they lie, after few rotations. What a
-rotation is to serve at once must lie as it does in the operand: so the 32 bits change places, in one way for BF16
-(`decode_e2m1`: 9 instructions instead of 15) and in another for halves (`decode_e2m1_halves`: 9 instead of 11).
+FP4, and E4M3 beside 16-bit rows: a kernel makes operands of the codes in 32 bits by taking out bits where they lie,
+after few rotations. What a rotation is to serve at once must lie as it does in the operand: so the 32 bits change
+places. Of eight FP4 codes BF16 operands are made with 9 instructions instead of 15 then (`decode_e2m1`), halves with 9
+instead of 11 (`decode_e2m1_halves`), of four E4M3 codes BF16 ones with 5 instead of 7 (`decode_e4m3`).
 
 INT4, beside E4M3 rows and for `hopper_invariant` only: a code n of a value v = n - 8 becomes the zigzag code of v:
 2 v, or -2 v - 1 where v is negative. Beside a sign bit in its lowest place stand then three bits of magnitude, and a
@@ -24,10 +25,13 @@ from moesaic.kernels.ops import ExpertWeights
 
 Names = Mapping[tuple[str, str], str]
 NAMES: Names = {("mxfp4", "bf16"): "e2m1_bf16", ("mxfp4", "mxfp8"): "e2m1_bf16", ("nvfp4", "bf16"): "e2m1_bf16",
-         ("nvfp4", "nvfp4"): "e2m1_halves"}  # fmt: skip
+         ("nvfp4", "nvfp4"): "e2m1_halves", ("mxfp8", "mxfp8"): "e4m3_bf16", ("mxfp8", "bf16"): "e4m3_bf16",
+         **{(f"fp8_{kind}", "bf16"): "e4m3_bf16" for kind in ("tensor", "channel", "block")}}  # fmt: skip
 """Weight format and encoding of rows -> how codes are packed, where they are."""
 INVARIANT_NAMES: Names = {**NAMES, ("int4", "fp8_tensor"): "zigzag", ("int4", "fp8_token"): "zigzag"}
 """The same of `hopper_invariant`."""
+AT_ONCE = 1 << 26
+"""Bytes of codes that are rewritten together, if an expert has no more."""
 
 
 def by_packing(names: Names) -> list[tuple[str, frozenset[tuple[str, str]]]]:
@@ -67,9 +71,11 @@ def unpack(w: ExpertWeights) -> ExpertWeights:
 
 
 def rewrite(w: ExpertWeights, change: Callable[[Tensor], Tensor]) -> None:
-    """change: of an expert's codes, UINT8: what passes through a copy at a time."""
-    for codes in (*w.w13.parts["data"], *w.w2.parts["data"]):
-        codes.copy_(change(codes))
+    """change: of some experts' codes, UINT8: what passes through copies at a time."""
+    for data in (w.w13.parts["data"], w.w2.parts["data"]):
+        codes = data.view(torch.uint8)
+        for some in codes.split(max(1, AT_ONCE // codes[0].numel())):
+            some.copy_(change(some))
 
 
 def moved(codes: Tensor, places: Sequence[int]) -> Tensor:
@@ -89,13 +95,17 @@ def signed(bits: int) -> int:
     return bits - (bits >> 31 << 32)
 
 
-def places_bf16() -> Iterator[int]:
-    """Operand i of a word holds codes i and i + 4, in its lower and upper half: sign, exponent and mantissa of each
-    where BF16 has them, before the word was rotated to the right."""
-    rotations = ((0, 0, 8, 0), (2, 2, 2, 2), (12, 12, 12, 12), (6, 6, 6, 6))  # of bits 0 to 3 of code i
-    for code in range(8):
-        for bit, place in enumerate((6, 7, 8, 15)):
-            yield (16 * (code // 4) + place + rotations[code % 4][bit]) % 32
+def places_bf16(bits: Sequence[int], rotations: Sequence[Sequence[int]]) -> Iterator[int]:
+    """Operand i of a word holds code i in its lower half and code i + len(rotations) in its upper one: bits where BF16
+    has them (`bits`, from a code's lowest one up), before the word was rotated to the right by rotations[i]."""
+    for half in (0, 16):
+        for of_code in rotations:
+            yield from ((half + place + by) % 32 for place, by in zip(bits, of_code, strict=True))
+
+
+E2M1 = (6, 7, 8, 15), ((0, 0, 8, 0), (2,) * 4, (12,) * 4, (6,) * 4)
+E4M3 = (4, 5, 6, 7, 8, 9, 10, 15), ((0,) * 8, (8, 8, 8, 4, 8, 8, 8, 4))
+"""Of each: places of a code's bits in BF16, and rotations."""
 
 
 def places_halves() -> Iterator[int]:
@@ -124,5 +134,10 @@ def moves(places: Iterator[int]) -> tuple[Callable[[Tensor], Tensor], Callable[[
     return partial(moved, places=there), partial(moved, places=inverse(there))
 
 
-WAYS = {"e2m1_bf16": moves(places_bf16()), "e2m1_halves": moves(places_halves()), "zigzag": (zigzag, unzigzag)}
+WAYS = {
+    "e2m1_bf16": moves(places_bf16(*E2M1)),
+    "e2m1_halves": moves(places_halves()),
+    "e4m3_bf16": moves(places_bf16(*E4M3)),
+    "zigzag": (zigzag, unzigzag),
+}
 """There, and back."""

@@ -28,7 +28,7 @@
 #define Y_COLUMNS (128 * STACK)
 #define ENCODED (MOST < 32 ? 2 : 4) /* rows that a warp encodes at a time */
 
-#define TAKES_TURNS (!NARROW && (FORMAT == INT4 || (FORMAT == NVFP4 && HALVES && MOST >= 80))) /* groups of warps multiply in turn (wide.cuh) */
+#define TAKES_TURNS (!NARROW && (FORMAT == INT4 || (FORMAT == NVFP4 && MOST >= 80))) /* groups of warps multiply in turn (wide.cuh) */
 
 /* A full tile's rows of x are those of the products, rows of w their columns (turned.cuh). */
 #define TURNS_FULL (BLOCK_SCALES && GROUP_SCALES && ROWS8 && MOST == 128 && STACK == 2)
@@ -138,15 +138,12 @@ struct RowScales {
     }
 };
 
-// Such bits as an operand. word: of the chunk.
+// Such bits as an operand. word: of the chunk; of NVFP4, two have a scale.
 DEVICE u32 operand_scale(u32 s, int word) {
     if (FORMAT == FP8) return 0x5D805D80u;  // 2^60: see LIFT
     if (FORMAT == INT4 || FORMAT == BF16) return 0;
-    if (HALVES) {
-        u32 both = mul_halves(e4m3_halves(s), 0x58005800u);  // 2^7
-        return __byte_perm(both, 0, word < 2 ? 0x1010 : 0x3232);
-    }
-    return block_scale(FORMAT == NVFP4 ? (word < 2 ? s & 255 : s >> 8) : s);
+    if (FORMAT == NVFP4) return __byte_perm(scale_pair(s), 0, word < 2 ? 0x1010 : 0x3232);
+    return (s + (FORMAT == MXFP8 ? 60 : 63)) * 0x00800080u;  // a power of two, times LIFT
 }
 
 // Where the copy engine puts 16 bytes of a weight row.
