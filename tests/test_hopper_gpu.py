@@ -13,7 +13,7 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import launch
 from moesaic.kernels._hopper.pack import INVARIANT_NAMES
-from moesaic.kernels._hopper.variants import LONE, PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
+from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, check_sum, on_hopper
@@ -65,7 +65,7 @@ def test_every_height(name: str, height: int) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if INVARIANT_NAMES.get(PAIR_OF[name]) == "zigzag"])
-@pytest.mark.parametrize("tile", [LONE, *(each for each in TILES.values() if not each.narrow)])
+@pytest.mark.parametrize("tile", [each for each in TILES.values() if not each.narrow])
 def test_recoded_weights(name: str, tile: Tile) -> None:
     """As `hopper_invariant` has them."""
     for tokens, shape in ((1, (16, 1024, 640, 4)), (333, (16, 768, 768, 4)), (700, (64, 1152, 128, 4))):
@@ -154,7 +154,7 @@ def test_all_tiles_give_the_same_bits(name: str, tokens: int, odd: bool) -> None
     layer = Layer.of(EVERY[name], tokens, shape, Tile(8), how, activation)
     layer.invariant = True
     rows, seen = hopper.encode_later(layer.x, layer.scheme.activation, layer.scale), {}
-    for tile in [*TILES.values(), Tile(128, 1, 1), LONE]:
+    for tile in [*TILES.values(), Tile(128, 1, 1)]:
         variant = hopper_invariant.in_one_order(with_tile(layer.variant, tile))
         terms = hopper.multiplied(variant, rows, layer.held, layer.ids, layer.weights)
         seen[variant.tile] = hopper.summed(*terms)

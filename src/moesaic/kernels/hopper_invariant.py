@@ -16,7 +16,7 @@ from moesaic.contracts.contract import Contract
 from moesaic.kernels import hopper
 from moesaic.kernels._hopper.pack import INVARIANT_NAMES, by_packing, unpack
 from moesaic.kernels._hopper.pack import pack_invariant as pack
-from moesaic.kernels._hopper.variants import FORMATS, LONE, SMALL, TILES, Variant, with_tile
+from moesaic.kernels._hopper.variants import FORMATS, SMALL, TILES, Variant, with_tile
 from moesaic.kernels.hopper import encode_later, probe
 
 if TYPE_CHECKING:
@@ -44,5 +44,5 @@ def in_one_order(variant: Variant, lone: int = 0) -> Variant:
     """The kernel of the same rows whose bits are those of every other one made here. lone: as in `tile_for`."""
     recoded = variant.form == FORMATS["int4"] and variant.codes
     if variant.codes and variant.tile.narrow:
-        variant = with_tile(variant, LONE if recoded and 0 < lone < SMALL else TILES[64])
+        variant = with_tile(variant, TILES[18 if recoded and 0 < lone < SMALL else 64])
     return replace(variant, one_order=variant.tile.narrow, zigzag=recoded)

@@ -172,9 +172,8 @@ TILES = {
     8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 18: Tile(16, grouped=True), 32: Tile(32, 2, 1), 33: Tile(32),
     64: Tile(64, 2, 1), 80: Tile(80, 2, 1), 96: Tile(96, 2, 1), 128: Tile(128, 2, 1), 160: Tile(160, 1, 1),
 }  # fmt: skip
-"""Those that are the fastest somewhere, and one (18) that measurements are to judge."""
-LONE = Tile(64, 1, 1)
-"""Of a token alone and small experts, where INT4 meets E4M3 rows as it does in prompts: twice as many blocks decode."""
+"""Those that are the fastest somewhere. 18: of a token alone and small experts, where INT4 meets E4M3 rows as it does
+in prompts: twice as many tiles as those of 64 make, and a multiprocessor ends one while another one goes on."""
 
 
 def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
@@ -193,8 +192,9 @@ def tile_for(variant: Variant, rows: int, experts: int, lone: int = 0) -> Tile:
     more need none to speak of, nor does INT4 that becomes E4M3, and groups of warps pay earlier there. Where sums of
     groups, or of blocks of a 16-bit product, are kept apart, registers bound the height, or the weight rows: tiles of
     160 have half of those, and decode them once where others would come in pairs (those of 96 are kept up to so many
-    rows on average, where there are none of 128). FP8 codes that tensor cores of groups of warps take as they are have
-    no low tiles, but for a token alone that reads little.
+    rows on average, where there are none of 128). Floats with scales of groups take them, too, where one holds most
+    experts' rows and one of 128 does not. FP8 codes that tensor cores of groups of warps take as they are have no low
+    tiles, but for a token alone that reads little.
     """
     mean, four, int4 = rows / max(1, experts), variant.form >= FORMATS["mxfp4"], variant.form == FORMATS["int4"]
     least = 0 if variant.form != FORMATS["fp8_block"] or not variant.codes else 16 if 0 < lone < SMALL else 64
@@ -210,6 +210,8 @@ def tile_for(variant: Variant, rows: int, experts: int, lone: int = 0) -> Tile:
         return height >= max(room, least)
 
     height = next(filter(holds, heights), heights[-1])
+    if height == 128 and variant.form >= FORMATS["mxfp8"] and height < mean + 2 * math.sqrt(mean) <= 160:
+        height = 160
     if height == NARROW and mean > (0 if not four else 10 if int4 else 14):
         height = 64
     if int4 and variant.codes and mean > 6:
