@@ -68,6 +68,14 @@ def test_recoded_weights(tile: Tile) -> None:
         assert not torch.equal(layer.held.w2.parts["data"], layer.w.w2.parts["data"])
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4a16"])
+def test_scales_of_minus_zero(name: str) -> None:
+    layer = Layer.of(SCHEMES[name], 5, (3, 256, 256, 2), TILES[16], "holes")
+    for w in (layer.w.w13, layer.w.w2):
+        w.parts["scale"].view(torch.uint8)[:, ::3, 1::2] = 0x80
+    check_layer(layer)
+
+
 @pytest.mark.parametrize("name", ["w4afp8_static", *(pytest.param(name, marks=pytest.mark.long) for name in BY_ROW)])
 def test_all_tiles_add_up_in_one_order(name: str) -> None:
     """Of `hopper_invariant`: with products that are added up as they come, bits tell the order."""

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.commands._measure import Case
+from moesaic.contracts.contract import Rejection
 from moesaic.contracts.plan import ModelPlan, Wishes
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.contracts.spec import SILU
@@ -16,10 +18,12 @@ from moesaic.formats.base import QuantTensor
 from moesaic.formats.dummy import fill
 from moesaic.hardware import GPUS
 from moesaic.kernels import hopper, hopper_invariant
+from moesaic.kernels._hopper import pack as packing
 from moesaic.kernels._hopper.pack import WAYS, unzigzag, zigzag
 from moesaic.kernels.ops import ExpertWeights
 from moesaic.models.build import spec_of
 from moesaic.models.hold import hold
+from moesaic.planning.mixture import able
 from moesaic.planning.plan import plan
 from scripts import plan_fixtures
 from tests.planning_support import CATALOGUE
@@ -101,6 +105,19 @@ def test_bits_of_e4m3_codes_lie_where_operands_want_them() -> None:
         assert torch.equal(values[numbers], wanted.view(torch.float8_e4m3fn).double()[numbers])
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "w4afp8"])
+def test_codes_are_rewritten_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them: in pieces of seven rows, of which the last is not full; of one row, where that is no piece."""
+    for rows in (7, 0.5):
+        w = weights_of(name)
+        monkeypatch.setattr(packing, "AT_ONCE", int(rows * w.w13.parts["data"].shape[-1]))
+        there, _ = WAYS[PACKED[hopper_invariant][name]]
+        wanted = [there(each.parts["data"].view(torch.uint8)) for each in (w.w13, w.w2)]
+        packed = hopper_invariant.pack(w)
+        for each, codes in zip((packed.w13, packed.w2), wanted, strict=True):
+            assert torch.equal(each.parts["data"].view(torch.uint8), codes)
+
+
 @pytest.mark.parametrize("kernels", PACKED)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_codes_are_rewritten_within_their_storage_and_back(name: str, kernels: ModuleType) -> None:
@@ -155,3 +172,15 @@ def test_plans_say_how_experts_are_packed(name: str, deterministic: bool) -> Non
     for cell in cells:
         assert cell.path.stage("experts").kernel not in [each.candidate for each in cell.rejected]
     assert packings == {PACKED[hopper_invariant if deterministic else hopper].get(name, "plain")}
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "w4afp8_static"])
+def test_contracts_of_other_packings_are_not_told_of(name: str) -> None:
+    """Whoever can run a layer is not rejected; whoever cannot says what its contract for the layer's formats lacks."""
+    for hidden in (256, 288):
+        rejected: list[Rejection] = []
+        need = Case(SCHEMES[name], 8, hidden, 128, 2).need(GPUS["h100"], 1)
+        found = {each.backend for each in able("experts", need, CATALOGUE, Wishes(), rejected)}
+        told = [each.reason for each in rejected if each.candidate == "hopper"]
+        assert ("hopper" in found) == (hidden == 256)
+        assert told == ([] if hidden == 256 else ["needs a hidden size that is a multiple of 64, not 288"])

@@ -110,8 +110,7 @@ def candidates(case: Case, hardware: Hardware, catalogue: Sequence[Contract],
         choices = getattr(backends()[kernel.backend], "TUNABLE", {})
         for values in product(*choices.values()):
             found[Candidate(kernel.backend, tuple(zip(choices, values, strict=True)))] = None
-    taken = {each.backend for each in found}
-    return list(found), [each for each in dict.fromkeys(rejected) if each.candidate not in taken]
+    return list(found), list(dict.fromkeys(rejected))
 
 
 @dataclass(frozen=True)

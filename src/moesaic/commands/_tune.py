@@ -65,7 +65,7 @@ class Tuner:
             yield self.case(case)
 
     def case(self, case: Case) -> list[Row]:
-        """Kernels that read weights as they are stored come first, then those of each packing."""
+        """Kernels that never pack weights come first."""
         found, rejected = candidates(case, self.hardware, self.catalogue, self.names)
         self.say(f"{case}: {', '.join(map(str, found)) or 'no kernel'}")
         for each in rejected:

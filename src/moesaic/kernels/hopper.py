@@ -2,7 +2,7 @@
 
 A call of `experts` is three launches: rows are sorted by expert while they are encoded; both products, the activation
 and the encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read
-as they are stored, but for FP4 codes, whose bits change places when they are loaded (`pack`).
+as they are stored, but for FP4 codes, and FP8 beside 16-bit rows: their bits change places at load (`pack`).
 E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
 BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
 A dense product of many FP8 rows is the second product of a layer with one expert; few rows are left to Triton.

@@ -155,14 +155,14 @@ def in_common(each: Sequence[Options], two_layouts: bool) -> list[How] | None:
 
 def able(op: str, need: MixtureNeed, catalogue: Sequence[Contract], wishes: Wishes,
          rejected: list[Rejection]) -> list[Contract]:  # fmt: skip
-    """The contracts of an op that could serve by themselves, best rank first; the others are rejected."""
-    found = []
-    for contract in sorted((c for c in catalogue if c.op == op), key=lambda c: c.rank):
-        if reason := misses(contract, need, wishes):
-            rejected.append(Rejection(contract.backend, reason))
-        else:
-            found.append(contract)
-    return found
+    """The contracts of an op that could serve alone, best rank first; of other backends those for the pair say why."""
+    asked = [(each, misses(each, need, wishes)) for each in sorted(catalogue, key=lambda c: c.rank) if each.op == op]
+    fit, pair = {each.backend for each, reason in asked if not reason}, (need.need.format, need.need.encoding)
+    near = {each.backend for each, _ in asked if pair in (each.pairs or ())}
+    for each, reason in asked:
+        if reason and each.backend not in fit and (pair in (each.pairs or ()) or each.backend not in near):
+            rejected.append(Rejection(each.backend, reason))
+    return [each for each, reason in asked if not reason]
 
 
 def distinct(contracts: Sequence[Contract]) -> list[Contract]:

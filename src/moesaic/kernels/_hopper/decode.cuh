@@ -94,10 +94,10 @@ DEVICE u32 decode_int4_e4m3(u32 w) {
 // steps. Of a negative v, -2 (v + 1) is there already; two steps and the sign are lacking.
 DEVICE u32 decode_zigzag(u32 w) { return (w & 0x01010101u) * 0x82u + (w & 0x0E0E0E0Eu); }
 
-// Two scales of NVFP4 as operands, times LIFT. Bits of E4M3, without a sign, where wider numbers have theirs: a power of two
-// times their values.
+// Two scales of NVFP4 as operands, times LIFT. Bits of E4M3 where wider numbers have theirs, without the sign, which at most a
+// zero has: a power of two times their values.
 DEVICE u32 scale_pair(u32 codes) {
-    u32 apart = __byte_perm(codes, 0, 0x4140);
+    u32 apart = __byte_perm(codes & 0x7F7Fu, 0, 0x4140);
     if (HALVES) return mul_halves(apart << 7, 0x78007800u);           // 2^-8 is there: 2^15
     return mul_pair(mul_pair(apart << 4, 0x7B807B80u), 0x5F005F00u);  // 2^-120 is there: 2^120, 2^63
 }

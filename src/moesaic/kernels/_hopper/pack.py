@@ -31,7 +31,7 @@ NAMES: Names = {("mxfp4", "bf16"): "e2m1_bf16", ("mxfp4", "mxfp8"): "e2m1_bf16",
 INVARIANT_NAMES: Names = {**NAMES, ("int4", "fp8_tensor"): "zigzag", ("int4", "fp8_token"): "zigzag"}
 """The same of `hopper_invariant`."""
 AT_ONCE = 1 << 24
-"""Bytes of codes that are rewritten together: thrice as many are copies meanwhile."""
+"""Bytes of codes that are rewritten together; copies take up to four times as many meanwhile."""
 
 
 def by_packing(names: Names) -> list[tuple[str, frozenset[tuple[str, str]]]]:

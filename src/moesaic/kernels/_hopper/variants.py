@@ -239,7 +239,7 @@ def dense_tile(rows: int, segments: tuple[int, ...], columns: int) -> Tile | Non
 
 
 def heights_of(variant: Variant) -> tuple[int, ...]:
-    """Of the tiles that can be the fastest for a variant's formats."""
+    """Of the tiles that can be the fastest for a variant's formats; see `tile_for` for when those of 160 are, too."""
     if variant.form == FORMATS["fp8_block"] and not variant.codes:
         return tuple(each for each in HEIGHTS if each <= 64)
     if variant.form == FORMATS["int4"]:
