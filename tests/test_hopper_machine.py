@@ -68,7 +68,7 @@ def test_recoded_weights(tile: Tile) -> None:
         assert not torch.equal(layer.held.w2.parts["data"], layer.w.w2.parts["data"])
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "nvfp4a16"])
+@pytest.mark.parametrize("name", ["nvfp4", pytest.param("nvfp4a16", marks=pytest.mark.long)])
 def test_scales_of_minus_zero(name: str) -> None:
     layer = Layer.of(SCHEMES[name], 5, (3, 256, 256, 2), TILES[16], "holes")
     for w in (layer.w.w13, layer.w.w2):
@@ -103,7 +103,8 @@ def test_dense_products(tile: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "name"), [(hopper_invariant, "w4afp8_static"), (hopper, "nvfp4"), (hopper, "mxfp8")]
+    ("kernels", "name"),
+    [(hopper_invariant, "w4afp8_static"), (hopper, "nvfp4"), pytest.param(hopper, "mxfp8", marks=pytest.mark.long)],
 )
 def test_experts_are_packed_when_they_are_filled(kernels: ModuleType, name: str) -> None:
     """A layer's experts: filled, settled, opened, filled anew. What the kernels compute of them is right each time."""

@@ -103,8 +103,8 @@ def compiled(model: Decoder, backend: Any) -> Callable[[StepInput], Tensor]:
 
 
 @pytest.mark.parametrize(("case", "backend"), [
-    (CASES[0], "eager"), (CASES[4], "aot_eager"),
-    *(pytest.param(case, "aot_eager", marks=LONG) for case in (CASES[1], CASES[2], CASES[3], CASES[5], TRITON[0])),
+    (CASES[0], "eager"),
+    *(pytest.param(case, "aot_eager", marks=LONG) for case in (*CASES[1:6], TRITON[0])),
 ], ids=str)  # fmt: skip
 @torch.inference_mode()
 def test_a_compiled_model_is_the_model(case: Case, backend: str) -> None:
