@@ -12,7 +12,7 @@ from moesaic.contracts.spec import SILU, Activation
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import launch
-from moesaic.kernels._hopper.pack import INVARIANT_NAMES
+from moesaic.kernels._hopper.pack import INVARIANT_PACKINGS
 from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
@@ -64,7 +64,7 @@ def test_every_height(name: str, height: int) -> None:
     check_layer(Layer.of(EVERY[name], 1680, (20, 768, 512, 1), TILES[height], "every height"))
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if INVARIANT_NAMES.get(PAIR_OF[name]) == "zigzag"])
+@pytest.mark.parametrize("name", [name for name in EVERY if INVARIANT_PACKINGS.get(PAIR_OF[name]) == "zigzag"])
 @pytest.mark.parametrize("tile", [each for each in TILES.values() if not each.narrow])
 def test_recoded_weights(name: str, tile: Tile) -> None:
     """As `hopper_invariant` has them."""

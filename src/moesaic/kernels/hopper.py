@@ -28,7 +28,7 @@ from moesaic.contracts.scheme import KV_FORMATS, Encoding, WeightFormat
 from moesaic.errors import UnsupportedError
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
-from moesaic.kernels._hopper.pack import NAMES, Names, by_packing, packing_of
+from moesaic.kernels._hopper.pack import PACKINGS, Packings, by_packing, packing_of
 from moesaic.kernels._hopper.pack import pack as pack
 from moesaic.kernels._hopper.pack import unpack as unpack
 from moesaic.kernels._hopper.variants import TILES, Variant, dense_tile, tile_for, variant_of, with_tile
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from moesaic.kernels._hopper.launch import Routed, Stored
 
 FORMS = frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128))
+"""Of INT4, which comes in groups of so many codes that have a scale together."""
 CONTRACTS = (
     *(
         Contract(
@@ -47,7 +48,7 @@ CONTRACTS = (
             pairs=pairs, packing=packing, forms=FORMS,
             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
             limits=Limits(hidden_multiple=64, width_multiple=64),
-        ) for packing, pairs in by_packing(NAMES)
+        ) for packing, pairs in by_packing(PACKINGS)
     ),
     *(
         Contract(
@@ -154,11 +155,11 @@ def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor,
     return multiplied(chosen(x, w, ids_TA, tile), x, w, ids_TA, weights_TA)[1]
 
 
-def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int, names: Names = NAMES) -> Variant:
-    """names: how each pair is packed."""
+def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int, packings: Packings = PACKINGS) -> Variant:
+    """packings: how each pair of formats is packed."""
     experts = len(w.w13.parts["data"])
-    if w.packing != packing_of(w, names):
-        raise ValueError(f"weights packed as {w.packing!r}, not as {packing_of(w, names)!r}")
+    if w.packing != packing_of(w, packings):
+        raise ValueError(f"weights packed as {w.packing!r}, not as {packing_of(w, packings)!r}")
     if experts > MOST_EXPERTS:
         raise UnsupportedError(f"{experts} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
                                remedy="Use more ranks, or --experts triton (or triton_invariant).")  # fmt: skip

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moesaic.contracts.contract import Contract
 from moesaic.kernels import hopper
-from moesaic.kernels._hopper.pack import INVARIANT_NAMES, by_packing, unpack
+from moesaic.kernels._hopper.pack import INVARIANT_PACKINGS, by_packing, unpack
 from moesaic.kernels._hopper.pack import pack_invariant as pack
 from moesaic.kernels._hopper.variants import FORMATS, SMALL, TILES, Variant, with_tile
 from moesaic.kernels.hopper import encode_later, probe
@@ -30,13 +30,13 @@ CONTRACTS: tuple[Contract, ...] = tuple(
     replace(next(each for each in hopper.CONTRACTS if each.op == "experts"), backend="hopper_invariant",
             batch_invariant=True, rank=57, packing=packing, pairs=pairs, formats=frozenset(form for form, _ in pairs),
             encodings=frozenset(encoding for _, encoding in pairs))
-    for packing, pairs in by_packing(INVARIANT_NAMES)
+    for packing, pairs in by_packing(INVARIANT_PACKINGS)
 )  # fmt: skip
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """Raises UnsupportedError as `hopper.experts` does."""
-    variant = hopper.chosen(x, w, ids_TA, 0, INVARIANT_NAMES)
+    variant = hopper.chosen(x, w, ids_TA, 0, INVARIANT_PACKINGS)
     return hopper.weighted(in_one_order(variant, hopper.read_by_one(w, ids_TA)), x, w, ids_TA, weights_TA)
 
 

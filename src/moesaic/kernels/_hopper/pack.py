@@ -23,27 +23,29 @@ from torch import Tensor
 from moesaic.kernels._hopper.variants import PAIRS
 from moesaic.kernels.ops import ExpertWeights
 
-Names = Mapping[tuple[str, str], str]
-NAMES: Names = {("mxfp4", "bf16"): "e2m1_bf16", ("mxfp4", "mxfp8"): "e2m1_bf16", ("nvfp4", "bf16"): "e2m1_bf16",
-         ("nvfp4", "nvfp4"): "e2m1_halves", ("mxfp8", "mxfp8"): "e4m3_bf16", ("mxfp8", "bf16"): "e4m3_bf16",
-         **{(f"fp8_{kind}", "bf16"): "e4m3_bf16" for kind in ("tensor", "channel", "block")}}  # fmt: skip
+Packings = Mapping[tuple[str, str], str]
+PACKINGS: Packings = {
+    ("mxfp4", "bf16"): "e2m1_bf16", ("mxfp4", "mxfp8"): "e2m1_bf16", ("nvfp4", "bf16"): "e2m1_bf16",
+    ("nvfp4", "nvfp4"): "e2m1_halves", ("mxfp8", "mxfp8"): "e4m3_bf16", ("mxfp8", "bf16"): "e4m3_bf16",
+    **{(f"fp8_{kind}", "bf16"): "e4m3_bf16" for kind in ("tensor", "channel", "block")},
+}  # fmt: skip
 """Weight format and encoding of rows -> how codes are packed, where they are."""
-INVARIANT_NAMES: Names = {**NAMES, ("int4", "fp8_tensor"): "zigzag", ("int4", "fp8_token"): "zigzag"}
+INVARIANT_PACKINGS: Packings = {**PACKINGS, ("int4", "fp8_tensor"): "zigzag", ("int4", "fp8_token"): "zigzag"}
 """The same of `hopper_invariant`."""
 AT_ONCE = 1 << 24
 """Bytes of codes that are rewritten together; copies take up to four times as many meanwhile."""
 
 
-def by_packing(names: Names) -> list[tuple[str, frozenset[tuple[str, str]]]]:
+def by_packing(packings: Packings) -> list[tuple[str, frozenset[tuple[str, str]]]]:
     """All pairs that the kernels multiply, by how they are packed."""
     found: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for pair in sorted(PAIRS):
-        found[names.get(pair, "plain")].add(pair)
+        found[packings.get(pair, "plain")].add(pair)
     return [(name, frozenset(pairs)) for name, pairs in sorted(found.items())]
 
 
-def packing_of(w: ExpertWeights, names: Names = NAMES) -> str:
-    return names.get((w.w13.form.name, w.between.name), "plain")
+def packing_of(w: ExpertWeights, packings: Packings = PACKINGS) -> str:
+    return packings.get((w.w13.form.name, w.between.name), "plain")
 
 
 def pack(w: ExpertWeights, before: ExpertWeights | None = None) -> ExpertWeights:
@@ -53,7 +55,7 @@ def pack(w: ExpertWeights, before: ExpertWeights | None = None) -> ExpertWeights
 
 def pack_invariant(w: ExpertWeights, before: ExpertWeights | None = None) -> ExpertWeights:
     """The same for `hopper_invariant`."""
-    return packed(w, packing_of(w, INVARIANT_NAMES))
+    return packed(w, packing_of(w, INVARIANT_PACKINGS))
 
 
 def packed(w: ExpertWeights, name: str) -> ExpertWeights:
