@@ -103,7 +103,7 @@ def compiled(model: Decoder, backend: Any) -> Callable[[StepInput], Tensor]:
 
 
 @pytest.mark.parametrize(("case", "backend"), [
-    (CASES[0], "eager"),
+    (CASES[0], "aot_eager"), pytest.param(CASES[0], "eager", marks=LONG),
     *(pytest.param(case, "aot_eager", marks=LONG) for case in (*CASES[1:6], TRITON[0])),
 ], ids=str)  # fmt: skip
 @torch.inference_mode()
