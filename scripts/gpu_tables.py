@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.contracts.scheme import SCHEMES
 from scripts import draw_gpu
 
 Result = dict[str, Any]
@@ -89,12 +90,18 @@ def choices(result: Result) -> Iterator[str]:
         yield (f"The rule that chooses a tile is within 15% of the fastest tile in {near} of {len(ruled)} rows; at "
                f"worst {worst:.0%} slower ({named(row)}).\n")  # fmt: skip
     plain = {named(row): row["ms"] for row in rows if row["backend"] == "hopper"}
-    same = [row for row in rows if row["backend"] == "hopper_invariant" and named(row) in plain]
+    same = [row for row in rows if row["backend"] == "hopper_invariant" and named(row) in plain and by_row(row)]
     if same:
         costs = {n: [row["ms"] / plain[named(row)] - 1 for row in same if row["tokens"] == n]
                  for n in sorted({row["tokens"] for row in same})}  # fmt: skip
         said = ", ".join(f"{n}: {min(each):+.0%} to {max(each):+.0%}" for n, each in costs.items())
         yield f"What `--deterministic` costs by tokens, over all schemes: {said}.\n"
+
+
+def by_row(row: Result) -> bool:
+    """Whether --deterministic takes the scheme: not where one scale spans all rows of a step."""
+    scheme = SCHEMES.get(row["scheme"].split()[0])
+    return scheme is None or scheme.activation.by_row
 
 
 def named(row: Result) -> str:

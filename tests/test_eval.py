@@ -93,6 +93,7 @@ def test_wrong_options(options: list[str], named: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_card_is_reproduced() -> None:
     """Every figure of the card's table, from a fresh process, in FP32 as the card was measured."""
     run = [sys.executable, "-m", "moesaic", "eval", "--dtype", "float32"]

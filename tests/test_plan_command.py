@@ -47,6 +47,20 @@ def parsed(*argv: str | Path, code: int = 0) -> Any:
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_users_own_times_count(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in what runs: a table in the user's cache turns a plan."""
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    before = planned(mixtral, "--gpu", "h100")
+    row = {"format": "bf16", "encoding": "bf16", "experts": 8, "hidden": 4096, "width": 14336, "top_k": 2}
+    times = [row | {"tokens": tokens, "ms": {"triton": 0.001, "hopper": 1.0}} for tokens in (1, 16, 256, 4096, 16384)]
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "tuning" / "own.json").write_text(json.dumps({"device": "h100", "packages": {}, "rows": times}))
+    after = planned(mixtral, "--gpu", "h100")
+    chosen = [re.findall(r"^experts +(\w+)", out, re.MULTILINE) for out in (before, after)]
+    assert set(chosen[0]) == {"hopper"}
+    assert set(chosen[1]) == {"triton"}
+
+
 def test_the_embedded_model_on_this_machine_is_the_default() -> None:
     out = planned()
     assert "deepseek_v3, 5 layers + 1 draft" in out

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moesaic.assets import embedded_model, tuning_tables
+from moesaic.config import cache_folder
 from moesaic.contracts.contract import Contract
 from moesaic.contracts.plan import ModelPlan, Refusal, Wishes
 from moesaic.contracts.scheme import ENCODINGS, KV_FORMATS
@@ -27,7 +28,7 @@ Only config.json and the headers of the safetensors files are read; of a hub mod
 Moesaic knows and cannot run yet are planned with only under --hypothetical.
 
 examples:
-  moesaic plan                                        the embedded model on this machine
+  moesaic plan                                        the embedded model on this machine's CPU
   moesaic plan deepseek-ai/DeepSeek-V3 --gpu h200 --tp 8 --ep 8 --hypothetical
   moesaic plan ./model --gpu h100 b200 --scheme mxfp8 --hypothetical
   moesaic plan ./model --gpu h100 --why flashinfer_trtllm
@@ -153,7 +154,7 @@ class Asked:
         from moesaic.planning.plan import plan
         from moesaic.planning.tuning import Tuning
 
-        tuning = Tuning.of(tuning_tables(), self.hardware.name)
+        tuning = Tuning.of(tuning_tables(cache_folder() / "tuning"), self.hardware.name)
         return plan(self.spec, self.hardware, self.known, wishes, self.dtype, tuning)
 
     def enough(self, wishes: Wishes) -> Wishes | None:

@@ -194,7 +194,7 @@ def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tenso
     lead, (n, k) = x.data.shape[:-1], w.shape
     if k % 16 or any(rows % 8 for rows in w.segments):
         raise UnsupportedError(f"{n} x {k} is not in steps of 8 x 16", where="deep_gemm",
-                               remedy="Use --linear triton.")  # fmt: skip
+                               remedy="Plan without a wish for this kernel.")  # fmt: skip
     rows, data, scales = x.data.reshape(-1, k), w.parts["data"], w.parts["scale"]
     y = torch.empty(len(rows), n, dtype=torch.bfloat16, device=rows.device)
     if y.numel():
