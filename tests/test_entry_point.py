@@ -161,6 +161,8 @@ def test_whatever_a_probe_does_becomes_a_reason(line: str, reason: str) -> None:
         ("import torch\n", "import torch_of_another_name\n", "by_expert", "cannot be imported (ModuleNotFoundError("),
         ("CONTRACTS = (", "OTHER = (", "by_expert", "has no tuple CONTRACTS of contracts"),
         ("def experts(", "def others(", "by_expert", "declares experts and has no function of that name"),
+        ('path=path_of("experts")', 'path=path_of("experts"), packing="mine"', "by_expert",
+         "packs experts as 'mine' and has no pack"),
         ("", "", "by_expart", "declares a contract for 'by_expert'"),
         ("", "", "cpu", "bears the name of another backend"),
     ],

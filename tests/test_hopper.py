@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from moesaic.commands._measure import Case
+from moesaic.contracts.contract import Rejection
+from moesaic.contracts.plan import Wishes
 from moesaic.contracts.scheme import SCHEMES, Encoding
 from moesaic.contracts.spec import SILU
 from moesaic.errors import UnsupportedError
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
+from moesaic.hardware import GPUS
 from moesaic.kernels import hopper, hopper_invariant
 from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper import launch
@@ -33,6 +37,8 @@ from moesaic.kernels._hopper.variants import (
     with_tile,
 )
 from moesaic.kernels.ops import ExpertWeights
+from moesaic.planning.mixture import able
+from tests.planning_support import CATALOGUE
 
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
 SOME = [("fp8", 128), ("nvfp4", 16), ("nvfp4", 80), ("w4afp8", 160), ("bf16", 128)]
@@ -261,6 +267,16 @@ def test_more_experts_than_it_sorts_are_refused() -> None:
     x = Rows(Encoding("bf16"), {"data": torch.empty(4, 64, dtype=torch.bfloat16)}, torch.bfloat16)
     with pytest.raises(UnsupportedError, match="513 experts"):
         hopper.experts(x, ExpertWeights(w13, w2, SILU, Encoding("bf16")), torch.zeros(4, 1).int(), torch.ones(4, 1))
+
+
+@pytest.mark.parametrize("experts", [512, 513])
+def test_a_plan_says_so_before_anything_runs(experts: int) -> None:
+    rejected: list[Rejection] = []
+    need = Case(SCHEMES["mxfp4"], experts, 256, 128, 2).need(GPUS["h100"], 1)
+    found = {each.backend for each in able("experts", need, CATALOGUE, Wishes(), rejected)}
+    told = [each.reason for each in rejected if each.candidate == "hopper"]
+    assert ("hopper" in found, told) == ((True, []) if experts == 512 else
+                                         (False, ["takes at most 512 experts per rank, not 513"]))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -10,19 +11,22 @@ import torch
 from torch import Tensor
 
 from moesaic.commands._measure import Case
+from moesaic.commands._measure import packed as ready
 from moesaic.contracts.contract import Rejection
 from moesaic.contracts.plan import ModelPlan, Wishes
-from moesaic.contracts.scheme import SCHEMES
-from moesaic.contracts.spec import SILU
+from moesaic.contracts.scheme import SCHEMES, Encoding
+from moesaic.contracts.spec import SILU, MoESpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.dummy import fill
+from moesaic.formats.encodings import encode
 from moesaic.hardware import GPUS
-from moesaic.kernels import hopper, hopper_invariant
+from moesaic.kernels import hopper, hopper_invariant, registry
 from moesaic.kernels._hopper import pack as packing
 from moesaic.kernels._hopper.pack import WAYS, unzigzag, zigzag
 from moesaic.kernels.ops import ExpertWeights
 from moesaic.models.build import spec_of
 from moesaic.models.hold import hold
+from moesaic.moe.experts import Experts
 from moesaic.planning.mixture import able
 from moesaic.planning.plan import plan
 from scripts import plan_fixtures
@@ -118,6 +122,92 @@ def test_codes_are_rewritten_some_rows_at_a_time(name: str, monkeypatch: pytest.
             assert torch.equal(each.parts["data"].view(torch.uint8), codes)
 
 
+class Breaks:
+    """A way to rewrite codes that fails at its third piece."""
+
+    def __init__(self, way: Callable[[Tensor], Tensor], error: type[BaseException]) -> None:
+        self.way, self.error, self.calls = way, error, 0
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            raise self.error
+        return self.way(codes)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "w4afp8"])
+def test_what_is_interrupted_leaves_all_codes_as_they_were(
+    name: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way it went; a second attempt then is like a first one."""
+    w, packing_ = weights_of(name), PACKED[hopper_invariant][name]
+    monkeypatch.setattr(packing, "AT_ONCE", w.w13.parts["data"].nbytes // 2)
+    (there, back), plain = WAYS[packing_], raw(w)
+    monkeypatch.setitem(WAYS, packing_, (Breaks(there, error), back))
+    with pytest.raises(error):
+        hopper_invariant.pack(w)
+    assert all(torch.equal(a, b) for a, b in zip(plain, raw(w), strict=True))
+    made = hopper_invariant.pack(w)
+    packed = raw(made)
+    monkeypatch.setitem(WAYS, packing_, (there, Breaks(back, error)))
+    with pytest.raises(error):
+        hopper_invariant.unpack(made)
+    assert all(torch.equal(a, b) for a, b in zip(packed, raw(w), strict=True))
+    hopper_invariant.unpack(made)
+    assert all(torch.equal(a, b) for a, b in zip(plain, raw(w), strict=True))
+
+
+def test_storage_that_has_gaps_is_refused_before_anything_is_written() -> None:
+    w = weights_of("nvfp4")
+    spread = w.w2.parts["data"].transpose(0, 1).contiguous().transpose(0, 1)
+    before = raw(w)
+    with pytest.raises(RuntimeError, match="view"):
+        hopper.pack(replace(w, w2=replace(w.w2, parts={**w.w2.parts, "data": spread})))
+    assert all(torch.equal(a, b) for a, b in zip(before, raw(w), strict=True))
+
+
+def test_weights_that_cannot_be_unpacked_again_are_other_random_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that is measured next reads them as plain: there must be no NaN among them."""
+    w = weights_of("mxfp8")
+    there, back = WAYS["e4m3_bf16"]
+    monkeypatch.setitem(WAYS, "e4m3_bf16", (there, Breaks(back, torch.OutOfMemoryError)))
+    monkeypatch.setattr(packing, "AT_ONCE", w.w13.parts["data"].nbytes // 2)
+    with pytest.raises(torch.OutOfMemoryError), ready(w, hopper):
+        assert bool(w.w13.dequantize().isnan().any()), "packed, and read as plain"
+    assert not bool(w.w13.dequantize().isnan().any())
+    assert not bool(w.w2.dequantize().isnan().any())
+
+
+def test_scales_stay_where_they_are() -> None:
+    """Graphs hold the addresses of static scales, too; a reload changes what stands there."""
+    mixture = spec_of(plan_fixtures.read("qwen3-30b-a3b").config).layers[1].mlp
+    assert isinstance(mixture, MoESpec)
+    experts = Experts(
+        replace(mixture, router=replace(mixture.router, experts=2)), SCHEMES["w4afp8_static"], LIKE, hopper_invariant
+    )
+    for each in (experts.plain.w13, experts.plain.w2):
+        fill(each)
+    loaded = experts.input_scales_E3
+    assert loaded is not None
+
+    def held() -> tuple[Tensor, Tensor]:
+        scales = experts.input_scale, experts.weights.between_scale
+        assert scales[0] is not None
+        assert scales[1] is not None
+        return scales  # type: ignore[return-value]
+
+    loaded.copy_(torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.25, 7.0]]))
+    experts.settle()
+    first, places = [float(each) for each in held()], [each.data_ptr() for each in held()]
+    experts.open()
+    loaded.mul_(2)
+    experts.settle()
+    assert [first, [float(each) for each in held()]] == [[2.0, 7.0], [4.0, 14.0]]
+    assert [each.data_ptr() for each in held()] == places
+    assert experts.weights.packing == "zigzag"
+
+
 @pytest.mark.parametrize("kernels", PACKED)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_codes_are_rewritten_within_their_storage_and_back(name: str, kernels: ModuleType) -> None:
@@ -146,6 +236,22 @@ def test_codes_of_another_kind_are_not_multiplied(kernels: ModuleType, name: str
     rows = hopper.encode_later(torch.zeros(2, 256, dtype=torch.bfloat16), SCHEMES[name].activation)
     with pytest.raises(ValueError, match=f"packed as '{packing}'"):
         kernels.experts(rows, w, torch.zeros(2, 1).int(), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cpu_invariant", "cpu_quant", "cpu_native", "deep_gemm",
+                                     "triton", "triton_invariant"])  # fmt: skip
+def test_kernels_that_read_weights_as_formats_say_take_no_others(backend: str) -> None:
+    w, rows = replace(weights_of("bf16"), packing="another"), torch.zeros(2, 256, dtype=torch.bfloat16)
+    experts = registry.backends()[backend].experts
+    with pytest.raises(ValueError, match="packed as 'another', not as 'plain'"):
+        experts(encode(rows, Encoding("bf16")), w, torch.zeros(2, 1).int(), torch.ones(2, 1))
+
+
+def test_rows_in_another_encoding_than_the_layers_are_not_multiplied() -> None:
+    w = hopper.pack(weights_of("nvfp4_dynamic"))
+    rows = hopper.encode_later(torch.zeros(2, 256, dtype=torch.bfloat16), Encoding("bf16"))
+    with pytest.raises(ValueError, match="rows in bf16, and nvfp4 between"):
+        hopper.experts(rows, w, torch.zeros(2, 1).int(), torch.ones(2, 1))
 
 
 @pytest.mark.parametrize(

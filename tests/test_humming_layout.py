@@ -19,7 +19,7 @@ from moesaic.formats.dummy import fill
 from moesaic.hardware import local_cpu
 from moesaic.kernels import registry
 from moesaic.kernels._humming.layout import Order, packed, packed_scales, unpacked, unpacked_scales
-from moesaic.kernels._humming.pack import codes_of, pack, unpack
+from moesaic.kernels._humming.pack import Storage, codes_of, pack, unpack
 from moesaic.kernels._humming.recipe import PAIRS, recipe_of
 from moesaic.kernels.humming import CONTRACTS, kernel_of, ladder, layer_of
 from moesaic.kernels.ops import ExpertWeights
@@ -155,6 +155,33 @@ def test_folded_scales_are_offsets_from_the_smallest() -> None:
     offsets = torch.stack([packed_scales(each) for each in scale - low[:, None, None] + 1])
     assert torch.equal(there.parts["scale"].view(torch.uint8), offsets)
     assert torch.equal(there.parts["fold"], 2.0 ** (low.float() - 128))
+
+
+@pytest.mark.parametrize(("form", "encoding"), CELLS, ids=str)
+def test_what_is_interrupted_leaves_the_weights_as_they_were(
+    form: WeightFormat, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the second expert of w2, there and back."""
+    w, write, calls = weights_of(form, encoding), Storage.write, 0
+    w = unpack(pack(w))  # folded codes have lost the signs of zeros now
+
+    def breaks(self: Storage, e: int, codes: Tensor, scale: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise torch.OutOfMemoryError
+        write(self, e, codes, scale)
+
+    for change in (pack, unpack):
+        before = raw(w)
+        monkeypatch.setattr(Storage, "write", breaks)
+        calls = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            change(w)
+        assert calls == 5 + 4, "four are undone"
+        assert all(torch.equal(a, b) for a, b in zip(before, raw(w), strict=True))
+        monkeypatch.setattr(Storage, "write", write)
+        w = change(w)
 
 
 def test_scales_that_span_too_much_are_refused_before_anything_is_moved() -> None:

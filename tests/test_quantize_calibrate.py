@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +17,10 @@ from moesaic.commands._prompts import from_arguments, from_file
 from moesaic.commands.quantize import tokens_of
 from moesaic.contracts.scheme import SCHEMES
 from moesaic.engine.calibrate import calibrate
+from moesaic.formats.encodings import Rows
 from moesaic.hardware import local_cpu
+from moesaic.kernels import registry
+from moesaic.kernels.ops import ExpertWeights
 from moesaic.layers.linear import Stored
 from moesaic.models.build import build, plan_here, stored_spec
 from moesaic.models.checkpoint import Checkpoint
@@ -86,6 +91,44 @@ def test_inputs_are_as_large_as_transformers_sees_them(sources: dict[str, Path])
     assert len([name for name in theirs if ".experts." in name]) > 3 * 2
     for name, amax in theirs.items():
         assert ours[name] == pytest.approx(amax, rel=1e-4), name
+
+
+def test_experts_that_a_kernel_packs_are_seen_as_they_are(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend of another package may want their bytes in an order of its own: here from the last one to the first."""
+    known, used = dict(registry.backends()), []
+
+    def flipped(w: ExpertWeights, packing: str) -> ExpertWeights:
+        for each in (w.w13, w.w2):
+            each.parts["data"].copy_(each.parts["data"].flip(-1))
+        return replace(w, packing=packing)
+
+    def experts(x: Rows, w: ExpertWeights, ids: Tensor, weights: Tensor) -> Tensor:
+        w.must_be("flipped")
+        used.append(len(ids))
+        y = known["cpu"].experts(x, flipped(w, "plain"), ids, weights)
+        flipped(w, "flipped")
+        return y  # type: ignore[no-any-return]
+
+    (mine,) = (each for each in known["cpu"].CONTRACTS if each.op == "experts")
+    packing = ModuleType("flipping")
+    packing.__dict__.update(
+        CONTRACTS=(replace(mine, backend="flipping", packing="flipped", rank=1),), experts=experts,
+        pack=lambda w, before: flipped(w, "flipped"), unpack=lambda w: flipped(w, "plain"),
+    )  # fmt: skip
+    with Checkpoint.open(sources["qwen3_moe"]) as source:
+        plain = calibrate(source, [TOKENS], lambda _: None)
+    monkeypatch.setattr(registry, "backends", lambda: known | {"flipping": packing})
+    registry.local_catalogue.cache_clear()
+    with Checkpoint.open(sources["qwen3_moe"]) as source:
+        found = calibrate(source, [TOKENS], lambda _: None)
+    monkeypatch.undo()
+    registry.local_catalogue.cache_clear()
+    assert len(used) == 2, "both layers"
+    assert found.keys() == plain.keys()
+    for name, amax in plain.items():
+        assert found[name] == pytest.approx(amax, rel=1e-4), name
 
 
 def test_experts_that_nothing_reached_are_missing_and_get_the_largest_of_their_layer(

@@ -65,16 +65,14 @@ def path_of(op: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes that a stage insists on. Multiples are of elements; None is no limit.
-
-    hidden_in: the only hidden sizes.  parallel: it needs more than one rank (a dispatcher), or at most one.
-    """
+    """Sizes that a stage insists on: in elements, or of a rank. hidden_in: the only hidden sizes. None is no limit."""
 
     hidden_multiple: int = 1
     width_multiple: int = 1
     hidden_in: frozenset[int] = frozenset()
     max_top_k: int | None = None
     max_tokens: int | None = None
+    max_experts: int | None = None
     max_groups_kept: int | None = None
     min_ranks: int = 1
     max_ranks: int | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -84,7 +84,9 @@ class Watching(Kernels):
         return self.watched(super().under(**asks))
 
     def mixture(self, layer: int, **asks: Any) -> tuple[BoundCell, ...]:
-        return tuple(replace(cell, ops=self.watched(cell.ops)) for cell in super().mixture(layer, **asks))
+        """Experts stay as their formats say but within a call of kernels that want their bytes in another order."""
+        cells = super().mixture(layer, **asks)
+        return tuple(replace(c, ops=self.watched(within(c.ops, c.packer)), packer=None) for c in cells)
 
     def watched(self, ops: Ops) -> Ops:
         """Without fused ops: inside those there would be nothing to see, and layers do without them."""
@@ -125,6 +127,21 @@ class Watching(Kernels):
             largest = float(x_TD.abs().max())
             for name in names:
                 self.amax[name] = max(self.amax.get(name, 0.0), largest)
+
+
+def within(ops: Ops, packer: ModuleType | None) -> Ops:
+    """The ops, with experts that take plain weights, and leave them so."""
+    if packer is None:
+        return ops
+
+    def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+        made = packer.pack(w, None)
+        try:
+            return ops.experts(x, made, ids_TA, weights_TA)
+        finally:
+            packer.unpack(made)
+
+    return cast(Ops, SimpleNamespace(**{**vars(ops), "experts": experts}))
 
 
 def between(x_TD: Tensor, w: ExpertWeights, e: int) -> Tensor:

@@ -100,6 +100,7 @@ def choose(scores_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    w.must_be("plain")
     experts_ = len(w.w13.plain)
     order_R, x_RD, counts = sort_rows(x.data, ids_TA, experts_)
     padded = 0 < max(counts[1:]) * experts_ <= PADDING * len(x_RD)

@@ -64,6 +64,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[T
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    w.must_be("plain")
     w13_EID, w2_EDI = w.w13.plain, w.w2.plain
     order_R, x_RD, counts = sort_rows(x.data, ids_TA, len(w13_EID))
     y_RD = torch.zeros_like(x_RD)

@@ -199,6 +199,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[T
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    w.must_be("plain")
     x_TD, ids_TA, weights_TA = rows(x.data), ids_TA.contiguous(), weights_TA.contiguous()
     (tokens, hidden), dtype, how = x_TD.shape, x_TD.dtype, w.activation
     y_TD = x_TD.new_empty(tokens, hidden)

@@ -96,6 +96,7 @@ class Span:
 
 
 def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Tensor:
+    w.must_be("plain")
     order_R, spans = sort_rows(ids_TA)
     values_TD, factor_T1 = decode_rows(x)
     token_R = order_R // ids_TA.shape[1]

@@ -120,6 +120,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor, heigh
     from moesaic.kernels._triton.place import place
     from moesaic.kernels._triton.weigh import weigh
 
+    w.must_be("plain")
     if not ids_TA.numel():
         return x.data.new_empty(len(ids_TA), w.w2.shape[-2], dtype=x.dtype)
     ids, (bias13, bias2) = ids_TA.contiguous(), w.biases or (None, None)

@@ -2,7 +2,7 @@
 
 A call of `experts` is three launches: rows are sorted by expert while they are encoded; both products, the activation
 and the encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read
-as they are stored, but for FP4 codes, and FP8 beside 16-bit rows: their bits change places at load (`pack`).
+as they are stored, but for FP4, MXFP8, and FP8 beside 16-bit rows: their codes' bits change places at load (`pack`).
 E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
 BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
 A dense product of many FP8 rows is the second product of a layer with one expert; few rows are left to Triton.
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 FORMS = frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128))
 """Of INT4, which comes in groups of so many codes that have a scale together."""
+MOST_EXPERTS = 512
+"""On a rank: as prepare.cuh has it."""
 CONTRACTS = (
     *(
         Contract(
@@ -47,7 +49,7 @@ CONTRACTS = (
             formats=frozenset(form for form, _ in pairs), encodings=frozenset(encoding for _, encoding in pairs),
             pairs=pairs, packing=packing, forms=FORMS,
             activations=frozenset({"silu", "swiglu_oai"}), expert_bias=True, arch=(90, 90), path=path_of("experts"),
-            limits=Limits(hidden_multiple=64, width_multiple=64),
+            limits=Limits(hidden_multiple=64, width_multiple=64, max_experts=MOST_EXPERTS),
         ) for packing, pairs in by_packing(PACKINGS)
     ),
     *(
@@ -65,8 +67,6 @@ CONTRACTS = (
         ) for op in ("attend_paged", "attend_encode")
     ),
 )  # fmt: skip
-MOST_EXPERTS = 512
-"""As prepare.cuh has it."""
 TUNABLE = {"tile": tuple(TILES)}
 """What measurements try."""
 ADAPTS = True
@@ -158,8 +158,9 @@ def experts_terms(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor,
 def chosen(x: Rows, w: ExpertWeights, ids_TA: Tensor, tile: int, packings: Packings = PACKINGS) -> Variant:
     """packings: how each pair of formats is packed."""
     experts = len(w.w13.parts["data"])
-    if w.packing != packing_of(w, packings):
-        raise ValueError(f"weights packed as {w.packing!r}, not as {packing_of(w, packings)!r}")
+    w.must_be(packing_of(w, packings))
+    if x.encoding.name != w.between.name:
+        raise ValueError(f"rows in {x.encoding.name}, and {w.between.name} between the products")
     if experts > MOST_EXPERTS:
         raise UnsupportedError(f"{experts} experts on one rank, of at most {MOST_EXPERTS}", where="hopper",
                                remedy="Use more ranks, or --experts triton (or triton_invariant).")  # fmt: skip

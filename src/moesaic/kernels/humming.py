@@ -124,8 +124,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Te
     from moesaic.kernels._triton.join_rows import Extras
     from moesaic.kernels._triton.weigh import weigh
 
-    if w.packing != NAME:
-        raise ValueError(f"weights packed as {w.packing!r}, not as {NAME!r}")
+    w.must_be(NAME)
     if not ids_TA.numel():
         return x.data.new_empty(len(ids_TA), w.w2.shape[-2], dtype=x.dtype)
     routed = Routed(ids_TA.contiguous(), w.w13.shape[0], {})

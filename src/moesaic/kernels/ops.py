@@ -218,6 +218,11 @@ class ExpertWeights:
     biases: tuple[Tensor, Tensor] | None = None
     packing: str = "plain"
 
+    def must_be(self, packing: str) -> None:
+        """Raises ValueError for weights that are packed otherwise: a kernel would read them as other numbers."""
+        if self.packing != packing:
+            raise ValueError(f"weights packed as {self.packing!r}, not as {packing!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertTerms:

@@ -121,6 +121,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Te
 
 def expert_rows(x: Rows, w: ExpertWeights, rows_R: Tensor, ids_R: Tensor) -> Tensor:
     """What expert ids[r] makes of row rows[r] of x, not yet rounded. -> [R, D]."""
+    w.must_be("plain")
     gate_up_RJ = expert_products(row_values(x)[rows_R], w.w13, ids_R, w.biases[0] if w.biases else None)
     # Encoded all at once: a dynamic scale that spans the tensor spans every routed row.
     hidden = encode(activate(gate_up_RJ, w.activation), w.between, w.between_scale)

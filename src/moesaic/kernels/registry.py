@@ -62,7 +62,14 @@ def announced(point: EntryPoint) -> ModuleType:
             raise unusable(point, f"declares a contract for {contract.backend!r:.80}")
         if contract.built and not callable(getattr(module, contract.op, None)):
             raise unusable(point, f"declares {contract.op} and has no function of that name")
+        if lacking := [each for each in wanted(contract) if not callable(getattr(module, each, None))]:
+            raise unusable(point, f"packs experts as {contract.packing!r:.80} and has no {lacking[0]}")
     return module
+
+
+def wanted(contract: Contract) -> tuple[str, ...]:
+    """What a backend with such a contract has besides the op."""
+    return ("pack", "unpack") if contract.built and contract.op == "experts" and contract.packing != "plain" else ()
 
 
 def unusable(point: EntryPoint, what: str) -> UnsupportedError:

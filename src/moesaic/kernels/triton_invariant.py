@@ -76,6 +76,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Te
     from moesaic.kernels._triton.experts import combine, first_product, second_product
     from moesaic.kernels._triton.sort import sort
 
+    w.must_be("plain")
     out = torch.empty(len(ids_TA), w.w2.shape[-2], dtype=x.dtype, device=x.data.device)
     if not ids_TA.numel():
         return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -32,18 +31,22 @@ class Experts:
         w13 = QuantTensor.empty(form, (width, width), hidden, like, (count,))
         w2 = QuantTensor.empty(form, (hidden,), width, like, (count,))
         biases = (like.new_empty(count, 2 * width), like.new_empty(count, hidden)) if spec.gate.bias else None
-        self.input_scales_E3 = like.new_ones(count, 3, dtype=torch.float32) if how.static else None
-        self.input_scale: Tensor | None = None
-        self.weights = ExpertWeights(w13, w2, spec.activation, how, biases=biases)
+        self.input_scales_E3, self.input_scale, between = None, None, None
+        if how.static:
+            self.input_scales_E3 = like.new_ones(count, 3, dtype=torch.float32)
+            self.input_scale, between = (like.new_ones((), dtype=torch.float32) for _ in range(2))
+        self.weights = ExpertWeights(w13, w2, spec.activation, how, between, biases)
         self.plain, self.packer, self.packed = self.weights, packer, None
         self.scale()
 
     def scale(self) -> None:
-        """Derives the input scales of the two products from those that were loaded for gate, up and down."""
-        if self.input_scales_E3 is not None:
+        """Derives the input scales of the two products, where they are, from those that were loaded for gate, up and
+        down."""
+        between = self.weights.between_scale
+        if self.input_scales_E3 is not None and self.input_scale is not None and between is not None:
             largest_3 = self.input_scales_E3.amax(0)
-            self.input_scale = largest_3[:2].amax()
-            self.plain, self.weights = (replace(w, between_scale=largest_3[2]) for w in (self.plain, self.weights))
+            self.input_scale.copy_(largest_3[:2].amax())
+            between.copy_(largest_3[2])
 
     def settle(self) -> None:
         """After the storage was filled: derives what follows from it, and orders its bytes as the kernels want them."""

@@ -25,10 +25,11 @@ def misses_sizes(contract: Contract, need: MixtureNeed) -> str | None:
         return f"was compiled for hidden sizes {', '.join(map(str, sorted(limits.hidden_in)))}, not {need.hidden}"
     if contract.op == "experts" and need.width % limits.width_multiple:
         return f"needs an expert width that is a multiple of {limits.width_multiple}, not {need.width}"
-    if limits.max_top_k is not None and need.top_k > limits.max_top_k:
-        return f"takes at most {limits.max_top_k} experts per token, not {need.top_k}"
-    if limits.max_tokens is not None and need.tokens > limits.max_tokens:
-        return f"takes at most {limits.max_tokens} tokens per rank, not {need.tokens}"
+    for most, of, what in ((limits.max_top_k, need.top_k, "experts per token"),
+                           (limits.max_tokens, need.tokens, "tokens per rank"),
+                           (limits.max_experts, need.experts, "experts per rank")):  # fmt: skip
+        if most is not None and of > most:
+            return f"takes at most {most} {what}, not {of}"
     if contract.op == "dispatch" and need.ranks < limits.min_ranks:
         return f"needs {limits.min_ranks} ranks or more, not {need.ranks}"
     if limits.max_ranks is not None and need.ranks > limits.max_ranks:

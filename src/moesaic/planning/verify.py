@@ -220,8 +220,9 @@ class Walk:
 
     def sizes(self, stage: Stage, contract: Contract) -> str | None:
         limits, need = contract.limits, self.need
+        groups = need.groups_kept if contract.path.routes or contract.op == "route" else 0
         bounds = ((need.top_k, limits.max_top_k), (need.tokens, limits.max_tokens), (need.ranks, limits.max_ranks),
-                  (need.groups_kept if contract.path.routes or contract.op == "route" else 0, limits.max_groups_kept))
+                  (need.experts, limits.max_experts), (groups, limits.max_groups_kept))
         if any(most is not None and value > most for value, most in bounds) or need.ranks < limits.min_ranks:
             return f"{stage.kernel} is not made for these sizes"
         whole = need.hidden % limits.hidden_multiple == 0 and need.width % limits.width_multiple == 0

@@ -1,7 +1,7 @@
 """Codes of weights as the Hopper kernels want them, and back, within their storage; scales stay as they are.
 
-FP4, and E4M3 beside 16-bit rows: a kernel makes operands of the codes in 32 bits by taking out bits where they lie,
-after few rotations. What a rotation is to serve at once must lie as it does in the operand: so the 32 bits change
+FP4, MXFP8, and FP8 beside 16-bit rows: a kernel makes operands of the codes in 32 bits by taking out bits where they
+lie, after few rotations. What a rotation is to serve at once must lie as it does in the operand: so the 32 bits change
 places. Of eight FP4 codes BF16 operands are made with 9 instructions instead of 15 then (`decode_e2m1`), halves with 9
 instead of 11 (`decode_e2m1_halves`), of four E4M3 codes BF16 ones with 5 instead of 7 (`decode_e4m3`).
 
@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels._hopper.variants import PAIRS
+from moesaic.kernels.in_place import all_or_none
 from moesaic.kernels.ops import ExpertWeights
 
 Packings = Mapping[tuple[str, str], str]
+Change = Callable[[Tensor], Tensor]
+"""Of some rows of codes, UINT8."""
 PACKINGS: Packings = {
     ("mxfp4", "bf16"): "e2m1_bf16", ("mxfp4", "mxfp8"): "e2m1_bf16", ("nvfp4", "bf16"): "e2m1_bf16",
     ("nvfp4", "nvfp4"): "e2m1_halves", ("mxfp8", "mxfp8"): "e4m3_bf16", ("mxfp8", "bf16"): "e4m3_bf16",
@@ -60,7 +63,7 @@ def pack_invariant(w: ExpertWeights, before: ExpertWeights | None = None) -> Exp
 
 def packed(w: ExpertWeights, name: str) -> ExpertWeights:
     if w.packing == "plain" and name != "plain":
-        rewrite(w, WAYS[name][0])
+        rewrite(w, *WAYS[name])
         return replace(w, packing=name)
     return w
 
@@ -68,16 +71,19 @@ def packed(w: ExpertWeights, name: str) -> ExpertWeights:
 def unpack(w: ExpertWeights) -> ExpertWeights:
     """The inverse of both."""
     if w.packing != "plain":
-        rewrite(w, WAYS[w.packing][1])
+        rewrite(w, *reversed(WAYS[w.packing]))
     return replace(w, packing="plain")
 
 
-def rewrite(w: ExpertWeights, change: Callable[[Tensor], Tensor]) -> None:
-    """change: of some rows of codes, UINT8."""
-    for data in (w.w13.parts["data"], w.w2.parts["data"]):
-        rows = data.view(torch.uint8).view(-1, data.shape[-1])
-        for some in rows.split(max(1, AT_ONCE // rows.shape[1])):
-            some.copy_(change(some))
+def rewrite(w: ExpertWeights, change: Change, back: Change) -> None:
+    """All codes, or, where that fails or is interrupted, none of them."""
+    every = [data.view(torch.uint8).view(-1, data.shape[-1]) for data in (w.w13.parts["data"], w.w2.parts["data"])]
+    pieces = [some for rows in every for some in rows.split(max(1, AT_ONCE // rows.shape[1]))]
+
+    def write(some: Tensor, change: Change) -> None:
+        some.copy_(change(some))
+
+    all_or_none([(partial(write, some, change), partial(write, some, back)) for some in pieces])
 
 
 def moved(codes: Tensor, places: Sequence[int]) -> Tensor:
@@ -131,7 +137,7 @@ def unzigzag(codes: Tensor) -> Tensor:
     return ((codes ^ signs * 15) >> 1 & 0x77 | signs << 3) ^ 0x88
 
 
-def moves(places: Iterator[int]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def moves(places: Iterator[int]) -> tuple[Change, Change]:
     there = tuple(places)
     return partial(moved, places=there), partial(moved, places=inverse(there))
 

@@ -113,6 +113,7 @@ def experts(x: Rows, w: ExpertWeights, ids_TA: Tensor, weights_TA: Tensor) -> Te
 
 def expert_rows(x: Rows, w: ExpertWeights, ids_TA: Tensor) -> Tensor:
     """What expert ids[t, a] makes of row t, at t A + a; undefined for ids of -1. At least one row. -> [R, D]."""
+    w.must_be("plain")
     blocks = blocks_of(ids_TA, w)
     hidden = first_product(x, w, blocks, ids_TA.shape[1])
     return second_product(encode_rows(hidden, w.between, w.between_scale, blocks.total, x.dtype), w, blocks)
