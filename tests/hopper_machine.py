@@ -28,7 +28,7 @@ from moesaic.formats import encodings
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import triton
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper import launch
+from moesaic.kernels._hopper import few, launch
 from moesaic.kernels._hopper.driver import TensorMap, aligned_map
 from moesaic.kernels._hopper.variants import Variant
 from moesaic.kernels._native import COMPILERS
@@ -47,7 +47,7 @@ def folder() -> Path:
 
 
 @cache
-def library(variant: Variant) -> ctypes.CDLL:
+def library(variant: Variant | few.Variant, main: str = "main.cpp") -> ctypes.CDLL:
     """The kernels of a variant. Fails where they do not compile."""
     here = folder() / f"{abs(hash(variant)):x}"
     here.mkdir()
@@ -58,7 +58,7 @@ def library(variant: Variant) -> ctypes.CDLL:
     defines = (f"-D{name}={value}" for name, value in variant.defines.items())
     made = here / "kernels.so"
     compiler = next(found for name in COMPILERS if (found := which(name)))
-    done = subprocess.run([compiler, *OPTIONS, *defines, "-o", made, here / "main.cpp"], capture_output=True, text=True)
+    done = subprocess.run([compiler, *OPTIONS, *defines, "-o", made, here / main], capture_output=True, text=True)
     assert not done.returncode, done.stderr[:4000]
     return ctypes.CDLL(str(made))
 
@@ -75,12 +75,19 @@ def loaded(variant: Variant, device: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
+def loaded_few(variant: few.Variant, device: int) -> SimpleNamespace:
+    return SimpleNamespace(kernel=(library(variant, "few.cpp"), "few"))
+
+
 def start(kernel: tuple[ctypes.CDLL, str], grid: int, block: int, arguments: Sequence[Any], shared: int = 0,
           cluster: int = 1) -> None:  # fmt: skip
     """As driver.launch. Fails where a kernel's threads wait for ever."""
     assert cluster == 1, "one thread block sorts"
     kernels, name = kernel
-    if name == "experts":
+    if name == "few":
+        kernels.begin_by_chance(grid + arguments[0].rows)
+        stuck = kernels.run_few(ctypes.byref(arguments[0]), grid, block, shared)
+    elif name == "experts":
         given = arguments[1]
         kernels.begin_by_chance(grid + 31 * given.hidden + 17 * given.columns + 7 * given.top_k)
         stuck = kernels.run_experts(*map(ctypes.byref, arguments), grid, block, shared)
@@ -115,6 +122,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"loaded": loaded, "launch": start, "tensor_map": tensor_map, "described": tensor_map,
                         "processors": lambda _: PROCESSORS}.items():  # fmt: skip
         monkeypatch.setattr(launch, name, value)
+    for name, value in {"loaded": loaded_few, "launch": start}.items():
+        monkeypatch.setattr(few, name, value)
     monkeypatch.setattr(triton, "encode", encode)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -24,7 +24,7 @@ from moesaic.formats.encodings import Rows
 from moesaic.hardware import GPUS
 from moesaic.kernels import hopper, hopper_invariant
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper import launch
+from moesaic.kernels._hopper import few, launch
 from moesaic.kernels._hopper.variants import (
     PAIRS,
     TILES,
@@ -98,6 +98,40 @@ def test_compiles(name: str, tile: int, tmp_path: Path) -> None:
     check_code(name, tile, tmp_path)
 
 
+@pytest.mark.parametrize("made", [
+    few.Variant(form, blocks, height) for form, blocks in ((0, True), (0, False), (1, False), (2, False), (3, False))
+    for height in few.HEIGHTS if form or height == 8
+], ids=str)  # fmt: skip
+def test_products_of_few_rows_compile(made: few.Variant, tmp_path: Path) -> None:
+    """As many thread blocks as are promised have room on a multiprocessor."""
+    image = code.machine_code(made.defines, main="few.cu")
+    used = re.search(r"Function few:\s*REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage", image, tmp_path))
+    assert used is not None
+    registers, stack = map(int, used.groups())
+    assert registers * 32 * few.WARPS * few.PER_SM <= 65536
+    assert stack <= 32, "registers spill"
+    assert re.search(r"\bHMMA\.", dump("-sass", image, tmp_path))
+
+
+def test_products_of_few_rows_are_shared_out() -> None:
+    """Thread blocks that fill the machine where there are too few rows of w; never less than a unit for each warp, nor
+    more rows of x than there is room for."""
+    for name, rows, shape, parts in (
+        ("nvfp4", 1, (5120, 2048), 1), ("nvfp4", 8, (2048, 4096), 2), ("nvfp4", 16, (2048, 4096), 4),
+        ("nvfp4", 1, (1024, 1024), 1), ("nvfp4", 8, (7168, 16384), 4), ("fp8", 8, (2048, 4096), 2),
+        ("fp8", 9, (2048, 4096), None), ("fp8", 1, (36864, 7168), None), ("mxfp8", 17, (2048, 4096), None),
+        ("mxfp8", 1, (2048, 4160), None), ("wna16", 1, (2048, 4096), None), ("nvfp4", 0, (2048, 4096), None),
+    ):  # fmt: skip
+        scheme, like = SCHEMES[name], torch.empty(0, dtype=torch.bfloat16, device="meta")
+        w = QuantTensor.empty(scheme.weight, (shape[0],), shape[1], like)
+        x = Rows(scheme.activation, {"data": torch.empty(rows, shape[1], device="meta")}, torch.bfloat16)
+        how = few.cut_of(x, w)
+        assert (None if how is None else how.parts) == parts, (name, rows, shape)
+        if how is not None:
+            assert how.shared(rows) <= few.SHARED
+            assert how.per_part * how.parts >= shape[1] // 128 > how.per_part * (how.parts - 1)
+
+
 @pytest.mark.parametrize(("name", "tile"), [("bf16", 8), ("wna16", 16)])
 def test_compiles_in_one_order(name: str, tile: int, tmp_path: Path) -> None:
     """What `hopper_invariant` has of its own: sixteen neighbours of K at a time, words of chunks."""
@@ -141,9 +175,9 @@ def test_compiles_the_rest(name: str, tile: int, tmp_path: Path) -> None:
     check_code(name, tile, tmp_path)
 
 
-def declared_fields(struct: str) -> list[str]:
-    """Names of a struct's fields in values.cuh, in order."""
-    text = re.sub(r"//[^\n]*", "", code.sources()["values.cuh"])
+def declared_fields(struct: str, file: str = "values.cuh") -> list[str]:
+    """Names of a struct's fields, in order."""
+    text = re.sub(r"//[^\n]*", "", code.sources()[file])
     body = text[text.index(f"struct {struct} {{") :].split("{", 1)[1].split("};", 1)[0]
     return [re.findall(r"\w+", each)[-1] for line in body.split(";") if line.strip() for each in line.split(",")]
 
@@ -162,6 +196,8 @@ def test_arguments_lie_as_the_sources_have_them() -> None:
     defines = tuple(f"-D{name}={value}" for name, value in variant("fp8", 8).defines.items())
     headers = {**code.sources(), "wgmma.cuh": "", "hopper.cu": "\n".join(lines)}
     assert code.compiled(headers, (*code.OPTIONS, *defines))
+    assert [field for field, *_ in few.FewC._fields_] == declared_fields("Few", "few.cu")
+    assert ctypes.sizeof(few.FewC) == 8 * 11 + 4 * 8, "as CUDA packs eleven fields of eight bytes and seven of four"
     headers["hopper.cu"] += '\nstatic_assert(sizeof(Weight) == 1, "a wrong one is told");'
     with pytest.raises(UnsupportedError, match="a wrong one is told"):
         code.compiled(headers, (*code.OPTIONS, *defines))

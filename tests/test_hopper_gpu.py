@@ -11,9 +11,9 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import SILU, Activation
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
-from moesaic.kernels._hopper import launch
+from moesaic.kernels._hopper import few, launch
 from moesaic.kernels._hopper.pack import INVARIANT_PACKINGS
-from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
+from moesaic.kernels._hopper.variants import DENSE, PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, check_sum, on_hopper
@@ -213,6 +213,31 @@ def test_dense_products(segments: tuple[int, ...], columns: int, tokens: int) ->
             assert_rows_close(y, wanted, 2**-7, f"{tile}")
             if len(terms) == 1:  # Triton, too, multiplies sums of 128 by a product of two scales, and adds up in order
                 assert torch.equal(y, terms[0]), tile
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16])
+@pytest.mark.parametrize("name", [name for name, each in SCHEMES.items()
+                                  if (each.weight.name, each.activation.name) in DENSE])  # fmt: skip
+def test_dense_products_of_few_rows(name: str, tokens: int) -> None:
+    """Against FP64: K in one part and in several, weight rows that fill no tile; biases; rows of a wider tensor."""
+    scheme = SCHEMES[name]
+    scale = torch.tensor(0.01, device="cuda") if scheme.activation.static else None
+    for segments, columns in (((4096, 512, 512), 2048), ((2048,), 4096), ((200, 136), 128), ((24,), 16384)):
+        w = weight(scheme, segments, columns)
+        x = randn(tokens, columns + 24)[:, :columns]
+        rows = triton.encode(x, scheme.activation, scale)
+        mine = few.cut_of(rows, w) is not None
+        assert mine == (tokens <= 8 or not scheme.weight.name.startswith("fp8"))
+        for bias in (None, randn(sum(segments))):
+            wanted = reference.linear_quant(in_double(rows), w, bias)
+            assert_rows_close(hopper.linear_quant(rows, w, bias), wanted, 2**-7, f"{segments} {columns}")
+            terms = hopper.linear_terms(rows, w, bias)
+            assert_rows_close(terms.double().sum(0), wanted, 2**-7, "terms")
+            fake = FAKES["linear_terms"]("hopper", rows, w, bias)
+            assert (terms.shape, terms.dtype) == (fake.shape, fake.dtype)
+    if scheme.activation.name == "bf16":
+        apart = Rows(scheme.activation, {"data": x}, x.dtype)
+        assert torch.equal(hopper.linear_quant(apart, w), hopper.linear_quant(rows, w))
 
 
 def test_dense_products_of_rows_as_they_lie() -> None:

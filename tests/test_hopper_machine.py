@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -13,7 +14,7 @@ from moesaic.contracts.scheme import SCHEMES
 from moesaic.contracts.spec import Activation, MoESpec
 from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
-from moesaic.kernels._hopper import launch
+from moesaic.kernels._hopper import few, launch
 from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, variant_of, with_tile
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
@@ -100,6 +101,50 @@ def test_dense_products(tile: int) -> None:
         for bias in (None, randn(sum(segments))):
             y = launch.linear(variant, rows.data, rows.parts["scale"], w, bias)
             assert_rows_close(y, reference.linear_quant(in_double(rows), w, bias), 2**-7, f"{segments} {columns}")
+
+
+@pytest.mark.parametrize("rows", [1, 8, *(pytest.param(rows, marks=pytest.mark.long) for rows in (3, 9, 16))])
+@pytest.mark.parametrize(
+    "name",
+    ["fp8", "nvfp4", "mxfp8", "mxfp4a8", "fp8_channel"]
+    + [
+        pytest.param(name, marks=pytest.mark.long)
+        for name in ("mxfp4", "mxfp8a16", "nvfp4_dynamic", "nvfp4a16", "fp8_tensor", "fp8_tensor_static")
+    ],
+)
+def test_dense_products_of_few_rows(name: str, rows: int) -> None:
+    """Weight rows that fill no tile; K in one part, and in several; more units than warps, and fewer; a bias."""
+    scheme, seen = SCHEMES[name], set()
+    scale = torch.tensor(0.01) if scheme.activation.static else None
+    for segments, columns in (((64, 40), 3072), ((24,), 256)):
+        w, bias = weight(scheme, segments, columns), randn(sum(segments))
+        x = encode(randn(rows, columns), scheme.activation, scale)
+        how = few.cut_of(x, w)
+        if scheme.weight.name.startswith("fp8") and rows > 8:
+            assert how is None
+            continue
+        assert how is not None
+        wanted = reference.linear_quant(in_double(x), w, bias)
+        terms = few.products(x, w, bias, how)
+        assert terms.dtype == (torch.bfloat16 if len(terms) == 1 else torch.float32)
+        assert_rows_close(terms.double().sum(0), wanted, 2**-7, f"{segments} {columns}")
+        assert_rows_close(hopper.linear_terms(x, w).double().sum(0), wanted - bias.double(), 2**-7, "no bias")
+        whole = replace(how, per_part=columns // 128, parts=1)
+        assert_rows_close(few.products(x, w, bias, whole)[0], wanted, 2**-7, "in one part")
+        seen.add(how.parts)
+    assert not seen or seen == {1, 3}
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_tensor_static", "mxfp8", "nvfp4_dynamic"])
+def test_what_is_not_a_number_stays_where_it_was(name: str) -> None:
+    """A row with NaN must not look like a number, nor touch the rows beside it."""
+    scheme = SCHEMES[name]
+    w, x = weight(scheme, (32,), 256), randn(3, 256)
+    x[1, 70] = float("nan")
+    rows = encode(x, scheme.activation, torch.tensor(0.01) if scheme.activation.static else None)
+    y = hopper.linear_quant(rows, w)
+    assert y[1].isnan().any()
+    assert y[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -555,6 +555,7 @@ DEVICE int __popc(u32 v) { return __builtin_popcount(v); }
 DEVICE int __ffs(u32 v) { return __builtin_ffs((int)v); }
 DEVICE float __int_as_float(int v) { return machine::from_bits((u32)v); }
 DEVICE float __uint_as_float(u32 v) { return machine::from_bits(v); }
+DEVICE u32 __float_as_uint(float v) { return machine::to_bits(v); }
 DEVICE int __float_as_int(float v) { return (int)machine::to_bits(v); }
 DEVICE float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float __fadd_rn(float a, float b) { return a + b; }

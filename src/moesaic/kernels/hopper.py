@@ -31,7 +31,7 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper.pack import PACKINGS, Packings, by_packing, packing_of
 from moesaic.kernels._hopper.pack import pack as pack
 from moesaic.kernels._hopper.pack import unpack as unpack
-from moesaic.kernels._hopper.variants import TILES, Variant, dense_tile, tile_for, variant_of, with_tile
+from moesaic.kernels._hopper.variants import DENSE, TILES, Variant, dense_tile, tile_for, variant_of, with_tile
 from moesaic.kernels.exact import exact
 from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, KVView, Softmax, Span
 
@@ -55,8 +55,8 @@ CONTRACTS = (
     *(
         Contract(
             op, "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
-            formats=frozenset({"fp8_block"}), encodings=frozenset({"fp8_group128"}), arch=(90, 90), package="triton",
-            versions=">=3.6,<3.8", path=path_of(op),
+            formats=frozenset(form for form, _ in DENSE), encodings=frozenset(encoding for _, encoding in DENSE),
+            pairs=DENSE, arch=(90, 90), package="triton", versions=">=3.6,<3.8", path=path_of(op),
         ) for op in ("linear_quant", "linear_terms")
     ),
     *(
@@ -225,29 +225,39 @@ def summed(variant: Variant, terms: ExpertTerms) -> Tensor:
 
 
 def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    """Many rows here, few ones by Triton."""
-    y_TN = multiplied_densely(x, w, bias_N)
-    if y_TN is not None:
-        return y_TN.view(*x.data.shape[:-1], w.shape[-2])
-    from moesaic.kernels import triton
+    """Few rows here, and many of FP8; those in between, and what the kernels do not have, by Triton."""
+    terms_PTN = multiplied_densely(x, w, bias_N)
+    if terms_PTN is None:
+        from moesaic.kernels import triton
 
-    y: Tensor = triton.linear_quant(x, w, bias_N)
-    return y
+        y: Tensor = triton.linear_quant(x, w, bias_N)
+        return y
+    if len(terms_PTN) > 1:
+        from moesaic.kernels._triton.linear_quant import added_up
+
+        terms_PTN = added_up(terms_PTN, x.dtype)[None]
+    return terms_PTN.view(*x.data.shape[:-1], w.shape[-2])
 
 
 def linear_terms(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    """The same as terms [P, T, N]: of many rows one, in BF16."""
-    y_TN = multiplied_densely(x, w, bias_N)
-    if y_TN is not None:
-        return y_TN[None]
-    from moesaic.kernels import triton
+    """The same as terms [P, T, N]: FP32, or one in BF16."""
+    terms_PTN = multiplied_densely(x, w, bias_N)
+    if terms_PTN is None:
+        from moesaic.kernels import triton
 
-    terms: Tensor = triton.linear_terms(x, w, bias_N)
-    return terms
+        terms: Tensor = triton.linear_terms(x, w, bias_N)
+        return terms
+    return terms_PTN
 
 
 def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tensor | None:
-    """[T, N], or None where Triton is to do it."""
+    """[P, T, N] as `linear_terms` returns it, or None where Triton is to do it."""
+    from moesaic.kernels._hopper import few
+
+    if how := few.cut_of(x, w):
+        return few.products(x, w, None if bias_N is None else bias_N.to(torch.bfloat16), how)
+    if w.form.name != "fp8_block":
+        return None
     columns = w.columns
     rows = x.data.numel() // columns
     tile = dense_tile(rows, w.segments, columns)
@@ -257,7 +267,7 @@ def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tensor
 
     data, scale = x.data.reshape(rows, columns).contiguous(), x.parts["scale"].reshape(rows, -1)
     with torch.cuda.device(data.device):
-        return launch.linear(variant_of(w.form, x.encoding, tile), data, scale, w, bias_N)
+        return launch.linear(variant_of(w.form, x.encoding, tile), data, scale, w, bias_N)[None]
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,

@@ -1,0 +1,148 @@
+"""Dense products of few rows with weights of 4 and 8 bits (few.cu).
+
+Letters: T rows, N outputs, P parts of K.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moesaic.formats.base import QuantTensor
+from moesaic.formats.encodings import Rows
+from moesaic.kernels._hopper import compile as code
+from moesaic.kernels._hopper.driver import Module, launch
+from moesaic.kernels._hopper.variants import DENSE
+from moesaic.kernels._triton.gemm import coarse_rows
+from moesaic.kernels.exact import exact
+
+I32, I64, PTR = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p
+FORMATS = {"fp8_block": 0, "fp8_tensor": 0, "fp8_channel": 0, "mxfp8": 1, "mxfp4": 2, "nvfp4": 3}
+"""As few.cu numbers them."""
+HEIGHTS = (8, 16)
+"""Rows that kernels take. FP8 meets tensor cores as it is elsewhere, with less to decode: here only up to the first."""
+STACK, PER_SM, WARPS = 2, 2, 8
+"""Blocks of 16 rows of w in a thread block, thread blocks per multiprocessor, warps."""
+UNIT, RESERVED = 128, 128
+PROGRAMS = 132
+"""Thread blocks that fill a Hopper GPU, where they have work for all of their warps."""
+ROOM, SHARED = 72 << 10, 100 << 10
+"""Bytes of shared memory that rows of x are given, and that a thread block may have at most."""
+LARGE = 32 << 20
+"""Bytes of an FP8 weight from which on Triton is as fast: measured at 10 MB and 132."""
+
+
+class FewC(ctypes.Structure):
+    """Few in few.cu."""
+
+    _fields_ = (("x", PTR), ("x_scales", PTR), ("w", PTR), ("w_scales", PTR), ("top", PTR), ("coarse", PTR),
+                ("bias", PTR), ("y", PTR), ("x_stride", I64), ("w_stride", I64), ("scale_stride", I64),
+                ("scale_row", I32), ("scale_group", I32), ("rows", I32), ("columns", I32), ("units", I32),
+                ("per_part", I32), ("parts", I32))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """form: of FORMATS.  blocks: FP8 scales are of blocks and groups.  height: of HEIGHTS."""
+
+    form: int
+    blocks: bool
+    height: int
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {"FORMAT": self.form, "BLOCKS": int(self.blocks), "HEIGHT": self.height, "STACK": STACK,
+                "PER_SM": PER_SM}  # fmt: skip
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of a row of x."""
+        return UNIT * (2 if self.form else 1)
+
+
+class Loaded:
+    """The compiled kernel of a variant."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.module = Module(code.machine_code(variant.defines, main="few.cu"))
+        self.kernel = self.module.function("few", SHARED)
+
+
+@cache
+def loaded(variant: Variant, device: int) -> Loaded:
+    """device: the current one, on which the code is loaded."""
+    return Loaded(variant)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is shared out: tiles of rows of w, parts of K and the units of each."""
+
+    variant: Variant
+    tiles: int
+    per_part: int
+    parts: int
+
+    def shared(self, rows: int) -> int:
+        """Bytes of shared memory: rows of x and scales of their groups, and later the warps' sums."""
+        variant = self.variant
+        x = rows * self.per_part * variant.unit_bytes + 4 * self.per_part * variant.height * variant.blocks
+        return RESERVED + max(x, 4 * WARPS * variant.height * (16 * STACK + 4))
+
+
+def cut_of(x: Rows, w: QuantTensor) -> Cut | None:
+    """From formats and shapes alone; None for what is not this kernel's, or faster elsewhere."""
+    rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS.get(w.form.name)
+    if form is None or (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
+        return None
+    if not 0 < rows <= HEIGHTS[form > 0] or (not form and columns * w.shape[0] > LARGE):
+        return None
+    variant = Variant(form, w.form.name == "fp8_block", next(each for each in HEIGHTS if rows <= each))
+    units, tiles = columns // UNIT, -(-w.shape[0] // (16 * STACK))
+    shared_out = min(PROGRAMS * variant.height // HEIGHTS[0] // tiles, units // WARPS)
+    parts = max(1, shared_out, -(-rows * units * variant.unit_bytes // ROOM))
+    per_part = -(-units // parts)
+    return Cut(variant, tiles, per_part, -(-units // per_part))
+
+
+def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, how: Cut) -> Tensor:
+    """[P, T, N]: FP32 parts whose sum is the product, or, where there is one, the product in BF16.
+
+    bias_N: BF16.  how: what `cut_of` returned.
+    """
+    scale = x.parts.get("global_scale" if FORMATS[w.form.name] else "scale")
+    strides = (0, 0) if scale is None or not scale.dim() else scale.reshape(-1, scale.shape[-1]).stride()
+    values, data, of_w = by_16_bytes(operands(x)), by_16_bytes(w.parts["data"]), w.parts["scale"].contiguous()
+    coarse, bias = coarse_rows(w.form.name, w.segments, data.device), None if bias_N is None else bias_N.contiguous()
+    rows, columns = len(values), w.shape[0]
+    y = values.new_empty(how.parts, rows, columns, dtype=torch.bfloat16 if how.parts == 1 else torch.float32)
+    arguments = FewC(
+        values.data_ptr(), pointer(scale), data.data_ptr(), of_w.data_ptr(), pointer(w.parts.get("global_scale")),
+        pointer(coarse), pointer(bias), y.data_ptr(), values.stride(0) * values.element_size(),
+        data.stride(0) * data.element_size(), of_w.stride(0) * of_w.element_size(), *strides, rows, columns,
+        w.columns // UNIT, how.per_part, how.parts,
+    )  # fmt: skip
+    with torch.cuda.device(y.device):
+        kernel = loaded(how.variant, torch.cuda.current_device()).kernel
+        launch(kernel, how.tiles * how.parts, 32 * WARPS, [arguments], how.shared(rows))
+    return y
+
+
+def operands(x: Rows) -> Tensor:
+    """[T, K]: E4M3 codes, or BF16 numbers."""
+    values = exact(x) if x.encoding.name in ("mxfp8", "nvfp4") else x.data
+    return values.reshape(-1, values.shape[-1])
+
+
+def by_16_bytes(rows: Tensor) -> Tensor:
+    """The kernel reads rows so; a copy of those that lie otherwise."""
+    even = rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
+    return rows if even and rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
