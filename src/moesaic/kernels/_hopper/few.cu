@@ -46,7 +46,8 @@ struct Unit {
 // A barrier; scales of whole rows of x; at RESERVED rows of x and the scales of their groups, then the warps' sums.
 extern __shared__ __align__(1024) u8 memory[];
 #define ROW_SCALES 64
-#define RESERVED 128
+#define RESERVED 256
+static_assert(ROW_SCALES + 4 * HEIGHT <= RESERVED, "scales of rows have no room");
 
 DEVICE u32 word_of(const uint4 &q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
 

@@ -23,17 +23,13 @@ from moesaic.kernels.exact import exact
 I32, I64, PTR = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p
 FORMATS = {"fp8_block": 0, "fp8_tensor": 0, "fp8_channel": 0, "mxfp8": 1, "mxfp4": 2, "nvfp4": 3}
 """As few.cu numbers them."""
-HEIGHTS = (8, 16)
-"""Rows that kernels take. FP8 meets tensor cores as it is elsewhere, with less to decode: here only up to the first."""
-STACK, PER_SM, WARPS = 2, 2, 8
-"""Blocks of 16 rows of w in a thread block, thread blocks per multiprocessor, warps."""
-UNIT, RESERVED = 128, 128
-PROGRAMS = 132
-"""Thread blocks that fill a Hopper GPU, where they have work for all of their warps."""
-ROOM, SHARED = 72 << 10, 100 << 10
-"""Bytes of shared memory that rows of x are given, and that a thread block may have at most."""
+WARPS, UNIT, RESERVED = 8, 128, 256
+SHARED = 200 << 10
+"""Bytes of shared memory that a thread block may have at most."""
 LARGE = 32 << 20
-"""Bytes of an FP8 weight from which on Triton is as fast: measured at 10 MB and 132."""
+"""Bytes of a weight from which on Triton is as fast, for FP8 and for heights of 32: measured at 10 MB and 132."""
+MOST = (8, 16, 32, 32)
+"""Rows, by format. What needs less decoding meets Triton's products of groups of warps as equals earlier."""
 
 
 class FewC(ctypes.Structure):
@@ -46,8 +42,26 @@ class FewC(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class Height:
+    """Rows that a kernel takes.  stack: blocks of 16 rows of w in a thread block.  per_sm: thread blocks that a
+    multiprocessor has room for.  programs: thread blocks that K is shared out to.  room: bytes for rows of x."""
+
+    rows: int
+    stack: int
+    per_sm: int
+    programs: int
+    room: int
+
+
+HEIGHTS = {each.rows: each for each in (
+    Height(8, 2, 2, 132, 72 << 10), Height(16, 2, 2, 264, 72 << 10), Height(32, 4, 1, 132, 136 << 10),
+)}  # fmt: skip
+"""Measured on an H200 (docs/performance-log.md)."""
+
+
+@dataclass(frozen=True)
 class Variant:
-    """form: of FORMATS.  blocks: FP8 scales are of blocks and groups.  height: of HEIGHTS."""
+    """form: of FORMATS.  blocks: FP8 scales are of blocks and groups.  height: a key of HEIGHTS."""
 
     form: int
     blocks: bool
@@ -55,8 +69,9 @@ class Variant:
 
     @property
     def defines(self) -> dict[str, int]:
-        return {"FORMAT": self.form, "BLOCKS": int(self.blocks), "HEIGHT": self.height, "STACK": STACK,
-                "PER_SM": PER_SM}  # fmt: skip
+        height = HEIGHTS[self.height]
+        return {"FORMAT": self.form, "BLOCKS": int(self.blocks), "HEIGHT": height.rows, "STACK": height.stack,
+                "PER_SM": height.per_sm}  # fmt: skip
 
     @property
     def unit_bytes(self) -> int:
@@ -91,7 +106,7 @@ class Cut:
         """Bytes of shared memory: rows of x and scales of their groups, and later the warps' sums."""
         variant = self.variant
         x = rows * self.per_part * variant.unit_bytes + 4 * self.per_part * variant.height * variant.blocks
-        return RESERVED + max(x, 4 * WARPS * variant.height * (16 * STACK + 4))
+        return RESERVED + max(x, 4 * WARPS * variant.height * (16 * HEIGHTS[variant.height].stack + 4))
 
 
 def cut_of(x: Rows, w: QuantTensor) -> Cut | None:
@@ -99,12 +114,15 @@ def cut_of(x: Rows, w: QuantTensor) -> Cut | None:
     rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS.get(w.form.name)
     if form is None or (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
         return None
-    if not 0 < rows <= HEIGHTS[form > 0] or (not form and columns * w.shape[0] > LARGE):
+    if not 0 < rows <= MOST[form]:
         return None
-    variant = Variant(form, w.form.name == "fp8_block", next(each for each in HEIGHTS if rows <= each))
-    units, tiles = columns // UNIT, -(-w.shape[0] // (16 * STACK))
-    shared_out = min(PROGRAMS * variant.height // HEIGHTS[0] // tiles, units // WARPS)
-    parts = max(1, shared_out, -(-rows * units * variant.unit_bytes // ROOM))
+    height = next(each for each in HEIGHTS.values() if rows <= each.rows)
+    if (not form or height.rows == 32) and w.parts["data"].nbytes > LARGE:
+        return None
+    variant = Variant(form, w.form.name == "fp8_block", height.rows)
+    units, tiles = columns // UNIT, -(-w.shape[0] // (16 * height.stack))
+    shared_out = min(height.programs // tiles, units // WARPS)
+    parts = max(1, shared_out, -(-rows * units * variant.unit_bytes // height.room))
     per_part = -(-units // parts)
     return Cut(variant, tiles, per_part, -(-units // per_part))
 
