@@ -2,8 +2,9 @@
 
     python benchmarks/gemm.py [--schemes fp8 mxfp8 ...] [--tokens 1 16 ...] [--backends triton deep_gemm]
 
-Shapes: qkv and output projection of Qwen3-30B-A3B, gate and up of DeepSeek-V3's dense layers. One CUDA graph of calls
-with weights of their own, together more than four L2 caches. Peer: torch's BF16 product of the same shape.
+Shapes: qkv and output projection of Qwen3-30B-A3B, gate and up of DeepSeek-V3's shared expert and of its dense layers.
+One CUDA graph of calls with weights of their own, together more than four L2 caches. Peer: torch's BF16 product of the
+same shape.
 floor = max(bytes of the weight / read bandwidth, products / peak of the operands).
 """
 
@@ -29,7 +30,7 @@ from moesaic.kernels import triton
 from moesaic.kernels.registry import backends, local_catalogue
 
 SHAPES = {"qkv 2048 -> 5120": (2048, (4096, 512, 512)), "o 4096 -> 2048": (4096, (2048,)),
-          "gate_up 7168 -> 36864": (7168, (18432, 18432))}  # fmt: skip
+          "shared 7168 -> 4096": (7168, (2048, 2048)), "gate_up 7168 -> 36864": (7168, (18432, 18432))}  # fmt: skip
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 
 
@@ -72,14 +73,16 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=sorted(SCHEMES))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--backends", nargs="+", default=["triton"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--name", default="gemm", help="of the result")
     args = parser.parse_args()
-    report = gpu.Report("gemm", {"what": "gemm"})
+    report = gpu.Report(args.name, {"what": "gemm"})
     print("| projection | scheme | kernel | tokens | ms | floor ms | floor / time |\n|---|---|---|---|---|---|---|")
-    for name, size in SHAPES.items():
+    for name in args.shapes:
         for scheme in args.schemes:
             for backend, tokens in product(takers(SCHEMES[scheme], args.backends), args.tokens):
                 about = {"shape": name, "scheme": scheme, "backend": backend, "tokens": tokens}
-                row = report.measure("rows", about, partial(measure, SCHEMES[scheme], size, tokens, backend))
+                row = report.measure("rows", about, partial(measure, SCHEMES[scheme], SHAPES[name], tokens, backend))
                 if row:
                     print(f"| {name} | {scheme} | {backend} | {tokens} | {row['ms']:.4f} | {row['floor_ms']:.4f} | "
                           f"{row['share']:.2f} |", flush=True)  # fmt: skip
