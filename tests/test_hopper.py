@@ -122,12 +122,13 @@ def test_products_of_few_rows_are_shared_out() -> None:
         ("fp8", 9, (2048, 4096), None), ("fp8", 1, (36864, 7168), None), ("mxfp8", 17, (2048, 4096), None),
         ("mxfp8", 1, (2048, 4160), None), ("wna16", 1, (2048, 4096), None), ("nvfp4", 0, (2048, 4096), None),
         ("nvfp4", 32, (5120, 2048), 1), ("nvfp4", 32, (2048, 4096), 4), ("nvfp4", 32, (36864, 7168), None),
-        ("mxfp4", 33, (5120, 2048), None),
+        ("mxfp4", 33, (5120, 2048), None), ("mxfp4", 1, (4096, 7168), 2),
     ):  # fmt: skip
         scheme, like = SCHEMES[name], torch.empty(0, dtype=torch.bfloat16, device="meta")
         w = QuantTensor.empty(scheme.weight, (shape[0],), shape[1], like)
         x = Rows(scheme.activation, {"data": torch.empty(rows, shape[1], device="meta")}, torch.bfloat16)
         how = few.cut_of(x, w)
+        assert few.cut_of(x, w, terms=False) == (None if name == "fp8" else how), "FP8 by Triton"
         assert (None if how is None else how.parts) == parts, (name, rows, shape)
         if how is not None:
             assert how.shared(rows) <= few.SHARED

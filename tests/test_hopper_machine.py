@@ -116,7 +116,7 @@ def test_dense_products_of_few_rows(name: str, rows: int) -> None:
     """Weight rows that fill no tile; K in one part, and in several; more units than warps, and fewer; a bias."""
     scheme, seen = SCHEMES[name], set()
     scale = torch.tensor(0.01) if scheme.activation.static else None
-    for segments, columns in (((64, 40), 3072), ((24,), 256)):
+    for segments, columns in (((64, 40), 6144), ((24,), 256)):
         w, bias = weight(scheme, segments, columns), randn(sum(segments))
         x = encode(randn(rows, columns), scheme.activation, scale)
         how = few.cut_of(x, w)
@@ -132,7 +132,7 @@ def test_dense_products_of_few_rows(name: str, rows: int) -> None:
         whole = replace(how, per_part=columns // 128, parts=1)
         assert_rows_close(few.products(x, w, bias, whole)[0], wanted, 2**-7, "in one part")
         seen.add(how.parts)
-    assert not seen or seen == {1, 3}
+    assert not seen or len(seen) == 2
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_tensor_static", "mxfp8", "nvfp4_dynamic"])
@@ -142,7 +142,7 @@ def test_what_is_not_a_number_stays_where_it_was(name: str) -> None:
     w, x = weight(scheme, (32,), 256), randn(3, 256)
     x[1, 70] = float("nan")
     rows = encode(x, scheme.activation, torch.tensor(0.01) if scheme.activation.static else None)
-    y = hopper.linear_quant(rows, w)
+    y = hopper.linear_terms(rows, w)[0]
     assert y[1].isnan().any()
     assert y[[0, 2]].isfinite().all()
 

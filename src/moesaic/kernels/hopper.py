@@ -226,7 +226,7 @@ def summed(variant: Variant, terms: ExpertTerms) -> Tensor:
 
 def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
     """Few rows here, and many of FP8; those in between, and what the kernels do not have, by Triton."""
-    terms_PTN = multiplied_densely(x, w, bias_N)
+    terms_PTN = multiplied_densely(x, w, bias_N, terms=False)
     if terms_PTN is None:
         from moesaic.kernels import triton
 
@@ -250,11 +250,11 @@ def linear_terms(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tenso
     return terms_PTN
 
 
-def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tensor | None:
+def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -> Tensor | None:
     """[P, T, N] as `linear_terms` returns it, or None where Triton is to do it."""
     from moesaic.kernels._hopper import few
 
-    if how := few.cut_of(x, w):
+    if how := few.cut_of(x, w, terms):
         return few.products(x, w, None if bias_N is None else bias_N.to(torch.bfloat16), how)
     if w.form.name != "fp8_block":
         return None

@@ -26,10 +26,11 @@ FORMATS = {"fp8_block": 0, "fp8_tensor": 0, "fp8_channel": 0, "mxfp8": 1, "mxfp4
 WARPS, UNIT, RESERVED = 8, 128, 256
 SHARED = 200 << 10
 """Bytes of shared memory that a thread block may have at most."""
-LARGE = 32 << 20
-"""Bytes of a weight from which on Triton is as fast, for FP8 and for heights of 32: measured at 10 MB and 132."""
+LARGE = 16 << 20
+"""Bytes of a weight from which on Triton is as fast, for FP8 and for heights of 32: measured at 15, 29 and 132 MB."""
 MOST = (8, 16, 32, 32)
-"""Rows, by format. What needs less decoding meets Triton's products of groups of warps as equals earlier."""
+"""Rows, by format: what needs less decoding is as fast by Triton's products of groups of warps from fewer rows on. FP8
+is only as terms: behind kernels of another kind, and with a sum to make, Triton is."""
 
 
 class FewC(ctypes.Structure):
@@ -44,17 +45,19 @@ class FewC(ctypes.Structure):
 @dataclass(frozen=True)
 class Height:
     """Rows that a kernel takes.  stack: blocks of 16 rows of w in a thread block.  per_sm: thread blocks that a
-    multiprocessor has room for.  programs: thread blocks that K is shared out to.  room: bytes for rows of x."""
+    multiprocessor has room for.  programs: thread blocks that K is shared out to, as long as each of their warps has
+    `units` of it.  room: bytes for rows of x."""
 
     rows: int
     stack: int
     per_sm: int
     programs: int
+    units: int
     room: int
 
 
 HEIGHTS = {each.rows: each for each in (
-    Height(8, 2, 2, 132, 72 << 10), Height(16, 2, 2, 264, 72 << 10), Height(32, 4, 1, 132, 136 << 10),
+    Height(8, 2, 2, 264, 2, 72 << 10), Height(16, 2, 2, 264, 1, 72 << 10), Height(32, 4, 1, 132, 1, 136 << 10),
 )}  # fmt: skip
 """Measured on an H200 (docs/performance-log.md)."""
 
@@ -109,19 +112,20 @@ class Cut:
         return RESERVED + max(x, 4 * WARPS * variant.height * (16 * HEIGHTS[variant.height].stack + 4))
 
 
-def cut_of(x: Rows, w: QuantTensor) -> Cut | None:
-    """From formats and shapes alone; None for what is not this kernel's, or faster elsewhere."""
+def cut_of(x: Rows, w: QuantTensor, terms: bool = True) -> Cut | None:
+    """From formats and shapes alone; None for what is not this kernel's, or faster elsewhere. terms: somebody else adds
+    up the parts."""
     rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS.get(w.form.name)
     if form is None or (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
         return None
-    if not 0 < rows <= MOST[form]:
+    if not 0 < rows <= MOST[form] or (not form and not terms):
         return None
     height = next(each for each in HEIGHTS.values() if rows <= each.rows)
     if (not form or height.rows == 32) and w.parts["data"].nbytes > LARGE:
         return None
     variant = Variant(form, w.form.name == "fp8_block", height.rows)
     units, tiles = columns // UNIT, -(-w.shape[0] // (16 * height.stack))
-    shared_out = min(height.programs // tiles, units // WARPS)
+    shared_out = min(height.programs // tiles, units // (WARPS * height.units))
     parts = max(1, shared_out, -(-rows * units * variant.unit_bytes // height.room))
     per_part = -(-units // parts)
     return Cut(variant, tiles, per_part, -(-units // per_part))
