@@ -123,6 +123,7 @@ def test_products_of_few_rows_are_shared_out() -> None:
         ("mxfp8", 1, (2048, 4160), None), ("wna16", 1, (2048, 4096), None), ("nvfp4", 0, (2048, 4096), None),
         ("nvfp4", 32, (5120, 2048), 1), ("nvfp4", 32, (2048, 4096), 4), ("nvfp4", 32, (36864, 7168), None),
         ("mxfp4", 33, (5120, 2048), None), ("mxfp4", 1, (4096, 7168), 2),
+        ("mxfp8", 8, (36864, 7168), 2), ("mxfp8", 9, (36864, 7168), None), ("nvfp4", 9, (36864, 7168), 2),
     ):  # fmt: skip
         scheme, like = SCHEMES[name], torch.empty(0, dtype=torch.bfloat16, device="meta")
         w = QuantTensor.empty(scheme.weight, (shape[0],), shape[1], like)

@@ -5,7 +5,8 @@ and the encoding in between run in one persistent kernel; a token's results are 
 as they are stored, but for FP4, MXFP8, and FP8 beside 16-bit rows: their codes' bits change places at load (`pack`).
 E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
 BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
-A dense product of many FP8 rows is the second product of a layer with one expert; few rows are left to Triton.
+A dense product of many FP8 rows is the second product of a layer with one expert; few rows meet weights of 4 and 8 bits
+in a kernel of their own (`few.py`); what lies in between is left to Triton.
 Attention over heads is a launch for sequences that decode and one for prompts; latents and other sizes are left to
 Triton.
 

@@ -27,7 +27,8 @@ WARPS, UNIT, RESERVED = 8, 128, 256
 SHARED = 200 << 10
 """Bytes of shared memory that a thread block may have at most."""
 LARGE = 16 << 20
-"""Bytes of a weight from which on Triton is as fast, for FP8 and for heights of 32: measured at 15, 29 and 132 MB."""
+"""Bytes of a weight above which Triton is as fast, for FP8, for heights of 32, and for MXFP8 of 16: measured at 10 MB
+or 15, and at 29 or 132."""
 MOST = (8, 16, 32, 32)
 """Rows, by format: what needs less decoding is as fast by Triton's products of groups of warps from fewer rows on. FP8
 is only as terms: behind kernels of another kind, and with a sum to make, Triton is."""
@@ -121,7 +122,7 @@ def cut_of(x: Rows, w: QuantTensor, terms: bool = True) -> Cut | None:
     if not 0 < rows <= MOST[form] or (not form and not terms):
         return None
     height = next(each for each in HEIGHTS.values() if rows <= each.rows)
-    if (not form or height.rows == 32) and w.parts["data"].nbytes > LARGE:
+    if (not form or height.rows >= (16 if form == 1 else 32)) and w.parts["data"].nbytes > LARGE:
         return None
     variant = Variant(form, w.form.name == "fp8_block", height.rows)
     units, tiles = columns // UNIT, -(-w.shape[0] // (16 * height.stack))
