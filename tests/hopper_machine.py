@@ -80,7 +80,7 @@ def loaded_few(variant: few.Variant, device: int) -> SimpleNamespace:
 
 
 def start(kernel: tuple[ctypes.CDLL, str], grid: int, block: int, arguments: Sequence[Any], shared: int = 0,
-          cluster: int = 1) -> None:  # fmt: skip
+          cluster: int = 1, ahead: bool = True) -> None:  # fmt: skip
     """As driver.launch. Fails where a kernel's threads wait for ever."""
     assert cluster == 1, "one thread block sorts"
     kernels, name = kernel

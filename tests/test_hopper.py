@@ -121,6 +121,7 @@ def test_products_of_few_rows_are_shared_out() -> None:
         ("nvfp4", 1, (1024, 1024), 1), ("nvfp4", 8, (7168, 16384), 4), ("fp8", 8, (2048, 4096), 2),
         ("fp8", 9, (2048, 4096), None), ("fp8", 1, (36864, 7168), None), ("mxfp8", 17, (2048, 4096), None),
         ("mxfp8", 1, (2048, 4160), None), ("wna16", 1, (2048, 4096), None), ("nvfp4", 0, (2048, 4096), None),
+        ("nvfp4", 1, (0, 4096), None),
         ("nvfp4", 32, (5120, 2048), 1), ("nvfp4", 32, (2048, 4096), 4), ("nvfp4", 32, (36864, 7168), None),
         ("mxfp4", 33, (5120, 2048), None), ("mxfp4", 1, (4096, 7168), 2),
         ("mxfp8", 8, (36864, 7168), 2), ("mxfp8", 9, (36864, 7168), None), ("nvfp4", 9, (36864, 7168), 2),
@@ -128,8 +129,8 @@ def test_products_of_few_rows_are_shared_out() -> None:
         scheme, like = SCHEMES[name], torch.empty(0, dtype=torch.bfloat16, device="meta")
         w = QuantTensor.empty(scheme.weight, (shape[0],), shape[1], like)
         x = Rows(scheme.activation, {"data": torch.empty(rows, shape[1], device="meta")}, torch.bfloat16)
-        how = few.cut_of(x, w)
-        assert few.cut_of(x, w, terms=False) == (None if name == "fp8" else how), "FP8 by Triton"
+        how = few.cut_of(x, w, None)
+        assert few.cut_of(x, w, None, terms=False) == (None if name == "fp8" else how), "FP8 by Triton"
         assert (None if how is None else how.parts) == parts, (name, rows, shape)
         if how is not None:
             assert how.shared(rows) <= few.SHARED

@@ -23,6 +23,7 @@ from moesaic.hardware import GPUS
 from moesaic.kernels import hopper, hopper_invariant, registry
 from moesaic.kernels._hopper import pack as packing
 from moesaic.kernels._hopper.pack import WAYS, unzigzag, zigzag
+from moesaic.kernels.in_place import all_or_none
 from moesaic.kernels.ops import ExpertWeights
 from moesaic.models.build import spec_of
 from moesaic.models.hold import hold
@@ -158,6 +159,21 @@ def test_what_is_interrupted_leaves_all_codes_as_they_were(
     assert all(torch.equal(a, b) for a, b in zip(plain, raw(w), strict=True))
 
 
+def test_whoever_cannot_be_put_back_is_told() -> None:
+    """The others are, all the same."""
+    done: list[str] = []
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError
+
+    steps = [(lambda: done.append("a"), lambda: done.append("-a")), (lambda: done.append("b"), fails), (fails, fails)]
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        all_or_none(steps)
+    assert done == ["a", "b", "-a"]
+    assert "load the weights again" in caught.value.__notes__[0]
+    assert len(caught.value.__notes__) == 1
+
+
 def test_storage_that_has_gaps_is_refused_before_anything_is_written() -> None:
     w = weights_of("nvfp4")
     spread = w.w2.parts["data"].transpose(0, 1).contiguous().transpose(0, 1)
@@ -183,9 +199,11 @@ def test_scales_stay_where_they_are() -> None:
     """Graphs hold the addresses of static scales, too; a reload changes what stands there."""
     mixture = spec_of(plan_fixtures.read("qwen3-30b-a3b").config).layers[1].mlp
     assert isinstance(mixture, MoESpec)
-    experts = Experts(
-        replace(mixture, router=replace(mixture.router, experts=2)), SCHEMES["w4afp8_static"], LIKE, hopper_invariant
-    )
+    small = replace(mixture, router=replace(mixture.router, experts=2))
+    with torch.inference_mode():  # in which a model may be made, and loaded outside of it
+        made = Experts(small, SCHEMES["nvfp4"], LIKE)
+    made.settle()
+    experts = Experts(small, SCHEMES["w4afp8_static"], LIKE, hopper_invariant)
     for each in (experts.plain.w13, experts.plain.w2):
         fill(each)
     loaded = experts.input_scales_E3

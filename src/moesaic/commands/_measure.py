@@ -155,21 +155,21 @@ def ops_of(candidate: Candidate, case: Case, hardware: Hardware, catalogue: Sequ
 
 @contextmanager
 def packed(w: ExpertWeights, packer: ModuleType | None) -> Iterator[ExpertWeights]:
-    """The weights in a backend's order of bytes, and back in the formats' own behind it; other random ones where that
-    fails, which the next kernel can be timed with."""
+    """The weights in a backend's order of bytes, and back in the formats' own behind it; other random ones where
+    anything fails, which the next kernel can be timed with."""
     if packer is None:
         yield w
         return
-    made: ExpertWeights = packer.pack(w, None)
     try:
-        yield made
-    finally:
+        made: ExpertWeights = packer.pack(w, None)
         try:
+            yield made
+        finally:
             packer.unpack(made)
-        except Exception:
-            for each in (w.w13, w.w2):
-                fill(each)
-            raise
+    except Exception:
+        for each in (w.w13, w.w2):
+            fill(each)
+        raise
 
 
 def time_calls(calls: Sequence[Call], repeats: int = 30, device: str = "cuda", sustain: float = 0.0) -> float:

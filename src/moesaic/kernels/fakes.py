@@ -63,7 +63,7 @@ def linear_terms(backend: str, x: Rows, w: QuantTensor, bias_N: Tensor | None = 
     from moesaic.kernels._triton.linear_terms import WAVES
 
     fixed, rows = backend == "triton_invariant", x.data.shape[:-1].numel()
-    parts, how = 1, few.cut_of(x, w) if backend == "hopper" else None
+    parts, how = 1, few.cut_of(x, w, bias_N) if backend == "hopper" else None
     if how is not None:
         parts = how.parts
     elif backend != "hopper" or w.form.name != "fp8_block" or dense_tile(rows, w.segments, w.columns) is None:

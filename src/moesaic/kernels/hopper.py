@@ -255,8 +255,8 @@ def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bo
     """[P, T, N] as `linear_terms` returns it, or None where Triton is to do it."""
     from moesaic.kernels._hopper import few
 
-    if how := few.cut_of(x, w, terms):
-        return few.products(x, w, None if bias_N is None else bias_N.to(torch.bfloat16), how)
+    if how := few.cut_of(x, w, bias_N, terms):
+        return few.products(x, w, bias_N, how)
     if w.form.name != "fp8_block":
         return None
     columns = w.columns

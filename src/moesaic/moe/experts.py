@@ -44,9 +44,10 @@ class Experts:
         down."""
         between = self.weights.between_scale
         if self.input_scales_E3 is not None and self.input_scale is not None and between is not None:
-            largest_3 = self.input_scales_E3.amax(0)
-            self.input_scale.copy_(largest_3[:2].amax())
-            between.copy_(largest_3[2])
+            with torch.inference_mode():  # they may have been made in it
+                largest_3 = self.input_scales_E3.amax(0)
+                self.input_scale.copy_(largest_3[:2].amax())
+                between.copy_(largest_3[2])
 
     def settle(self) -> None:
         """After the storage was filled: derives what follows from it, and orders its bytes as the kernels want them."""

@@ -88,13 +88,13 @@ class Module:
 
 
 def launch(function: ctypes.c_void_p, grid: int, block: int, arguments: Sequence[Any], shared: int = 0,
-           cluster: int = 1) -> None:  # fmt: skip
+           cluster: int = 1, ahead: bool = True) -> None:  # fmt: skip
     """In one dimension; it may begin before the kernel in front of it has ended: the kernels wait themselves.
 
-    cluster: neighbouring blocks that run together.
+    cluster: neighbouring blocks that run together.  ahead: False where it must not begin so early.
     """
     attributes = (_Attribute * 2)(_Attribute(id=_SERIALIZATION), _Attribute(id=_CLUSTER))
-    attributes[0].value[0] = 1
+    attributes[0].value[0] = int(ahead)
     attributes[1].value[:3] = cluster, 1, 1
     stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())  # without an object for each launch
     config = _Config((grid, 1, 1), (block, 1, 1), shared, stream, attributes, 2 if cluster > 1 else 1)

@@ -23,7 +23,7 @@
 #define PIECES (FORMAT == FP8 ? 1 : FORMAT == MXFP8 ? 2 : 4) /* of 16 bytes of x that belong to one */
 #define W_UNIT (64 * CHUNKS)
 #define X_UNIT (64 * CHUNKS * PIECES)
-#define LIFT (FORMAT == FP8 ? (BLOCKS ? 0x1p16f : 0x1p8f) : FORMAT == MXFP8 ? 0x1p60f : 0x1p63f) /* by which a sum of products is too small */
+#define LIFT (FORMAT == FP8 ? 0x1p8f : FORMAT == MXFP8 ? 0x1p60f : 0x1p63f) /* by which a sum of products is too small */
 
 struct Few {
     const u8 *x;
@@ -58,9 +58,8 @@ DEVICE void halves_of(u32 w, u32 &low, u32 &high) {
     high = picked(w >> 1, 0x3F803F80u, w & 0x80008000u);
 }
 
-// Rows without a scale of their own may hold NaN: that it stays, the hardware knows; such numbers are as large as they are.
+// The same of rows, by the hardware, as large as they are: these may hold NaN, which stays (weights that do are not loaded).
 DEVICE void rows_of(u32 x, u32 &low, u32 &high) {
-    if (BLOCKS) return halves_of(x, low, high);
     low = e4m3_halves(__byte_perm(x, 0, 0x4420)), high = e4m3_halves(__byte_perm(x, 0, 0x4431));
 }
 

@@ -113,13 +113,15 @@ class Cut:
         return RESERVED + max(x, 4 * WARPS * variant.height * (16 * HEIGHTS[variant.height].stack + 4))
 
 
-def cut_of(x: Rows, w: QuantTensor, terms: bool = True) -> Cut | None:
+def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -> Cut | None:
     """From formats and shapes alone; None for what is not this kernel's, or faster elsewhere. terms: somebody else adds
     up the parts."""
+    if bias_N is not None and bias_N.dtype != torch.bfloat16:
+        return None
     rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS.get(w.form.name)
     if form is None or (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
         return None
-    if not 0 < rows <= MOST[form] or (not form and not terms):
+    if not 0 < rows <= MOST[form] or not w.shape[0] or (not form and not terms):
         return None
     height = next(each for each in HEIGHTS.values() if rows <= each.rows)
     if (not form or height.rows >= (16 if form == 1 else 32)) and w.parts["data"].nbytes > LARGE:
@@ -135,12 +137,16 @@ def cut_of(x: Rows, w: QuantTensor, terms: bool = True) -> Cut | None:
 def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, how: Cut) -> Tensor:
     """[P, T, N]: FP32 parts whose sum is the product, or, where there is one, the product in BF16.
 
-    bias_N: BF16.  how: what `cut_of` returned.
+    bias_N: BF16.  how: what `cut_of` returned.  The kernel reads weights before the one in front of it has ended,
+    unless that had to make copies of them.
     """
-    scale = x.parts.get("global_scale" if FORMATS[w.form.name] else "scale")
-    strides = (0, 0) if scale is None or not scale.dim() else scale.reshape(-1, scale.shape[-1]).stride()
+    scale, form = x.parts.get("global_scale" if FORMATS[w.form.name] else "scale"), w.form.name
+    scale = scale.reshape(-1, scale.shape[-1]) if scale is not None and scale.dim() else scale
+    strides = (0, 0) if scale is None or not scale.dim() else scale.stride()
+    stored = w.parts["data"], w.parts["scale"], bias_N
     values, data, of_w = by_16_bytes(operands(x)), by_16_bytes(w.parts["data"]), w.parts["scale"].contiguous()
-    coarse, bias = coarse_rows(w.form.name, w.segments, data.device), None if bias_N is None else bias_N.contiguous()
+    bias, coarse = None if bias_N is None else bias_N.contiguous(), coarse_rows(form, w.segments, data.device)
+    ahead = all(mine is given for mine, given in zip((data, of_w, bias), stored, strict=True))
     rows, columns = len(values), w.shape[0]
     y = values.new_empty(how.parts, rows, columns, dtype=torch.bfloat16 if how.parts == 1 else torch.float32)
     arguments = FewC(
@@ -151,7 +157,7 @@ def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, how: Cut) -> Tensor
     )  # fmt: skip
     with torch.cuda.device(y.device):
         kernel = loaded(how.variant, torch.cuda.current_device()).kernel
-        launch(kernel, how.tiles * how.parts, 32 * WARPS, [arguments], how.shared(rows))
+        launch(kernel, how.tiles * how.parts, 32 * WARPS, [arguments], how.shared(rows), ahead=ahead)
     return y
 
 
