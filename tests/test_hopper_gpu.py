@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import SILU, Activation
+from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import few, launch
@@ -191,6 +193,17 @@ def test_sums_in_fp32(name: str, tile: Tile) -> None:
     assert (error <= slack).all(), (error / slack).max()
 
 
+def check_dense(rows: Rows, w: QuantTensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(the product in FP64, terms of it): both ops are held against it, and the shape that a fake says."""
+    wanted, what = reference.linear_quant(in_double(rows), w, bias), f"{w.segments} {w.columns}"
+    assert_rows_close(hopper.linear_quant(rows, w, bias), wanted, 2**-7, what)
+    terms = hopper.linear_terms(rows, w, bias)
+    assert_rows_close(terms.double().sum(0), wanted, 2**-7, f"{what}, terms")
+    fake = FAKES["linear_terms"]("hopper", rows, w, bias)
+    assert (terms.shape, terms.dtype) == (fake.shape, fake.dtype)
+    return wanted, terms
+
+
 @pytest.mark.parametrize("tokens", [128, 129, 333, 1000, 4200])
 @pytest.mark.parametrize(("segments", "columns"), [
     ((4096, 512, 512), 2048), ((2048,), 4096), ((1536,), 7168), ((24, ), 128), ((1024, 520), 2896), ((8200,), 1536),
@@ -201,12 +214,7 @@ def test_dense_products(segments: tuple[int, ...], columns: int, tokens: int) ->
     w, x = weight(scheme, segments, columns), randn(tokens, columns)
     rows = triton.encode(x, scheme.activation)
     for bias in (None, randn(sum(segments))):
-        wanted = reference.linear_quant(in_double(rows), w, bias)
-        assert_rows_close(hopper.linear_quant(rows, w, bias), wanted, 2**-7, f"{segments} {columns}")
-        terms = hopper.linear_terms(rows, w, bias)
-        assert_rows_close(terms.double().sum(0), wanted, 2**-7, "terms")
-        fake = FAKES["linear_terms"]("hopper", rows, w, bias)
-        assert (terms.shape, terms.dtype) == (fake.shape, fake.dtype)
+        wanted, terms = check_dense(rows, w, bias)
         data, scale = rows.data, rows.parts["scale"]
         for tile in (TILES[64], TILES[96], TILES[128], Tile(128, 1, 1)):
             y = launch.linear(variant_of(scheme.weight, scheme.activation, tile), data, scale, w, bias)
@@ -229,15 +237,13 @@ def test_dense_products_of_few_rows(name: str, tokens: int) -> None:
         mine = few.cut_of(rows, w, None) is not None
         assert mine == (tokens <= few.MOST[few.FORMATS[scheme.weight.name]])
         for bias in (None, randn(sum(segments))):
-            wanted = reference.linear_quant(in_double(rows), w, bias)
-            assert_rows_close(hopper.linear_quant(rows, w, bias), wanted, 2**-7, f"{segments} {columns}")
-            terms = hopper.linear_terms(rows, w, bias)
-            assert_rows_close(terms.double().sum(0), wanted, 2**-7, "terms")
-            fake = FAKES["linear_terms"]("hopper", rows, w, bias)
-            assert (terms.shape, terms.dtype) == (fake.shape, fake.dtype)
+            check_dense(rows, w, bias)
     if scheme.activation.name == "bf16":
         apart = Rows(scheme.activation, {"data": x}, x.dtype)
         assert torch.equal(hopper.linear_quant(apart, w), hopper.linear_quant(rows, w))
+    if scheme.activation.name.startswith("fp8"):
+        rows.data.view(torch.uint8)[0, 70] = 0x7F  # NaN, of which a group's scale may say nothing
+        assert hopper.linear_terms(rows, w)[:, 0].isnan().any()
 
 
 def test_dense_products_of_rows_as_they_lie() -> None:

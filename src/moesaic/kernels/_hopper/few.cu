@@ -1,4 +1,4 @@
-// A dense product of few rows with a weight of 4 or 8 bits: read once, as fast as memory gives it.
+// A dense product of few rows with a weight of 4 or 8 bits, which is read once.
 //
 // A thread block has ROWS rows of w and a part of K, whose units of 128 elements its warps take in turn: from memory through
 // registers to the tensor cores. The first units are on their way before the kernel in front has ended. Rows of x wait in
