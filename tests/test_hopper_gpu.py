@@ -15,7 +15,7 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
 from moesaic.kernels._hopper import few, launch
 from moesaic.kernels._hopper.pack import INVARIANT_PACKINGS
-from moesaic.kernels._hopper.variants import DENSE, PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
+from moesaic.kernels._hopper.variants import DENSE, FORMATS, PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
 from tests.hopper_support import Layer, check_layer, check_sum, on_hopper
@@ -235,7 +235,7 @@ def test_dense_products_of_few_rows(name: str, tokens: int) -> None:
         x = randn(tokens, columns + 24)[:, :columns]
         rows = triton.encode(x, scheme.activation, scale)
         mine = few.cut_of(rows, w, None) is not None
-        assert mine == (tokens <= few.MOST[few.FORMATS[scheme.weight.name]])
+        assert mine == (tokens <= few.MOST[FORMATS[scheme.weight.name]])
         for bias in (None, randn(sum(segments))):
             check_dense(rows, w, bias)
     if scheme.activation.name == "bf16":

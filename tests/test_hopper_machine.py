@@ -16,7 +16,7 @@ from moesaic.contracts.spec import Activation, MoESpec
 from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
 from moesaic.kernels._hopper import few, launch
-from moesaic.kernels._hopper.variants import PAIRS, TILES, Tile, variant_of, with_tile
+from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Tile, variant_of, with_tile
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
 from moesaic.moe.experts import Experts
@@ -121,7 +121,7 @@ def test_dense_products_of_few_rows(name: str, rows: int) -> None:
         w, bias = weight(scheme, segments, columns), randn(sum(segments))
         x = encode(randn(rows, columns), scheme.activation, scale)
         how = few.cut_of(x, w, bias)
-        if rows > few.MOST[few.FORMATS[scheme.weight.name]]:
+        if rows > few.MOST[FORMATS[scheme.weight.name]]:
             assert how is None
             continue
         assert how is not None

@@ -210,10 +210,10 @@ def test_scales_stay_where_they_are() -> None:
     assert loaded is not None
 
     def held() -> tuple[Tensor, Tensor]:
-        scales = experts.input_scale, experts.weights.between_scale
-        assert scales[0] is not None
-        assert scales[1] is not None
-        return scales  # type: ignore[return-value]
+        of_rows, between = experts.input_scale, experts.weights.between_scale
+        assert of_rows is not None
+        assert between is not None
+        return of_rows, between
 
     loaded.copy_(torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.25, 7.0]]))
     experts.settle()

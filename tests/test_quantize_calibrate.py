@@ -107,9 +107,9 @@ def test_experts_that_a_kernel_packs_are_seen_as_they_are(
     def experts(x: Rows, w: ExpertWeights, ids: Tensor, weights: Tensor) -> Tensor:
         w.must_be("flipped")
         used.append(len(ids))
-        y = known["cpu"].experts(x, flipped(w, "plain"), ids, weights)
+        y: Tensor = known["cpu"].experts(x, flipped(w, "plain"), ids, weights)
         flipped(w, "flipped")
-        return y  # type: ignore[no-any-return]
+        return y
 
     (mine,) = (each for each in known["cpu"].CONTRACTS if each.op == "experts")
     packing = ModuleType("flipping")

@@ -9,18 +9,9 @@
 // put in order when weights are loaded (pack.py), so that few instructions move many. NVFP4 and FP8 with rows of their own
 // fit IEEE halves as well (HALVES): a 4-bit code and its sign are one byte there, and E4M3 is converted by the hardware.
 #pragma once
-#include "base.cuh"
-
-// Formats, as variants.py numbers them.
-#define BF16 0
-#define FP8 1  // E4M3, scales of rows or of 128 x 128 blocks
-#define MXFP8 2
-#define MXFP4 3
-#define NVFP4 4
-#define INT4 5
+#include "formats.cuh"
 
 // NARROW: products by warps, of few rows of x; else by groups of four
-#define FOUR_BIT (FORMAT >= MXFP4)
 #define W_ROW (FOUR_BIT && !NARROW ? 64 : 128) /* bytes of a weight row per stage; where x takes most of the room, fewer */
 #define ELEMENTS (FORMAT == BF16 ? 64 : FOUR_BIT ? 2 * W_ROW : 128) /* of K per stage */
 #define DECODED !(FORMAT == BF16 || (FORMAT == FP8 && ROWS8))

@@ -6,20 +6,14 @@
 //
 // Of a unit, a lane has chunks of 16 bytes of rows lane / 4 and lane / 4 + 8 of each block of 16, and the same elements of row
 // lane / 4 of x: which elements of K are multiplied together is free, as long as both sides agree.
-#include "base.cuh"
+#include "formats.cuh"
 
-// Formats. FP8: E4M3 rows, with scales of blocks (BLOCKS) or of whole rows; else rows are BF16 numbers.
-#define FP8 0
-#define MXFP8 1
-#define MXFP4 2
-#define NVFP4 3
-
+// FP8 meets E4M3 rows, with scales of blocks (BLOCKS) or of whole rows; all else rows of BF16 numbers.
 // HEIGHT rows of x at most, STACK blocks of 16 rows of w, PER_SM thread blocks per multiprocessor
 #define WARPS 8
 #define AHEAD 2
 #define ROWS (16 * STACK)
-#define FOUR_BIT (FORMAT >= MXFP4)
-#define CHUNKS (FOUR_BIT ? 1 : 2)                       /* of 16 bytes that a lane has of a weight row's unit */
+#define CHUNKS (FOUR_BIT ? 1 : 2)                            /* of 16 bytes that a lane has of a weight row's unit */
 #define PIECES (FORMAT == FP8 ? 1 : FORMAT == MXFP8 ? 2 : 4) /* of 16 bytes of x that belong to one */
 #define W_UNIT (64 * CHUNKS)
 #define X_UNIT (64 * CHUNKS * PIECES)
@@ -48,8 +42,6 @@ extern __shared__ __align__(1024) u8 memory[];
 #define ROW_SCALES 64
 #define RESERVED 256
 static_assert(ROW_SCALES + 4 * HEIGHT <= RESERVED, "scales of rows have no room");
-
-DEVICE u32 word_of(const uint4 &q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
 
 // Four E4M3 codes -> halves (b0, b2), (b1, b3), 2^-8 times their values.
 DEVICE void halves_of(u32 w, u32 &low, u32 &high) {

@@ -16,20 +16,19 @@ from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper.driver import Module, launch
-from moesaic.kernels._hopper.variants import DENSE
+from moesaic.kernels._hopper.variants import DENSE, FORMATS
 from moesaic.kernels._triton.gemm import coarse_rows
 from moesaic.kernels.exact import exact
 
 I32, I64, PTR = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p
-FORMATS = {"fp8_block": 0, "fp8_tensor": 0, "fp8_channel": 0, "mxfp8": 1, "mxfp4": 2, "nvfp4": 3}
-"""As few.cu numbers them."""
 WARPS, UNIT, RESERVED = 8, 128, 256
 SHARED = 200 << 10
 """Bytes of shared memory that a thread block may have at most."""
 LARGE = 16 << 20
-"""Bytes of a weight above which Triton is as fast, for FP8, for heights of 32, and for MXFP8 of 16: measured at 10 MB
-or 15, and at 29 or 132."""
-MOST = (8, 16, 32, 32)
+"""Bytes of a weight above which Triton is as fast at a format's greatest height: measured at 10 MB or 15, and at 29 or
+132."""
+FP8 = FORMATS["fp8_block"]
+MOST = {FP8: 8, FORMATS["mxfp8"]: 16, FORMATS["mxfp4"]: 32, FORMATS["nvfp4"]: 32}
 """Rows, by format: what needs less decoding is as fast by Triton's products of groups of warps from fewer rows on. FP8
 is only as terms: behind kernels of another kind, and with a sum to make, Triton is."""
 
@@ -80,7 +79,7 @@ class Variant:
     @property
     def unit_bytes(self) -> int:
         """Of a row of x."""
-        return UNIT * (2 if self.form else 1)
+        return UNIT * (1 if self.form == FP8 else 2)
 
 
 class Loaded:
@@ -118,13 +117,13 @@ def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -
     up the parts."""
     if bias_N is not None and bias_N.dtype != torch.bfloat16:
         return None
-    rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS.get(w.form.name)
-    if form is None or (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
+    rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS[w.form.name]
+    if (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
         return None
-    if not 0 < rows <= MOST[form] or not w.shape[0] or (not form and not terms):
+    if not 0 < rows <= MOST[form] or not w.shape[0] or (form == FP8 and not terms):
         return None
     height = next(each for each in HEIGHTS.values() if rows <= each.rows)
-    if (not form or height.rows >= (16 if form == 1 else 32)) and w.parts["data"].nbytes > LARGE:
+    if height.rows == MOST[form] and w.parts["data"].nbytes > LARGE:
         return None
     variant = Variant(form, w.form.name == "fp8_block", height.rows)
     units, tiles = columns // UNIT, -(-w.shape[0] // (16 * height.stack))
@@ -140,7 +139,8 @@ def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, how: Cut) -> Tensor
     bias_N: BF16.  how: what `cut_of` returned.  The kernel reads weights before the one in front of it has ended,
     unless that had to make copies of them.
     """
-    scale, form = x.parts.get("global_scale" if FORMATS[w.form.name] else "scale"), w.form.name
+    form = w.form.name
+    scale = x.parts.get("scale" if FORMATS[form] == FP8 else "global_scale")
     scale = scale.reshape(-1, scale.shape[-1]) if scale is not None and scale.dim() else scale
     strides = (0, 0) if scale is None or not scale.dim() else scale.stride()
     stored = w.parts["data"], w.parts["scale"], bias_N

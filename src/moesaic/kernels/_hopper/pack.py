@@ -76,7 +76,7 @@ def unpack(w: ExpertWeights) -> ExpertWeights:
 
 
 def rewrite(w: ExpertWeights, change: Change, back: Change) -> None:
-    """All codes, or, where that fails or is interrupted, none of them."""
+    """All codes, or, where that fails, none of them."""
     every = [data.view(torch.uint8).view(-1, data.shape[-1]) for data in (w.w13.parts["data"], w.w2.parts["data"])]
     pieces = [some for rows in every for some in rows.split(max(1, AT_ONCE // rows.shape[1]))]
 

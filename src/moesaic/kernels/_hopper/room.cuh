@@ -153,7 +153,6 @@ DEVICE uint4 load_chunk(const u8 *tile, int row, int chunk) { return *(const uin
 
 DEVICE u32 load_word(const u8 *tile, int row, int chunk, int word) { return *(const u32 *)(chunk_at(tile, row, chunk) + word * 4); }
 
-DEVICE u32 word_of(const uint4 &q, int i) { return i == 0 ? q.x : i == 1 ? q.y : i == 2 ? q.z : q.w; }
 
 // --- rows of x ---
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moesaic.contracts.scheme import Encoding, WeightFormat
 
 FORMATS = {"bf16": 0, "fp8_tensor": 1, "fp8_channel": 1, "fp8_block": 1, "mxfp8": 2, "mxfp4": 3, "nvfp4": 4, "int4": 5}
-"""As decode.cuh numbers them."""
+"""As formats.cuh numbers them."""
 ENCODINGS = {("bf16", False): 0, ("fp8_tensor", True): 1, ("fp8_tensor", False): 2, ("fp8_token", False): 3,
              ("fp8_group128", False): 4, ("mxfp8", False): 5, ("nvfp4", True): 6, ("nvfp4", False): 7}  # fmt: skip
 """As encode.cuh numbers them."""
