@@ -75,6 +75,11 @@ def start(engine: Engine, name: str, batch: int, context: int, tokens: int) -> N
         engine.step()
 
 
+def waits(batch: int, context: int) -> int:
+    """Steps from a batch's first prompt to its last, in which the first ones decode already."""
+    return -(-batch * context // CHUNK)
+
+
 def drain(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
@@ -157,7 +162,7 @@ def floor_bytes(engine: Engine, batch: int, context: int, parts: list[float]) ->
 
 def decode(engine: Engine, batch: int, context: int, with_profile: bool) -> dict[str, Any]:
     try:
-        start(engine, f"d{batch}", batch, context, 2 * WINDOW + PROFILED + 24)
+        start(engine, f"d{batch}", batch, context, 2 * WINDOW + PROFILED + 24 + waits(batch, context))
         timed(engine, 4)
         first, second = timed(engine, WINDOW), timed(engine, WINDOW)
         found = profile(engine, PROFILED) if with_profile else {}
@@ -242,7 +247,7 @@ def main() -> None:
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     args = parser.parse_args()
     count, _, long = args.prompts.partition("x")
-    length = max(args.context + 2 * WINDOW + PROFILED + 40, int(long or 0) + 16)
+    length = max(args.context + 2 * WINDOW + PROFILED + 40 + waits(max(args.batch), args.context), int(long or 0) + 16)
     chunk = (max(1, CHUNK // int(long)), int(long)) if long else (max(1, CHUNK // args.context), args.context)
     alone = [(rows, 1) for rows in sorted({*args.batch, *args.first})]
     seconds = warm.compile_all(args.model, args.scheme, args.kv, [*alone, chunk])

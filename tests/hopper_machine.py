@@ -28,7 +28,7 @@ from moesaic.formats import encodings
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import triton
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper import few, launch
+from moesaic.kernels._hopper import dense, launch
 from moesaic.kernels._hopper.driver import TensorMap, aligned_map
 from moesaic.kernels._hopper.variants import Variant
 from moesaic.kernels._native import COMPILERS
@@ -47,7 +47,7 @@ def folder() -> Path:
 
 
 @cache
-def library(variant: Variant | few.Variant, main: str = "main.cpp") -> ctypes.CDLL:
+def library(variant: Variant | dense.Variant, main: str = "main.cpp") -> ctypes.CDLL:
     """The kernels of a variant. Fails where they do not compile."""
     here = folder() / f"{abs(hash(variant)):x}"
     here.mkdir()
@@ -75,8 +75,8 @@ def loaded(variant: Variant, device: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def loaded_few(variant: few.Variant, device: int) -> SimpleNamespace:
-    return SimpleNamespace(kernel=(library(variant, "few.cpp"), "few"))
+def loaded_dense(variant: dense.Variant, device: int) -> SimpleNamespace:
+    return SimpleNamespace(kernel=(library(variant, "dense.cpp"), "dense"))
 
 
 def start(kernel: tuple[ctypes.CDLL, str], grid: int, block: int, arguments: Sequence[Any], shared: int = 0,
@@ -84,9 +84,9 @@ def start(kernel: tuple[ctypes.CDLL, str], grid: int, block: int, arguments: Seq
     """As driver.launch. Fails where a kernel's threads wait for ever."""
     assert cluster == 1, "one thread block sorts"
     kernels, name = kernel
-    if name == "few":
+    if name == "dense":
         kernels.begin_by_chance(grid + arguments[0].rows)
-        stuck = kernels.run_few(ctypes.byref(arguments[0]), grid, block, shared)
+        stuck = kernels.run_dense(ctypes.byref(arguments[0]), grid, block, shared)
     elif name == "experts":
         given = arguments[1]
         kernels.begin_by_chance(grid + 31 * given.hidden + 17 * given.columns + 7 * given.top_k)
@@ -122,8 +122,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"loaded": loaded, "launch": start, "tensor_map": tensor_map, "described": tensor_map,
                         "processors": lambda _: PROCESSORS}.items():  # fmt: skip
         monkeypatch.setattr(launch, name, value)
-    for name, value in {"loaded": loaded_few, "launch": start}.items():
-        monkeypatch.setattr(few, name, value)
+    for name, value in {"loaded": loaded_dense, "launch": start}.items():
+        monkeypatch.setattr(dense, name, value)
     monkeypatch.setattr(triton, "encode", encode)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

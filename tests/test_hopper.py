@@ -24,9 +24,10 @@ from moesaic.formats.encodings import Rows
 from moesaic.hardware import GPUS
 from moesaic.kernels import hopper, hopper_invariant
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper import few, launch
+from moesaic.kernels._hopper import dense, launch
 from moesaic.kernels._hopper.variants import (
     PAIRS,
+    PROCESSORS,
     TILES,
     Tile,
     Variant,
@@ -99,42 +100,54 @@ def test_compiles(name: str, tile: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made", [
-    few.Variant(form, blocks, height) for form, most in few.MOST.items() for height in few.HEIGHTS if height <= most
-    for blocks in ((False, True) if form == few.FP8 else (False,))
-], ids=str)  # fmt: skip
-def test_products_of_few_rows_compile(made: few.Variant, tmp_path: Path) -> None:
+    dense.Variant(form, blocks, height) for form, heights in dense.HEIGHTS.items() for height in heights
+    for blocks in ((False, True) if form == dense.FP8 else (False,))
+], ids=lambda made: f"{made.form}-{made.blocks}-{made.height.rows}")  # fmt: skip
+def test_dense_products_compile(made: dense.Variant, tmp_path: Path) -> None:
     """As many thread blocks as are promised have room on a multiprocessor."""
-    image = code.machine_code(made.defines, main="few.cu")
-    used = re.search(r"Function few:\s*REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage", image, tmp_path))
+    height = made.height
+    image = code.machine_code(made.defines, made.sizes, main=f"{height.name}.cu")
+    text = dump("--dump-resource-usage", image, tmp_path)
+    used = re.search(rf"Function {height.name}:\s*REG:(\d+) STACK:(\d+)", text)
     assert used is not None
     registers, stack = map(int, used.groups())
-    assert registers * 32 * few.WARPS * few.HEIGHTS[made.height].per_sm <= 65536
+    per_sm = height.programs // PROCESSORS
+    assert registers * height.threads * per_sm <= 65536
+    assert (height.room + height.reserved + 1024) * per_sm <= 228 << 10, "the system takes 1 KiB for each"
     assert stack <= 32, "registers spill"
-    assert re.search(r"\bHMMA\.", dump("-sass", image, tmp_path))
+    wanted = "HMMA" if height.name == "few" else "QGMMA" if made.form == dense.FP8 else "HGMMA"
+    assert re.search(rf"\b{wanted}\.", dump("-sass", image, tmp_path))
 
 
-def test_products_of_few_rows_are_shared_out() -> None:
-    """Thread blocks that fill the machine where there are too few rows of w; never less than a unit for each warp, nor
+def test_dense_products_are_shared_out() -> None:
+    """Thread blocks that fill the machine where there are too few rows of w; never less than a unit for each share, nor
     more rows of x than there is room for."""
     for name, rows, shape, parts in (
         ("nvfp4", 1, (5120, 2048), 1), ("nvfp4", 8, (2048, 4096), 2), ("nvfp4", 16, (2048, 4096), 4),
         ("nvfp4", 1, (1024, 1024), 1), ("nvfp4", 8, (7168, 16384), 4), ("fp8", 8, (2048, 4096), 2),
-        ("fp8", 9, (2048, 4096), None), ("fp8", 1, (36864, 7168), None), ("mxfp8", 17, (2048, 4096), None),
+        ("fp8", 9, (2048, 4096), None), ("fp8", 32, (2048, 4096), None), ("fp8", 33, (2048, 4096), 8),
+        ("fp8", 65, (2048, 4096), None), ("fp8", 8, (36864, 7168), 1), ("fp8", 40, (36864, 7168), None),
+        ("mxfp8", 17, (2048, 4096), 8), ("mxfp8", 257, (2048, 4096), None),
         ("mxfp8", 1, (2048, 4160), None), ("wna16", 1, (2048, 4096), None), ("nvfp4", 0, (2048, 4096), None),
-        ("nvfp4", 1, (0, 4096), None),
-        ("nvfp4", 32, (5120, 2048), 1), ("nvfp4", 32, (2048, 4096), 4), ("nvfp4", 32, (36864, 7168), None),
-        ("mxfp4", 33, (5120, 2048), None), ("mxfp4", 1, (4096, 7168), 2),
+        ("nvfp4", 1, (0, 4096), None), ("mxfp4", 1, (4096, 7168), 2),
+        ("nvfp4", 32, (5120, 2048), 3), ("nvfp4", 128, (5120, 2048), 3), ("nvfp4", 256, (5120, 2048), 2),
+        ("nvfp4", 32, (2048, 4096), 8), ("nvfp4", 128, (2048, 4096), 4), ("nvfp4", 64, (2112, 7168), 7),
+        ("nvfp4", 64, (4096, 7168), 4), ("nvfp4", 65, (4096, 7168), None), ("nvfp4", 129, (4096, 7168), 4),
+        ("nvfp4", 40, (24, 256), 1), ("nvfp4", 40, (24, 16384), 10), ("nvfp4", 32, (36864, 7168), None),
         ("mxfp8", 8, (36864, 7168), 2), ("mxfp8", 9, (36864, 7168), None), ("nvfp4", 9, (36864, 7168), 2),
     ):  # fmt: skip
         scheme, like = SCHEMES[name], torch.empty(0, dtype=torch.bfloat16, device="meta")
         w = QuantTensor.empty(scheme.weight, (shape[0],), shape[1], like)
         x = Rows(scheme.activation, {"data": torch.empty(rows, shape[1], device="meta")}, torch.bfloat16)
-        how = few.cut_of(x, w, None)
-        assert few.cut_of(x, w, None, terms=False) == (None if name == "fp8" else how), "FP8 by Triton"
+        how = dense.cut_of(x, w, None)
+        assert dense.cut_of(x, w, None, terms=False) == (None if name == "fp8" else how), "FP8 by Triton"
         assert (None if how is None else how.parts) == parts, (name, rows, shape)
         if how is not None:
-            assert how.shared(rows) <= few.SHARED
+            assert how.shared(rows) <= dense.SHARED
             assert how.per_part * how.parts >= shape[1] // 128 > how.per_part * (how.parts - 1)
+            height = how.variant.height
+            assert how.tiles * height.tall >= shape[0]
+            assert how.blocks * height.rows >= rows
 
 
 @pytest.mark.parametrize(("name", "tile"), [("bf16", 8), ("wna16", 16)])
@@ -201,8 +214,8 @@ def test_arguments_lie_as_the_sources_have_them() -> None:
     defines = tuple(f"-D{name}={value}" for name, value in variant("fp8", 8).defines.items())
     headers = {**code.sources(), "wgmma.cuh": "", "hopper.cu": "\n".join(lines)}
     assert code.compiled(headers, (*code.OPTIONS, *defines))
-    assert [field for field, *_ in few.FewC._fields_] == declared_fields("Few", "few.cu")
-    assert ctypes.sizeof(few.FewC) == 8 * 11 + 4 * 8, "as CUDA packs eleven fields of eight bytes and seven of four"
+    assert [field for field, *_ in dense.DenseC._fields_] == declared_fields("Dense", "dense.cuh")
+    assert ctypes.sizeof(dense.DenseC) == 8 * 11 + 4 * 8, "as CUDA packs eleven fields of eight bytes and seven of four"
     headers["hopper.cu"] += '\nstatic_assert(sizeof(Weight) == 1, "a wrong one is told");'
     with pytest.raises(UnsupportedError, match="a wrong one is told"):
         code.compiled(headers, (*code.OPTIONS, *defines))

@@ -13,7 +13,7 @@ from moesaic.contracts.spec import SILU, Activation
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
-from moesaic.kernels._hopper import few, launch
+from moesaic.kernels._hopper import dense, launch
 from moesaic.kernels._hopper.pack import INVARIANT_PACKINGS
 from moesaic.kernels._hopper.variants import DENSE, FORMATS, PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
@@ -223,10 +223,10 @@ def test_dense_products(segments: tuple[int, ...], columns: int, tokens: int) ->
                 assert torch.equal(y, terms[0]), tile
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 33, 64, 65, 250])
 @pytest.mark.parametrize("name", [name for name, each in SCHEMES.items()
                                   if (each.weight.name, each.activation.name) in DENSE])  # fmt: skip
-def test_dense_products_of_few_rows(name: str, tokens: int) -> None:
+def test_dense_products_of_few_rows_and_of_dozens(name: str, tokens: int) -> None:
     """Against FP64: K in one part and in several, weight rows that fill no tile; biases; rows of a wider tensor."""
     scheme = SCHEMES[name]
     scale = torch.tensor(0.01, device="cuda") if scheme.activation.static else None
@@ -234,8 +234,8 @@ def test_dense_products_of_few_rows(name: str, tokens: int) -> None:
         w = weight(scheme, segments, columns)
         x = randn(tokens, columns + 24)[:, :columns]
         rows = triton.encode(x, scheme.activation, scale)
-        mine = few.cut_of(rows, w, None) is not None
-        assert mine == (tokens <= few.MOST[FORMATS[scheme.weight.name]])
+        form, mine = FORMATS[scheme.weight.name], dense.cut_of(rows, w, None) is not None
+        assert mine == (tokens <= dense.MOST[form] and tokens not in dense.BETTER.get(form, ()))
         for bias in (None, randn(sum(segments))):
             check_dense(rows, w, bias)
     if scheme.activation.name == "bf16":
@@ -244,6 +244,26 @@ def test_dense_products_of_few_rows(name: str, tokens: int) -> None:
     if scheme.activation.name.startswith("fp8"):
         rows.data.view(torch.uint8)[0, 70] = 0x7F  # NaN, of which a group's scale may say nothing
         assert hopper.linear_terms(rows, w)[:, 0].isnan().any()
+
+
+@pytest.mark.parametrize("tokens", [8, 64])
+@pytest.mark.parametrize("name", ["fp8", "fp8_channel", "nvfp4"])
+def test_dense_sums_in_fp32(name: str, tokens: int) -> None:
+    """7168 terms that cancel, as for experts above."""
+    scheme = SCHEMES[name]
+    w, x = weight(scheme, (256,), 7168), randn(tokens, 7168)
+    x[:, 3584:] = -x[:, :3584] * (1 + 2**-6)
+    for each in (part for part in w.parts.values() if part.dim() == 2 and part.shape[-1] > 1):
+        half = each.shape[-1] // 2
+        each[..., half:] = each[..., :half].clone()
+    rows = triton.encode(x, scheme.activation, torch.tensor(0.01, device="cuda") if scheme.activation.static else None)
+    assert dense.cut_of(rows, w, None) is not None
+    both = reference.linear_quant(in_double(rows), w)
+    values = reference.row_values(in_double(rows)) * (torch.arange(7168, device="cuda") < 3584)
+    half_only = values @ w.dequantize().double().t()
+    error = (hopper.linear_terms(rows, w).double().sum(0) - both).norm(dim=-1)
+    assert (both.norm(dim=-1) < 0.05 * half_only.norm(dim=-1)).all(), "the terms cancel"
+    assert (error <= 2**-11 * half_only.norm(dim=-1)).all(), (error / half_only.norm(dim=-1)).max()
 
 
 def test_dense_products_of_rows_as_they_lie() -> None:

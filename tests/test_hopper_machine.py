@@ -15,7 +15,7 @@ from moesaic.contracts.scheme import SCHEMES
 from moesaic.contracts.spec import Activation, MoESpec
 from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
-from moesaic.kernels._hopper import few, launch
+from moesaic.kernels._hopper import dense, launch
 from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Tile, variant_of, with_tile
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
@@ -104,7 +104,9 @@ def test_dense_products(tile: int) -> None:
             assert_rows_close(y, reference.linear_quant(in_double(rows), w, bias), 2**-7, f"{segments} {columns}")
 
 
-@pytest.mark.parametrize("rows", [1, 8, *(pytest.param(rows, marks=pytest.mark.long) for rows in (3, 9, 16, 31))])
+@pytest.mark.parametrize(
+    "rows", [1, 8, 40, *(pytest.param(rows, marks=pytest.mark.long) for rows in (3, 9, 17, 64, 130))]
+)
 @pytest.mark.parametrize(
     "name",
     ["fp8", "nvfp4", "mxfp8", "mxfp4a8", "fp8_channel"]
@@ -113,25 +115,28 @@ def test_dense_products(tile: int) -> None:
         for name in ("mxfp4", "mxfp8a16", "nvfp4_dynamic", "nvfp4a16", "fp8_tensor", "fp8_tensor_static")
     ],
 )
-def test_dense_products_of_few_rows(name: str, rows: int) -> None:
+def test_dense_products_of_few_rows_and_of_dozens(name: str, rows: int) -> None:
     """Weight rows that fill no tile; K in one part, and in several; more units than warps, and fewer; a bias."""
     scheme, seen = SCHEMES[name], set()
     scale = torch.tensor(0.01) if scheme.activation.static else None
     for segments, columns in (((64, 40), 6144), ((24,), 256)):
         w, bias = weight(scheme, segments, columns), randn(sum(segments))
         x = encode(randn(rows, columns), scheme.activation, scale)
-        how = few.cut_of(x, w, bias)
-        if rows > few.MOST[FORMATS[scheme.weight.name]]:
+        how = dense.cut_of(x, w, bias)
+        form = FORMATS[scheme.weight.name]
+        if rows > dense.MOST[form] or rows in dense.BETTER.get(form, ()):
             assert how is None
             continue
         assert how is not None
         wanted = reference.linear_quant(in_double(x), w, bias)
-        terms = few.products(x, w, bias, how)
+        terms = dense.products(x, w, bias, how)
         assert terms.dtype == (torch.bfloat16 if len(terms) == 1 else torch.float32)
         assert_rows_close(terms.double().sum(0), wanted, 2**-7, f"{segments} {columns}")
         assert_rows_close(hopper.linear_terms(x, w).double().sum(0), wanted - bias.double(), 2**-7, "no bias")
-        whole = replace(how, per_part=columns // 128, parts=1)
-        assert_rows_close(few.products(x, w, bias, whole)[0], wanted, 2**-7, "in one part")
+        units = columns // 128
+        each = min(units, how.variant.height.room // how.variant.unit_room(rows))  # as many as there is room for
+        fewest = replace(how, per_part=each, parts=-(-units // each))
+        assert_rows_close(dense.products(x, w, bias, fewest).double().sum(0), wanted, 2**-7, "in the fewest parts")
         seen.add(how.parts)
     assert not seen or len(seen) == 2
 
@@ -143,13 +148,13 @@ def test_copies_of_weights_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     w, bias = weight(scheme, (40,), 256), randn(40)
     x = encode(randn(2, 3, 256), scheme.activation)
     wanted = reference.linear_quant(in_double(x), w, bias)
-    start = few.launch
+    start = dense.launch
 
     def launched(*arguments: Any, **how: Any) -> None:
         seen.append(how["ahead"])
         start(*arguments, **how)
 
-    monkeypatch.setattr(few, "launch", launched)
+    monkeypatch.setattr(dense, "launch", launched)
     room = torch.empty(w.parts["data"].numel() + 4, dtype=torch.uint8)
     room[4:].copy_(w.parts["data"].flatten())
     apart = replace(w, parts={**w.parts, "data": room[4:].view(w.parts["data"].shape)})
@@ -159,7 +164,7 @@ def test_copies_of_weights_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
         y = hopper.linear_terms(rows, mine, bias).double().sum(0)
         assert_rows_close(y, wanted.view(6, 40), 2**-7, "")
     assert seen == [True, False, True]
-    assert few.cut_of(x, w, bias.float()) is None, "a wide bias is added in FP32, by Triton"
+    assert dense.cut_of(x, w, bias.float()) is None, "a wide bias is added in FP32, by Triton"
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_tensor_static", "mxfp8", "nvfp4_dynamic"])

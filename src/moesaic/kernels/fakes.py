@@ -57,13 +57,13 @@ def linear_quant(backend: str, x: Rows, w: QuantTensor, bias_N: Tensor | None = 
 
 @fake
 def linear_terms(backend: str, x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    from moesaic.kernels._hopper import few
+    from moesaic.kernels._hopper import dense
     from moesaic.kernels._hopper.variants import dense_tile
     from moesaic.kernels._triton.linear_quant import parts_of
     from moesaic.kernels._triton.linear_terms import WAVES
 
     fixed, rows = backend == "triton_invariant", x.data.shape[:-1].numel()
-    parts, how = 1, few.cut_of(x, w, bias_N) if backend == "hopper" else None
+    parts, how = 1, dense.cut_of(x, w, bias_N) if backend == "hopper" else None
     if how is not None:
         parts = how.parts
     elif backend != "hopper" or w.form.name != "fp8_block" or dense_tile(rows, w.segments, w.columns) is None:

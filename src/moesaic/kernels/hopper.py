@@ -5,8 +5,8 @@ and the encoding in between run in one persistent kernel; a token's results are 
 as they are stored, but for FP4, MXFP8, and FP8 beside 16-bit rows: their codes' bits change places at load (`pack`).
 E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
 BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
-A dense product of many FP8 rows is the second product of a layer with one expert; few rows meet weights of 4 and 8 bits
-in a kernel of their own (`few.py`); what lies in between is left to Triton.
+A dense product of many FP8 rows is the second product of a layer with one expert; few rows, and dozens, meet weights of
+4 and 8 bits in kernels of their own (`dense.py`); all else is left to Triton.
 Attention over heads is a launch for sequences that decode and one for prompts; latents and other sizes are left to
 Triton.
 
@@ -226,7 +226,7 @@ def summed(variant: Variant, terms: ExpertTerms) -> Tensor:
 
 
 def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    """Few rows here, and many of FP8; those in between, and what the kernels do not have, by Triton."""
+    """Few rows and dozens here, and many of FP8; all else by Triton."""
     terms_PTN = multiplied_densely(x, w, bias_N, terms=False)
     if terms_PTN is None:
         from moesaic.kernels import triton
@@ -253,10 +253,10 @@ def linear_terms(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tenso
 
 def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -> Tensor | None:
     """[P, T, N] as `linear_terms` returns it, or None where Triton is to do it."""
-    from moesaic.kernels._hopper import few
+    from moesaic.kernels._hopper import dense
 
-    if how := few.cut_of(x, w, bias_N, terms):
-        return few.products(x, w, bias_N, how)
+    if how := dense.cut_of(x, w, bias_N, terms):
+        return dense.products(x, w, bias_N, how)
     if w.form.name != "fp8_block":
         return None
     columns = w.columns

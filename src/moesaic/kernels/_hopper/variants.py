@@ -173,7 +173,7 @@ DENSE = frozenset({
                                      ("fp8_tensor", "fp8_token")),
     ("mxfp8", "mxfp8"), ("mxfp8", "bf16"), ("mxfp4", "mxfp8"), ("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("nvfp4", "bf16"),
 })  # fmt: skip
-"""Formats of weights and encodings of rows that the kernel for dense products of few rows multiplies (few.py)."""
+"""Formats of weights and encodings of rows that the kernels for dense products multiply (dense.py)."""
 TILES = {
     8: Tile(8), 16: Tile(16, 2, 1), 17: Tile(16), 18: Tile(16, grouped=True), 32: Tile(32, 2, 1), 33: Tile(32),
     64: Tile(64, 2, 1), 80: Tile(80, 2, 1), 96: Tile(96, 2, 1), 128: Tile(128, 2, 1), 160: Tile(160, 1, 1),

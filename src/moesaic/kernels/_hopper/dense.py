@@ -1,0 +1,217 @@
+"""Dense products of few rows, and of dozens, with weights of 4 and 8 bits (few.cu, dozens.cu).
+
+Letters: T rows, N outputs, P parts of K.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moesaic.formats.base import QuantTensor
+from moesaic.formats.encodings import Rows
+from moesaic.kernels._hopper import compile as code
+from moesaic.kernels._hopper.driver import Module, launch
+from moesaic.kernels._hopper.variants import DENSE, FORMATS, PROCESSORS
+from moesaic.kernels._triton.gemm import coarse_rows
+from moesaic.kernels.exact import exact
+
+I32, I64, PTR = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p
+UNIT = 128
+"""Elements of K."""
+LARGE = {64: 16 << 20, 128: 12 << 20, 256: 16 << 20}
+"""Bytes of a weight above which Triton is as fast, or faster, by rows up to so many, but for a few rows (below).
+Measured at 5 MB, 8, 10, 15, 29, 66 and 132."""
+SHARED = 226 << 10
+"""Bytes of shared memory that a thread block may have at most."""
+FP8 = FORMATS["fp8_block"]
+
+
+class DenseC(ctypes.Structure):
+    """Dense in dense.cuh."""
+
+    _fields_ = (("x", PTR), ("x_scales", PTR), ("w", PTR), ("w_scales", PTR), ("top", PTR), ("coarse", PTR),
+                ("bias", PTR), ("y", PTR), ("x_stride", I64), ("w_stride", I64), ("scale_stride", I64),
+                ("scale_row", I32), ("scale_group", I32), ("rows", I32), ("columns", I32), ("units", I32),
+                ("per_part", I32), ("parts", I32))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Height:
+    """A kernel for thread blocks of up to so many rows of x.  name: of its source, and in it.  tall: rows of w in a
+    thread block.  threads: of it.  shares: what of these share out its part of K.  programs: thread blocks that a GPU
+    has room for.  room: bytes for rows of x.  reserved: bytes in front of them.  constants: of its source."""
+
+    rows: int
+    name: str
+    tall: int
+    threads: int
+    shares: int
+    programs: int
+    room: int
+    reserved: int
+    constants: tuple[tuple[str, int], ...]
+
+
+FEW = tuple(Height(rows, "few", 32, 256, 8, 264, 72 << 10, 256, (("STACK", 2), ("PER_SM", 2))) for rows in (8, 16))
+DOZENS = Height(64, "dozens", 128, 512, 2, 132, 224 << 10, 1024, (("HALVES", 0),))
+HEIGHTS = {FP8: (FEW[0], DOZENS)} | {FORMATS[name]: (*FEW, DOZENS) for name in ("mxfp8", "mxfp4", "nvfp4")}
+"""By format, as measured on an H200 (docs/performance-log.md)."""
+MOST = {form: 64 if form == FP8 else 256 for form in HEIGHTS}
+"""Rows of x."""
+ALWAYS = {FP8: 8, FORMATS["mxfp8"]: 8, FORMATS["mxfp4"]: 16, FORMATS["nvfp4"]: 16}
+"""Rows for which the size of a weight does not matter."""
+MOST_PARTS = 8
+"""Of K, where fewer have room; somebody must add them up."""
+BETTER = {FP8: range(9, 33)}
+"""Rows for which Triton is faster. FP8 is only as terms: behind kernels of another kind, and with a sum to make, Triton
+is."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """form: of FORMATS.  blocks: FP8 scales are of blocks and groups."""
+
+    form: int
+    blocks: bool
+    height: Height
+
+    @property
+    def defines(self) -> dict[str, int]:
+        made = {"FORMAT": self.form, "BLOCKS": int(self.blocks), "HEIGHT": self.height.rows}
+        return made | dict(self.height.constants) | ({"ROWS8": int(self.form == FP8)} if self.height is DOZENS else {})
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of columns that products of groups of warps come in."""
+        return (self.height.rows,) if self.height is DOZENS else ()
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of a row of x."""
+        return UNIT * (1 if self.form == FP8 else 2)
+
+    def unit_room(self, rows: int) -> int:
+        """Bytes of shared memory for a unit of as many rows as a thread block has of so many."""
+        rows = rows if self.height.name == "few" else self.height.rows
+        return rows * self.unit_bytes + 4 * self.height.rows * self.blocks
+
+
+class Loaded:
+    """The compiled kernel of a variant."""
+
+    def __init__(self, variant: Variant) -> None:
+        height = variant.height
+        self.module = Module(code.machine_code(variant.defines, variant.sizes, main=f"{height.name}.cu"))
+        self.kernel = self.module.function(height.name, SHARED)
+
+
+@cache
+def loaded(variant: Variant, device: int) -> Loaded:
+    """device: the current one, on which the code is loaded."""
+    return Loaded(variant)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is shared out: tiles of rows of w, parts of K and the units of each, blocks of rows of x."""
+
+    variant: Variant
+    tiles: int
+    per_part: int
+    parts: int
+    blocks: int
+
+    def shared(self, rows: int) -> int:
+        """Bytes of shared memory: rows of x and scales of their groups, and later the sums."""
+        height = self.variant.height
+        sums = 4 * height.shares * height.rows * (height.tall + 4)
+        return height.reserved + max(self.per_part * self.variant.unit_room(rows), sums)
+
+
+def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -> Cut | None:
+    """From formats and shapes alone; None for what is not these kernels', or faster elsewhere.
+
+    terms: somebody else adds up the parts.
+    """
+    if bias_N is not None and bias_N.dtype != torch.bfloat16:
+        return None
+    rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS[w.form.name]
+    if (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
+        return None
+    if not 0 < rows <= MOST[form] or rows in BETTER.get(form, ()) or not w.shape[0] or (form == FP8 and not terms):
+        return None
+    if rows > ALWAYS[form] and w.parts["data"].nbytes > next(most for limit, most in LARGE.items() if rows <= limit):
+        return None
+    heights = HEIGHTS[form]
+    height = next((each for each in heights if rows <= each.rows), heights[-1])
+    return shared_out(Variant(form, w.form.name == "fp8_block", height), rows, w.shape[0], columns // UNIT)
+
+
+def shared_out(variant: Variant, rows: int, columns: int, units: int) -> Cut:
+    """rows: of x.  columns: of the result.  units: of K."""
+    height = variant.height
+    tiles, blocks = -(-columns // height.tall), -(-rows // height.rows)
+    least = -(-units // (height.room // variant.unit_room(rows)))
+    if height is DOZENS:
+        some = range(least, max(least, min(MOST_PARTS, units // height.shares)) + 1)
+        parts = min(some, key=lambda parts: cost(tiles * blocks, parts, units, rows * columns))
+    else:
+        parts = max(least, 1, min(height.programs // tiles, units // (height.shares * (2 if height is FEW[0] else 1))))
+    per_part = -(-units // parts)
+    return Cut(variant, tiles, per_part, -(-units // per_part), blocks)
+
+
+def cost(tiles: int, parts: int, units: int, results: int) -> float:
+    """About what a product takes, in the time of a unit (0.75 us on an H200): rounds of thread blocks, which take five
+    units beside their own; and the reading of what parts leave."""
+    return -(-tiles * parts // PROCESSORS) * (5 - -units // parts) + parts * results / 800_000
+
+
+def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, how: Cut) -> Tensor:
+    """[P, T, N]: FP32 parts whose sum is the product, or, where there is one, the product in BF16.
+
+    bias_N: BF16.  how: what `cut_of` returned.  The kernel reads weights before the one in front of it has ended,
+    unless that had to make copies of them.
+    """
+    form = w.form.name
+    scale = x.parts.get("scale" if FORMATS[form] == FP8 else "global_scale")
+    scale = scale.reshape(-1, scale.shape[-1]) if scale is not None and scale.dim() else scale
+    strides = (0, 0) if scale is None or not scale.dim() else scale.stride()
+    stored = w.parts["data"], w.parts["scale"], bias_N
+    values, data, of_w = by_16_bytes(operands(x)), by_16_bytes(w.parts["data"]), w.parts["scale"].contiguous()
+    bias, coarse = None if bias_N is None else bias_N.contiguous(), coarse_rows(form, w.segments, data.device)
+    ahead = all(mine is given for mine, given in zip((data, of_w, bias), stored, strict=True))
+    rows, columns = len(values), w.shape[0]
+    y = values.new_empty(how.parts, rows, columns, dtype=torch.bfloat16 if how.parts == 1 else torch.float32)
+    arguments = DenseC(
+        values.data_ptr(), pointer(scale), data.data_ptr(), of_w.data_ptr(), pointer(w.parts.get("global_scale")),
+        pointer(coarse), pointer(bias), y.data_ptr(), values.stride(0) * values.element_size(),
+        data.stride(0) * data.element_size(), of_w.stride(0) * of_w.element_size(), *strides, rows, columns,
+        w.columns // UNIT, how.per_part, how.parts,
+    )  # fmt: skip
+    with torch.cuda.device(y.device):
+        kernel = loaded(how.variant, torch.cuda.current_device()).kernel
+        programs = how.tiles * how.parts * how.blocks
+        launch(kernel, programs, how.variant.height.threads, [arguments], how.shared(rows), ahead=ahead)
+    return y
+
+
+def operands(x: Rows) -> Tensor:
+    """[T, K]: E4M3 codes, or BF16 numbers."""
+    values = exact(x) if x.encoding.name in ("mxfp8", "nvfp4") else x.data
+    return values.reshape(-1, values.shape[-1])
+
+
+def by_16_bytes(rows: Tensor) -> Tensor:
+    """The kernel reads rows so; a copy of those that lie otherwise."""
+    even = rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
+    return rows if even and rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
