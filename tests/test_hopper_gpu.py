@@ -246,6 +246,25 @@ def test_dense_products_of_few_rows_and_of_dozens(name: str, tokens: int) -> Non
         assert hopper.linear_terms(rows, w)[:, 0].isnan().any()
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+def test_plain_products_of_few_rows(tokens: int) -> None:
+    """Weights in BF16 against FP64: in both tiles, K that ends within a unit; biases; rows of a wider tensor; in a CUDA
+    graph, replayed for other rows."""
+    for n, k in ((5120, 2048), (2048, 4096), (5120, 2880), (2880, 4096), (2112, 7168), (1024, 96)):
+        x, w, bias = randn(tokens, k + 8)[:, :k], randn(n, k), randn(n)
+        assert (dense.plain_cut(x, w, bias) is not None) == (2 * n * k <= 20 << 20 or tokens <= 8)
+        wanted = x.double() @ w.double().t()
+        for given in (None, bias):
+            plus = 0 if given is None else bias.double()
+            assert_rows_close(hopper.linear(x, w, given), wanted + plus, 2**-7, f"{n} {k}")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = hopper.linear(x + x, w)
+        x.copy_(randn(tokens, k))
+        graph.replay()
+        assert_rows_close(y, 2 * x.double() @ w.double().t(), 2**-7, f"{n} {k}, replayed")
+
+
 @pytest.mark.parametrize("tokens", [8, 64])
 @pytest.mark.parametrize("name", ["fp8", "fp8_channel", "mxfp4"])
 def test_dense_sums_in_fp32(name: str, tokens: int) -> None:

@@ -141,6 +141,43 @@ def test_dense_products_of_few_rows_and_of_dozens(name: str, rows: int) -> None:
     assert not seen or len(seen) == 2
 
 
+@pytest.mark.parametrize("rows", [1, 8, *(pytest.param(rows, marks=pytest.mark.long) for rows in (5, 9, 16))])
+def test_plain_products_of_few_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights in BF16, in both tiles: rows of w that fill none, K that ends within a unit, more units than warps and
+    fewer; rows of a wider tensor, of a batch."""
+    monkeypatch.setattr(dense, "SMALLEST", 1)
+    monkeypatch.setattr(dense, "PROCESSORS", 4)
+    seen = set()
+    for n, k in ((40, 256), (136, 2880), (24, 160), (130, 1184), (16, 32)):
+        x, w, bias = randn(rows, k + 24)[:, :k], randn(n, k), randn(n)
+        how = dense.plain_cut(x, w, bias)
+        assert how is not None
+        seen.add(how.variant.height.tall)
+        wanted = x.double() @ w.double().t()
+        for given in (None, bias):
+            y = hopper.linear(x, w, given)
+            assert y.dtype == torch.bfloat16
+            assert_rows_close(y, wanted if given is None else wanted + bias.double(), 2**-7, f"{n} {k}")
+        assert torch.equal(hopper.linear(x[:, None], w)[:, 0], hopper.linear(x, w))
+    assert seen == {16, 32}
+
+
+def test_other_plain_products_are_the_librarys() -> None:
+    x, w = randn(4, 96), randn(1024, 96)
+    assert dense.plain_cut(x, w, None) is not None
+    others = {
+        "weights in another type": (x, w.float(), None), "another bias": (x, w, torch.zeros(1024)),
+        "few rows of w": (x, w[:1000], None), "many rows of x": (randn(17, 96), w, None), "none": (x[:0], w, None),
+        "K off 32": (randn(4, 72), randn(1024, 72), None), "transposed": (x, randn(96, 1024).t(), None),
+        "off 16 bytes": (x, randn(1024, 100)[:, 4:], None), "large": (randn(8, 4096), w.new_empty(8192, 4096), None),
+        "rows that have no room": (randn(16, 8192), w.new_empty(1024, 8192), None),
+    }  # fmt: skip
+    for what, operands in others.items():
+        assert dense.plain_cut(*operands) is None, what
+    apart = randn(1024, 100)[:, :96]
+    assert_rows_close(hopper.linear(x, apart), x.double() @ apart.double().t(), 2**-7, "by the library")
+
+
 def test_copies_of_weights_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that lies off 16 bytes is copied by the kernel in front: it is not read before that has ended. Scales of
     rows may lie in any order."""

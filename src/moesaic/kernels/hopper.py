@@ -6,7 +6,8 @@ as they are stored, but for FP4, MXFP8, and FP8 beside 16-bit rows: their codes'
 E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
 BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
 A dense product of many FP8 rows is the second product of a layer with one expert; few rows, and dozens, meet weights of
-4 and 8 bits in kernels of their own (`dense.py`); all else is left to Triton.
+4 and 8 bits in kernels of their own (`dense.py`), and few rows those in BF16; all else is left to Triton, or to the
+vendor's library.
 Attention over heads is a launch for sequences that decode and one for prompts; latents and other sizes are left to
 Triton.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moesaic.contracts.contract import Contract, Limits, path_of
@@ -53,6 +55,8 @@ CONTRACTS = (
             limits=Limits(hidden_multiple=64, width_multiple=64, max_experts=MOST_EXPERTS),
         ) for packing, pairs in by_packing(PACKINGS)
     ),
+    Contract("linear", "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
+             arch=(90, 90), package="triton", versions=">=3.6,<3.8", path=path_of("linear")),
     *(
         Contract(
             op, "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
@@ -223,6 +227,15 @@ def summed(variant: Variant, terms: ExpertTerms) -> Tensor:
         return terms.y_RD.new_empty(tokens, terms.y_RD.shape[1])
     with torch.cuda.device(terms.ids_TA.device):
         return launch.combine(variant, terms.y_RD, terms.ids_TA, terms.weights_TA)
+
+
+def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Few rows here; all else by the vendor's library."""
+    from moesaic.kernels._hopper import dense
+
+    if how := dense.plain_cut(x_TD, w_ND, bias_N):
+        return dense.plain(x_TD, w_ND, bias_N, how)
+    return F.linear(x_TD, w_ND, bias_N)
 
 
 def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:

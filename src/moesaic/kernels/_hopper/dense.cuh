@@ -5,18 +5,19 @@
 // Of a unit, a lane has chunks of 16 bytes of rows lane / 4 and lane / 4 + 8 of each block of 16, and the same elements of a
 // row of x, of which four lanes have a unit: which elements of K are multiplied together is free, as long as both sides agree.
 //
-// FP8 meets E4M3 rows, with scales of blocks (BLOCKS) or of whole rows; all else rows of BF16 numbers.
+// FP8 meets E4M3 rows, with scales of blocks (BLOCKS) or of whole rows; all else rows of BF16 numbers. So do weights in BF16, which
+// are multiplied as they are.
 // HEIGHT rows of x at most, STACK blocks of 16 rows of w for a warp; a thread block has ROWS rows of w, BLOCK_THREADS, and RESERVED bytes
 // in front of rows of x, of which those at ROW_SCALES hold scales of whole rows.
 #pragma once
 #include "formats.cuh"
 
-#define CHUNKS (FOUR_BIT ? 1 : 2)                            /* of 16 bytes that a lane has of a weight row's unit */
-#define PIECES (FORMAT == FP8 ? 1 : FORMAT == MXFP8 ? 2 : 4) /* of 16 bytes of x that belong to one */
+#define CHUNKS (FORMAT == BF16 ? 4 : FOUR_BIT ? 1 : 2)     /* of 16 bytes that a lane has of a weight row's unit */
+#define PIECES (FOUR_BIT ? 4 : FORMAT == MXFP8 ? 2 : 1)    /* of 16 bytes of x that belong to one */
 #define W_UNIT (64 * CHUNKS)
 #define X_UNIT (64 * CHUNKS * PIECES)
 #define STEPS (FOUR_BIT ? 2 : 1) /* of 16 elements of K that a word of codes, and others' of its row, are */
-#define LIFT (FORMAT == FP8 ? FP8_LIFT : FORMAT == MXFP8 ? 0x1p60f : 0x1p63f) /* by which a sum of products is too small */
+#define LIFT (FORMAT == BF16 ? 1.0f : FORMAT == FP8 ? FP8_LIFT : FORMAT == MXFP8 ? 0x1p60f : 0x1p63f) /* by which a sum of products is too small */
 
 // As dense.py packs them.
 struct Dense {
@@ -30,6 +31,7 @@ struct Dense {
     i64 x_stride, w_stride, scale_stride;  // bytes
     int scale_row, scale_group;            // of x_scales, elements; 0: one for all
     int rows, columns, units, per_part, parts;
+    int chunks;  // of 32 elements of BF16 weights, which may end within a unit
 };
 
 struct Unit {
@@ -77,7 +79,7 @@ DEVICE u32 scale_of(u32 scales, int chunk, int word) {
 DEVICE void operands_of(u32 codes, u32 scales, int chunk, int word, u32 (&o)[2 * STEPS]) {
 #if FORMAT == FP8
     halves_of(codes, o[0], o[1]);
-#else
+#elif FORMAT != BF16
 #if FORMAT == MXFP8
     bf16_of(codes, o[0], o[1]);
 #else
@@ -98,8 +100,8 @@ DEVICE void load(Unit &to, const Dense &a, int first, int unit, int lane) {
             row = row < a.columns ? row : a.columns - 1;
             const u8 *from = a.w + row * a.w_stride + (i64)unit * W_UNIT + lane % 4 * 16;
 #pragma unroll
-            for (int c = 0; c < CHUNKS; c++) to.codes[m][r][c] = *(const uint4 *)(from + 64 * c);
-            if (FORMAT == FP8 && !BLOCKS) continue;
+            for (int c = 0; c < CHUNKS; c++) to.codes[m][r][c] = FORMAT != BF16 || unit * CHUNKS + c < a.chunks ? *(const uint4 *)(from + 64 * c) : make_uint4(0, 0, 0, 0);
+            if (FORMAT == BF16 || (FORMAT == FP8 && !BLOCKS)) continue;
             const u8 *scales = a.w_scales + (FORMAT == FP8 ? a.coarse[row] : row) * a.scale_stride;
             if (FORMAT == FP8)
                 to.scales[m][r] = __float_as_uint(((const float *)scales)[unit]);

@@ -1,4 +1,4 @@
-"""Dense products of few rows, and of dozens, with weights of 4 and 8 bits (few.cu, dozens.cu).
+"""Dense products of few rows (few.cu), with weights of 4, 8 and 16 bits, and of dozens (dozens.cu), of 4 and 8.
 
 Letters: T rows, N outputs, P parts of K.
 """
@@ -37,7 +37,7 @@ class DenseC(ctypes.Structure):
     _fields_ = (("x", PTR), ("x_scales", PTR), ("w", PTR), ("w_scales", PTR), ("top", PTR), ("coarse", PTR),
                 ("bias", PTR), ("y", PTR), ("x_stride", I64), ("w_stride", I64), ("scale_stride", I64),
                 ("scale_row", I32), ("scale_group", I32), ("rows", I32), ("columns", I32), ("units", I32),
-                ("per_part", I32), ("parts", I32))  # fmt: skip
+                ("per_part", I32), ("parts", I32), ("chunks", I32))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Height:
 
 FEW = tuple(Height(rows, "few", 32, 256, 8, 264, 72 << 10, 256, (("STACK", 2), ("PER_SM", 2))) for rows in (8, 16))
 DOZENS = Height(64, "dozens", 128, 512, 2, 132, 224 << 10, 1024, (("HALVES", 0),))
+PLAIN = {(rows, stack): Height(rows, "few", 16 * stack, 256, 8, 264, 208 << 10, 256, (("STACK", stack), ("PER_SM", 2)))
+         for rows in (8, 16) for stack in (1, 2)}  # fmt: skip
+"""Of weights in BF16, where nobody adds up parts; by rows of x and blocks of 16 rows of w."""
+SMALLEST, PLAIN_LARGE = 1024, {4: 64 << 20, 8: 32 << 20, 16: 20 << 20}
+"""Of these: rows of w below which thread blocks are too few, and bytes above which the vendor's library is as fast, by
+rows of x up to so many."""
 HEIGHTS = {FP8: (FEW[0], DOZENS)} | {FORMATS[name]: (*FEW, DOZENS) for name in ("mxfp8", "mxfp4", "nvfp4")}
 """By format, as measured on an H200 (docs/performance-log.md)."""
 MOST = {form: 64 if form == FP8 else 256 for form in HEIGHTS}
@@ -192,12 +198,45 @@ def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, how: Cut) -> Tensor
         values.data_ptr(), pointer(scale), data.data_ptr(), of_w.data_ptr(), pointer(w.parts.get("global_scale")),
         pointer(coarse), pointer(bias), y.data_ptr(), values.stride(0) * values.element_size(),
         data.stride(0) * data.element_size(), of_w.stride(0) * of_w.element_size(), *strides, rows, columns,
-        w.columns // UNIT, how.per_part, how.parts,
+        w.columns // UNIT, how.per_part, how.parts, 0,
     )  # fmt: skip
-    with torch.cuda.device(y.device):
+    begin(how, arguments, y.device, ahead)
+    return y
+
+
+def begin(how: Cut, arguments: DenseC, device: torch.device, ahead: bool) -> None:
+    """Launches the kernel."""
+    with torch.cuda.device(device):
         kernel = loaded(how.variant, torch.cuda.current_device()).kernel
-        programs = how.tiles * how.parts * how.blocks
-        launch(kernel, programs, how.variant.height.threads, [arguments], how.shared(rows), ahead=ahead)
+        programs, shared = how.tiles * how.parts * how.blocks, how.shared(arguments.rows)
+        launch(kernel, programs, how.variant.height.threads, [arguments], shared, ahead=ahead)
+
+
+def plain_cut(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None) -> Cut | None:
+    """As `cut_of`, of a weight in BF16. None, too, for one that does not lie as the kernel reads it."""
+    rows, (columns, k) = x_TD.shape[:-1].numel(), w_ND.shape
+    if {x_TD.dtype, w_ND.dtype, torch.bfloat16 if bias_N is None else bias_N.dtype} != {torch.bfloat16}:
+        return None
+    limit = next((most for limit, most in PLAIN_LARGE.items() if 0 < rows <= limit), 0)
+    if columns < SMALLEST or k % 32 or not k or by_16_bytes(w_ND) is not w_ND or 2 * columns * k > limit:
+        return None
+    stack = 1 if columns < 32 * PROCESSORS else 2
+    variant, units = Variant(FORMATS["bf16"], False, PLAIN[8 if rows <= 8 else 16, stack]), -(-k // UNIT)
+    if units * variant.unit_room(rows) > variant.height.room:
+        return None
+    return Cut(variant, -(-columns // variant.height.tall), units, 1, 1)
+
+
+def plain(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None, how: Cut) -> Tensor:
+    """[.., N] in BF16.  bias_N: BF16.  how: what `plain_cut` returned.  As for reading ahead, see `products`."""
+    values, (columns, k) = by_16_bytes(x_TD.reshape(-1, x_TD.shape[-1])), w_ND.shape
+    bias = None if bias_N is None else bias_N.contiguous()
+    y = values.new_empty(*x_TD.shape[:-1], columns)
+    arguments = DenseC(
+        values.data_ptr(), None, w_ND.data_ptr(), None, None, None, pointer(bias), y.data_ptr(), 2 * values.stride(0),
+        2 * w_ND.stride(0), 0, 0, 0, len(values), columns, how.per_part, how.per_part, 1, k // 32,
+    )  # fmt: skip
+    begin(how, arguments, y.device, bias is bias_N)
     return y
 
 

@@ -1,4 +1,4 @@
-// A dense product of few rows with a weight of 4 or 8 bits, which is read once.
+// A dense product of few rows with a weight of 4, 8 or 16 bits, which is read once.
 //
 // A thread block has a part of K, whose units its warps take in turn: from memory through registers to the tensor cores. The
 // first units are on their way before the kernel in front has ended. Rows of x wait in shared memory, as they are encoded. In
@@ -8,7 +8,7 @@
 #define WARPS 8
 #define SHARES WARPS
 #define BLOCK_THREADS (32 * WARPS)
-#define AHEAD 2
+#define AHEAD (FORMAT == BF16 && STACK > 1 ? 1 : 2)
 #define ROWS (16 * STACK)
 // A barrier; scales of whole rows of x; at RESERVED rows of x and the scales of their groups, then the warps' sums.
 #define ROW_SCALES 64
@@ -42,13 +42,15 @@ DEVICE void multiply(float (&sums)[STACK][HEIGHT / 2], const Unit &mine, const u
                 row = row < rows ? row : rows - 1;
                 of_x[j] = *(const uint4 *)(x + row * x_row + place_of(row, (c * 4 + lane % 4) * PIECES + p));
             }
-            constexpr int WORDS = 4 / PIECES;
+            constexpr int WORDS = FORMAT == BF16 ? 2 : 4 / PIECES;  // or pairs of them
 #pragma unroll
             for (int k = 0; k < WORDS; k++) {
                 u32 b[HEIGHT / 8][2 * STEPS];
 #pragma unroll
                 for (int j = 0; j < HEIGHT / 8; j++) {
-                    if (FORMAT == FP8)
+                    if (FORMAT == BF16)
+                        b[j][0] = word_of(of_x[j], 2 * k), b[j][1] = word_of(of_x[j], 2 * k + 1);
+                    else if (FORMAT == FP8)
                         rows_of(word_of(of_x[j], k), b[j][0], b[j][1]);
                     else
 #pragma unroll
@@ -64,7 +66,10 @@ DEVICE void multiply(float (&sums)[STACK][HEIGHT / 2], const Unit &mine, const u
                     for (int r = 0; r < 2; r++) {
                         int word = FOUR_BIT ? p : p * WORDS + k;
                         u32 o[2 * STEPS];
-                        operands_of(word_of(mine.codes[m][r][c], word), mine.scales[m][r], c, word, o);
+                        if (FORMAT == BF16)
+                            o[0] = word_of(mine.codes[m][r][c], 2 * k), o[1] = word_of(mine.codes[m][r][c], 2 * k + 1);
+                        else
+                            operands_of(word_of(mine.codes[m][r][c], word), mine.scales[m][r], c, word, o);
 #pragma unroll
                         for (int i = 0; i < 2 * STEPS; i++) a[i / 2][i % 2 * 2 + r] = o[i];
                     }
@@ -101,7 +106,13 @@ DEVICE void bring(const Dense &a, int first, int count, float *x_scales, int thr
     for (int row = thread / 32; row < a.rows; row += WARPS) {
         u32 to = shared_address(memory) + RESERVED + row * count * X_UNIT;
         const u8 *from = a.x + row * a.x_stride + (i64)first * X_UNIT;
-        for (int i = thread % 32; i < count * EACH; i += 32) copy16(to + i / EACH * X_UNIT + place_of(row, i % EACH), from + i * 16);
+        for (int i = thread % 32; i < count * EACH; i += 32) {
+            u32 place = to + i / EACH * X_UNIT + place_of(row, i % EACH);
+            if (FORMAT == BF16 && first * CHUNKS + i / 4 >= a.chunks)
+                copy_small<16>(place, a.x, 0);  // zeros
+            else
+                copy16(place, from + i * 16);
+        }
     }
     if (BLOCKS)
         for (int i = thread; i < count * HEIGHT; i += 32 * WARPS) x_scales[i] = i % HEIGHT < a.rows ? a.x_scales[i % HEIGHT * a.scale_row + (first + i / HEIGHT) * a.scale_group] : 0.0f;
