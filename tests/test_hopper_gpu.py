@@ -27,6 +27,8 @@ OAI = Activation("swiglu_oai")
 OTHERS = {
     "int4_g64 fp8_token": Scheme("", WeightFormat("int4", 64, "bfloat16"), Encoding("fp8_token")),
     "int4_g32 fp8_token": Scheme("", WeightFormat("int4", 32, "bfloat16"), Encoding("fp8_token")),
+    "int4 with halves": Scheme("", WeightFormat("int4", 128, "float16"), Encoding("bf16")),
+    "int4 with halves fp8_token": Scheme("", WeightFormat("int4", 64, "float16"), Encoding("fp8_token")),
 }
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
 EVERY = KNOWN | OTHERS
@@ -224,18 +226,18 @@ def test_dense_products(segments: tuple[int, ...], columns: int, tokens: int) ->
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 33, 64, 65, 250])
-@pytest.mark.parametrize("name", [name for name, each in SCHEMES.items()
+@pytest.mark.parametrize("name", [name for name, each in EVERY.items()
                                   if (each.weight.name, each.activation.name) in DENSE])  # fmt: skip
 def test_dense_products_of_few_rows_and_of_dozens(name: str, tokens: int) -> None:
     """Against FP64: K in one part and in several, weight rows that fill no tile; biases; rows of a wider tensor."""
-    scheme = SCHEMES[name]
+    scheme = EVERY[name]
     scale = torch.tensor(0.01, device="cuda") if scheme.activation.static else None
     for segments, columns in (((4096, 512, 512), 2048), ((2048,), 4096), ((200, 136), 128), ((24,), 16384)):
         w = weight(scheme, segments, columns)
         x = randn(tokens, columns + 24)[:, :columns]
         rows = triton.encode(x, scheme.activation, scale)
         form, mine = FORMATS[scheme.weight.name], dense.cut_of(rows, w, None) is not None
-        assert mine == (tokens <= dense.MOST[form] and tokens not in dense.BETTER.get(form, ()))
+        assert mine == (tokens <= dense.MOST[form] and tokens not in dense.BETTER.get(form, ()) and name != "wna16_g32")
         for bias in (None, randn(sum(segments))):
             check_dense(rows, w, bias)
     if scheme.activation.name == "bf16":

@@ -31,14 +31,17 @@ __all__ = ["machine"]
 pytestmark = [needs_compiler, pytest.mark.usefixtures("machine")]
 OAI = Activation("swiglu_oai")
 KNOWN = [name for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS]
-USUAL = [("fp8", 128), ("nvfp4", 16), ("w4afp8_token", 64), ("mxfp8", 8)]
+HALVES = {f"{name} with halves": replace(SCHEMES[name], weight=replace(SCHEMES[name].weight, scale_dtype="float16"))
+          for name in ("wna16", "wna16_g32", "w4afp8_token")}  # fmt: skip
+EVERY = SCHEMES | HALVES
+USUAL = [("fp8", 128), ("nvfp4", 16), ("w4afp8_token", 64), ("mxfp8", 8), ("wna16 with halves", 8)]
 BY_ROW = [name for name in KNOWN if SCHEMES[name].activation.by_row and name != "w4afp8_static"]
-REST = [(name, tile) for name in KNOWN for tile in TILES if (name, tile) not in USUAL]
+REST = [(name, tile) for name in (*KNOWN, *HALVES) for tile in TILES if (name, tile) not in USUAL]
 
 
 def check(name: str, tile: int) -> None:
     """Experts with few rows, many, none; a lone token; stages and tiles that are not full; biases and clamps."""
-    scheme = SCHEMES[name]
+    scheme = EVERY[name]
     columns = 320 if scheme.weight.name == "bf16" else 384
     check_layer(Layer.of(scheme, 21, (4, 512, 256, 2), TILES[tile], "holes"))
     alone = Layer.of(scheme, 1, (4, columns, 256, 3), TILES[tile])
@@ -109,15 +112,16 @@ def test_dense_products(tile: int) -> None:
 )
 @pytest.mark.parametrize(
     "name",
-    ["fp8", "nvfp4", "mxfp8", "mxfp4a8", "fp8_channel"]
+    ["fp8", "nvfp4", "mxfp8", "mxfp4a8", "fp8_channel", "wna16"]
     + [
         pytest.param(name, marks=pytest.mark.long)
-        for name in ("mxfp4", "mxfp8a16", "nvfp4_dynamic", "nvfp4a16", "fp8_tensor", "fp8_tensor_static")
+        for name in ("mxfp4", "mxfp8a16", "nvfp4_dynamic", "nvfp4a16", "fp8_tensor", "fp8_tensor_static",
+                     "wna16 with halves")
     ],
 )
 def test_dense_products_of_few_rows_and_of_dozens(name: str, rows: int) -> None:
     """Weight rows that fill no tile; K in one part, and in several; more units than warps, and fewer; a bias."""
-    scheme, seen = SCHEMES[name], set()
+    scheme, seen = EVERY[name], set()
     scale = torch.tensor(0.01) if scheme.activation.static else None
     for segments, columns in (((64, 40), 6144), ((24,), 256)):
         w, bias = weight(scheme, segments, columns), randn(sum(segments))

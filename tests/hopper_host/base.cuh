@@ -523,6 +523,8 @@ DEVICE u32 picked(u32 bits, u32 mask, u32 more) { return (bits & mask) | more; }
 DEVICE u16 e4m3_pair(float low, float high) { return (u16)(machine::to_e4m3(low) | machine::to_e4m3(high) << 8); }
 DEVICE u32 e4m3_halves(u16 pair) { return half_pair(machine::from_e4m3((u8)pair), machine::from_e4m3((u8)(pair >> 8))); }
 DEVICE float larger(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
+DEVICE float half_value(u16 bits) { return machine::from_half(bits); }
+
 DEVICE float about_reciprocal(float d) { return 1.0f / d; }
 
 // --- what the compiler for GPUs brings along ---

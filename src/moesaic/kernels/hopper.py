@@ -18,6 +18,7 @@ Letters: T tokens, A experts per token, R = T A routed rows, D hidden size.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +42,9 @@ from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, KVVi
 if TYPE_CHECKING:
     from moesaic.kernels._hopper.launch import Routed, Stored
 
-FORMS = frozenset(WeightFormat("int4", group, "bfloat16") for group in (32, 64, 128))
+FORMS = frozenset(
+    WeightFormat("int4", group, scale) for group, scale in product((32, 64, 128), ("bfloat16", "float16"))
+)
 """Of INT4, which comes in groups of so many codes that have a scale together."""
 MOST_EXPERTS = 512
 """On a rank: as prepare.cuh has it."""
@@ -61,7 +64,8 @@ CONTRACTS = (
         Contract(
             op, "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
             formats=frozenset(form for form, _ in DENSE), encodings=frozenset(encoding for _, encoding in DENSE),
-            pairs=DENSE, arch=(90, 90), package="triton", versions=">=3.6,<3.8", path=path_of(op),
+            pairs=DENSE, forms=frozenset(form for form in FORMS if form.group == 128), arch=(90, 90), package="triton",
+            versions=">=3.6,<3.8", path=path_of(op),
         ) for op in ("linear_quant", "linear_terms")
     ),
     *(

@@ -288,6 +288,12 @@ DEVICE float2 e4m3_values(u16 pair) {
     return v;
 }
 
+DEVICE float half_value(u16 bits) {
+    float v;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+    return v;
+}
+
 DEVICE float about_reciprocal(float d) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(d));

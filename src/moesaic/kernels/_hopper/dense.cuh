@@ -6,7 +6,7 @@
 // row of x, of which four lanes have a unit: which elements of K are multiplied together is free, as long as both sides agree.
 //
 // FP8 meets E4M3 rows, with scales of blocks (BLOCKS) or of whole rows; all else rows of BF16 numbers. So do weights in BF16, which
-// are multiplied as they are.
+// are multiplied as they are, and INT4 in groups of 128, whose scales, BF16 or halves (HALF_SCALES), multiply the sums of a unit.
 // HEIGHT rows of x at most, STACK blocks of 16 rows of w for a warp; a thread block has ROWS rows of w, BLOCK_THREADS, and RESERVED bytes
 // in front of rows of x, of which those at ROW_SCALES hold scales of whole rows.
 #pragma once
@@ -17,7 +17,8 @@
 #define W_UNIT (64 * CHUNKS)
 #define X_UNIT (64 * CHUNKS * PIECES)
 #define STEPS (FOUR_BIT ? 2 : 1) /* of 16 elements of K that a word of codes, and others' of its row, are */
-#define LIFT (FORMAT == BF16 ? 1.0f : FORMAT == FP8 ? FP8_LIFT : FORMAT == MXFP8 ? 0x1p60f : 0x1p63f) /* by which a sum of products is too small */
+#define APART (BLOCKS || FORMAT == INT4) /* a unit has sums of its own */
+#define LIFT (FORMAT == BF16 ? 1.0f : FORMAT == INT4 ? 4.0f : FORMAT == FP8 ? FP8_LIFT : FORMAT == MXFP8 ? 0x1p60f : 0x1p63f) /* by which a sum of products is too small */
 
 // As dense.py packs them.
 struct Dense {
@@ -66,6 +67,16 @@ DEVICE void e2m1_of(u32 w, u32 (&o)[4]) {
     o[3] = (upper & 0x00F000F0u) * 0x104u & 0x81C081C0u;
 }
 
+// Eight codes n of INT4 -> (n - 8) / 4 as pairs (n0, n4), ...: see decode.cuh.
+DEVICE void int4_of(u32 w, u32 (&o)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 mine = w >> (4 * i);
+        o[i] = fma_pair(picked(mine, 0x000F000Fu, 0x43004300u), 0x3E803E80u, 0xC208C208u);
+        o[i + 1] = fma_pair(mine & 0x00F000F0u, 0x7F007F00u, 0xC000C000u);
+    }
+}
+
 // Two scales of NVFP4, times LIFT: see decode.cuh.
 DEVICE u32 nvfp4_scales(u32 codes) { return mul_pair(mul_pair(__byte_perm(codes & 0x7F7Fu, 0, 0x4140) << 4, 0x7B807B80u), 0x5F005F00u); }
 
@@ -79,6 +90,8 @@ DEVICE u32 scale_of(u32 scales, int chunk, int word) {
 DEVICE void operands_of(u32 codes, u32 scales, int chunk, int word, u32 (&o)[2 * STEPS]) {
 #if FORMAT == FP8
     halves_of(codes, o[0], o[1]);
+#elif FORMAT == INT4
+    int4_of(codes, o);
 #elif FORMAT != BF16
 #if FORMAT == MXFP8
     bf16_of(codes, o[0], o[1]);
@@ -105,6 +118,8 @@ DEVICE void load(Unit &to, const Dense &a, int first, int unit, int lane) {
             const u8 *scales = a.w_scales + (FORMAT == FP8 ? a.coarse[row] : row) * a.scale_stride;
             if (FORMAT == FP8)
                 to.scales[m][r] = __float_as_uint(((const float *)scales)[unit]);
+            else if (FORMAT == INT4)
+                to.scales[m][r] = __float_as_uint(HALF_SCALES ? half_value(((const u16 *)scales)[unit]) : bf16_low(((const u16 *)scales)[unit]));
             else if (FORMAT == NVFP4)
                 to.scales[m][r] = ((const u16 *)scales)[unit * 4 + lane % 4];
             else if (FORMAT == MXFP4)

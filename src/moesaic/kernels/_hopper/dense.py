@@ -29,6 +29,8 @@ Measured at 5 MB, 8, 10, 15, 29, 66 and 132."""
 SHARED = 226 << 10
 """Bytes of shared memory that a thread block may have at most."""
 FP8 = FORMATS["fp8_block"]
+SCALES = ("bfloat16", "float16")
+"""Of INT4."""
 
 
 class DenseC(ctypes.Structure):
@@ -65,11 +67,11 @@ PLAIN = {(rows, stack): Height(rows, "few", 16 * stack, 256, 8, 264, 208 << 10, 
 SMALLEST, PLAIN_LARGE = 1024, {4: 64 << 20, 8: 32 << 20, 16: 20 << 20}
 """Of these: rows of w below which thread blocks are too few, and bytes above which the vendor's library is as fast, by
 rows of x up to so many."""
-HEIGHTS = {FP8: (FEW[0], DOZENS)} | {FORMATS[name]: (*FEW, DOZENS) for name in ("mxfp8", "mxfp4", "nvfp4")}
+HEIGHTS = {FP8: (FEW[0], DOZENS)} | {FORMATS[name]: (*FEW, DOZENS) for name in ("mxfp8", "mxfp4", "nvfp4", "int4")}
 """By format, as measured on an H200 (docs/performance-log.md)."""
 MOST = {form: 64 if form == FP8 else 256 for form in HEIGHTS}
 """Rows of x."""
-ALWAYS = {FP8: 8, FORMATS["mxfp8"]: 8, FORMATS["mxfp4"]: 16, FORMATS["nvfp4"]: 16}
+ALWAYS = {FP8: 8, FORMATS["mxfp8"]: 8, FORMATS["mxfp4"]: 16, FORMATS["nvfp4"]: 16, FORMATS["int4"]: 16}
 """Rows for which the size of a weight does not matter."""
 MOST_PARTS = 8
 """Of K, where fewer have room; somebody must add them up."""
@@ -80,15 +82,18 @@ is."""
 
 @dataclass(frozen=True)
 class Variant:
-    """form: of FORMATS.  blocks: FP8 scales are of blocks and groups."""
+    """form: of FORMATS.  blocks: FP8 scales are of blocks and groups.  half_scales: those of INT4 are IEEE halves, not
+    BF16."""
 
     form: int
     blocks: bool
     height: Height
+    half_scales: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
-        made = {"FORMAT": self.form, "BLOCKS": int(self.blocks), "HEIGHT": self.height.rows}
+        made = {"FORMAT": self.form, "BLOCKS": int(self.blocks), "HEIGHT": self.height.rows,
+                "HALF_SCALES": int(self.half_scales)}  # fmt: skip
         return made | dict(self.height.constants) | ({"ROWS8": int(self.form == FP8)} if self.height is DOZENS else {})
 
     @property
@@ -149,13 +154,16 @@ def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -
     rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS[w.form.name]
     if (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
         return None
+    if form == FORMATS["int4"] and (w.form.group != UNIT or w.form.zero_points or w.form.scale_dtype not in SCALES):
+        return None
     if not 0 < rows <= MOST[form] or rows in BETTER.get(form, ()) or not w.shape[0] or (form == FP8 and not terms):
         return None
     if rows > ALWAYS[form] and w.parts["data"].nbytes > next(most for limit, most in LARGE.items() if rows <= limit):
         return None
     heights = HEIGHTS[form]
     height = next((each for each in heights if rows <= each.rows), heights[-1])
-    return shared_out(Variant(form, w.form.name == "fp8_block", height), rows, w.shape[0], columns // UNIT)
+    half = form == FORMATS["int4"] and w.form.scale_dtype == "float16"
+    return shared_out(Variant(form, w.form.name == "fp8_block", height, half), rows, w.shape[0], columns // UNIT)
 
 
 def shared_out(variant: Variant, rows: int, columns: int, units: int) -> Cut:

@@ -82,6 +82,18 @@ DEVICE void bring(const Dense &a, int upper, int rows, int first, int count, flo
         ((float *)(memory + ROW_SCALES))[thread] = a.x_scales[(upper + thread) * a.scale_row];
 }
 
+// A unit's sums, apart, onto all: times the scales of its rows of w and of x.
+DEVICE void fold(float (&sums)[HEIGHT / 2], const float (&part)[HEIGHT / 2], const Unit &mine, const float *x_scales, int lane) {
+#pragma unroll
+    for (int j = 0; j < HEIGHT / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float of_x = BLOCKS ? x_scales[8 * j + lane % 4 * 2 + i] : 1.0f;
+#pragma unroll
+            for (int r = 0; r < 2; r++) sums[4 * j + 2 * r + i] += part[4 * j + 2 * r + i] * (APART ? of_x * __uint_as_float(mine.scales[0][r]) : 1.0f);
+        }
+}
+
 #if FORMAT == FP8
 DEVICE void multiply(float (&sums)[HEIGHT / 2], const Unit &mine, u32 x, const float *x_scales, int lane) {
     float part[HEIGHT / 2];
@@ -96,17 +108,12 @@ DEVICE void multiply(float (&sums)[HEIGHT / 2], const Unit &mine, u32 x, const f
     products_commit();
     products_wait<0>();
     hold(part);
-#pragma unroll
-    for (int j = 0; j < HEIGHT / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float of_x = BLOCKS ? x_scales[8 * j + lane % 4 * 2 + i] : 1.0f;
-#pragma unroll
-            for (int r = 0; r < 2; r++) sums[4 * j + 2 * r + i] += part[4 * j + 2 * r + i] * (BLOCKS ? of_x * __uint_as_float(mine.scales[0][r]) : 1.0f);
-        }
+    fold(sums, part, mine, x_scales, lane);
 }
 #else
-DEVICE void multiply(float (&sums)[HEIGHT / 2], const Unit &mine, u32 x, const float *, int) {
+DEVICE void multiply(float (&sums)[HEIGHT / 2], const Unit &mine, u32 x, const float *x_scales, int lane) {
+    float apart[APART ? HEIGHT / 2 : 1];
+    float(&part)[HEIGHT / 2] = APART ? (float(&)[HEIGHT / 2])apart : sums;
 #pragma unroll
     for (int line = 0; line < LINES; line++) {
         u32 w[4][4];  // four products of 16 elements of K
@@ -123,14 +130,19 @@ DEVICE void multiply(float (&sums)[HEIGHT / 2], const Unit &mine, u32 x, const f
         u64 tile = tile_descriptor(x + line * LINE);
 #pragma unroll
         for (int k = 0; k < 4; k++) hold(w[k]);
-        hold(sums);
+        hold(part);
         products_fence();
 #pragma unroll
-        for (int k = 0; k < 4; k++) multiply_registers<HEIGHT>(sums, w[k][0], w[k][1], w[k][2], w[k][3], tile + 2 * k);
+        for (int k = 0; k < 4; k++)
+            if (APART && !line && !k)
+                begin_registers<HEIGHT>(part, w[k][0], w[k][1], w[k][2], w[k][3], tile);
+            else
+                multiply_registers<HEIGHT>(part, w[k][0], w[k][1], w[k][2], w[k][3], tile + 2 * k);
         products_commit();
         products_wait<0>();
-        hold(sums);
+        hold(part);
     }
+    if (APART) fold(sums, part, mine, x_scales, lane);
 }
 #endif
 

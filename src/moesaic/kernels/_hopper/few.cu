@@ -30,7 +30,7 @@ DEVICE int place_of(int row, int piece) {
 
 // x: the rows' unit. x_row: bytes from one to the next; there are `rows`, and whoever has none takes the last one.
 DEVICE void multiply(float (&sums)[STACK][HEIGHT / 2], const Unit &mine, const u8 *x, int x_row, int rows, const float *x_scales, int lane) {
-    float part[STACK][BLOCKS ? HEIGHT / 2 : 1] = {};
+    float part[STACK][APART ? HEIGHT / 2 : 1] = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
@@ -73,7 +73,7 @@ DEVICE void multiply(float (&sums)[STACK][HEIGHT / 2], const Unit &mine, const u
 #pragma unroll
                         for (int i = 0; i < 2 * STEPS; i++) a[i / 2][i % 2 * 2 + r] = o[i];
                     }
-                    float *to = BLOCKS ? part[m] : sums[m];
+                    float *to = APART ? part[m] : sums[m];
 #pragma unroll
                     for (int t = 0; t < STEPS; t++)
 #pragma unroll
@@ -86,12 +86,12 @@ DEVICE void multiply(float (&sums)[STACK][HEIGHT / 2], const Unit &mine, const u
                 }
             }
         }
-#if BLOCKS
+#if APART
 #pragma unroll
     for (int j = 0; j < HEIGHT / 8; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float of_x = x_scales[8 * j + lane % 4 * 2 + i];
+            float of_x = BLOCKS ? x_scales[8 * j + lane % 4 * 2 + i] : 1.0f;
 #pragma unroll
             for (int m = 0; m < STACK; m++)
 #pragma unroll

@@ -126,8 +126,8 @@ struct RowScales {
     DEVICE_MEMBER float fold_by(int m, int r, int group) const {
         if (BLOCK_SCALES) return ((const float *)at)[2 * m + r];
         if (FORMAT != INT4) return 1.0f;
-        const u8 *mine = at + (128 * m + 8 * r) * SPAN_BYTES;
-        return __uint_as_float((u32)((const u16 *)mine)[group] << 16);
+        u16 mine = ((const u16 *)(at + (128 * m + 8 * r) * SPAN_BYTES))[group];
+        return HALF_SCALES ? half_value(mine) : bf16_low(mine);
     }
     // Of the chunk of 16 bytes that a lane takes in a half of the stage: bits.
     DEVICE_MEMBER u32 bits(int m, int r, int half, int lane) const {

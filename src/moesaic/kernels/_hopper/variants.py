@@ -49,8 +49,9 @@ class Tile:
 @dataclass(frozen=True)
 class Variant:
     """form, encoding: numbers as the sources have them.  codes: rows that come encoded hold E4M3 codes.  group: of INT4
-    scales.  aligned: bytes of which all rows of scales along K begin at multiples (0: of 2).  one_order: a tile of up
-    to NARROW rows adds up in the order of the higher ones.  zigzag: INT4 codes are so (pack.py).  See `defines`."""
+    scales.  aligned: bytes of which all rows of scales along K begin at multiples (0: of 2).  half_scales: INT4's are
+    IEEE halves, not BF16.  one_order: a tile of up to NARROW rows adds up in the order of the higher ones.
+    zigzag: INT4 codes are so (pack.py).  See `defines`."""
 
     form: int
     encoding: int
@@ -60,6 +61,7 @@ class Variant:
     by_segment: bool = False
     group: int = 128
     aligned: int = 16
+    half_scales: bool = False
     one_order: bool = False
     zigzag: bool = False
 
@@ -163,7 +165,7 @@ class Variant:
             "ROOM_LIMIT": SHARED[self.tile.blocks],
             "BLOCKS": int(self.block_scales), "BY_SEGMENT": int(self.by_segment), "GROUP": self.group,
             "SCALE_UNIT": self.scale_unit,
-            "ONE_ORDER": int(self.one_order), "ZIGZAG": int(self.zigzag),
+            "ONE_ORDER": int(self.one_order), "ZIGZAG": int(self.zigzag), "HALF_SCALES": int(self.half_scales),
             **{f"HEIGHT_{i}": each for i, each in enumerate(heights)},
         }  # fmt: skip
 
@@ -172,6 +174,7 @@ DENSE = frozenset({
     ("fp8_block", "fp8_group128"), *((form, rows) for form in ("fp8_tensor", "fp8_channel") for rows in
                                      ("fp8_tensor", "fp8_token")),
     ("mxfp8", "mxfp8"), ("mxfp8", "bf16"), ("mxfp4", "mxfp8"), ("mxfp4", "bf16"), ("nvfp4", "nvfp4"), ("nvfp4", "bf16"),
+    ("int4", "bf16"),
 })  # fmt: skip
 """Formats of weights and encodings of rows that the kernels for dense products multiply (dense.py)."""
 TILES = {
@@ -187,6 +190,7 @@ def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
     return Variant(
         FORMATS[form.name], ENCODINGS[encoding.name, encoding.static], encoding.name in EIGHT_BIT, tile,
         form.name == "fp8_block", form.name == "fp8_tensor", form.group or 128,
+        half_scales=form.name == "int4" and form.scale_dtype == "float16",
     )  # fmt: skip
 
 
