@@ -14,7 +14,10 @@ import torch
 from moesaic import LLM, SamplingParams
 from moesaic.config import KV_FORMATS, LOAD_FORMATS, EngineConfig
 from moesaic.contracts import scheme
+from moesaic.contracts.scheme import SCHEMES
 from moesaic.errors import CheckpointError, OptionError
+from moesaic.formats.base import QuantTensor
+from moesaic.formats.dummy import fill
 from moesaic.layers.linear import Stored
 from moesaic.text.byte_tokenizer import byte_tokenizer
 from tests.cli_support import call
@@ -51,6 +54,17 @@ def test_weights_have_the_scheme_that_the_config_names(tmp_path: Path) -> None:
     assert held == {"fp8_block"}
     assert all(torch.isfinite(item[1]).all() for item in llm.launched.built.model.sources() if isinstance(item, tuple))
     assert len(llm.generate([[1, 2, 3]], GREEDY)[0].tokens) == 5
+
+
+@pytest.mark.parametrize("name", ["wna16", "wna16_g32", "mxfp4", "nvfp4", "mxfp8", "fp8", "bf16"])
+def test_random_weights_lean_to_no_side(name: str) -> None:
+    """A mean would be a part that all rows' products have in common: they would choose the same experts."""
+    for count in ((), (3,)):
+        w = fill(QuantTensor.empty(SCHEMES[name].weight, (384,), 1024, torch.empty(0, dtype=torch.bfloat16), count))
+        values = torch.stack([each.dequantize().double() for each in ([w[i] for i in range(3)] if count else [w])])
+        error = values.std() / values.numel() ** 0.5
+        assert values.mean().abs() < 6 * error
+        assert 0.5 < values.std() * 1024**0.5 < 2
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -12,16 +12,24 @@ from torch import Tensor
 
 from moesaic.formats.base import QuantTensor
 
-SPREAD = {"bf16": 1.0, "mxfp4": 2.9, "nvfp4": 2.9 * 2.5, "int4": 4.6}
+SPREAD = {"bf16": 1.0, "mxfp4": 2.9, "nvfp4": 2.9 * 2.5, "int4": 4.2}
 """Root mean square of random codes (of NVFP4: times its random block scales); of E4M3 about 100."""
 
 
 def fill(w: QuantTensor, gain: float = 1.0) -> QuantTensor:
-    """Overwrites the fields of a weight. gain: norm of a product's row over norm of the row; NaN codes never occur."""
+    """Overwrites the fields of a weight. gain: norm of a product's row over norm of the row; NaN codes never occur.
+
+    Nor does INT4's lowest code: the others' mean is 0. Else all rows' products would have a part in common, which
+    chooses the same experts for all of them.
+    """
     size = gain / (SPREAD.get(w.form.name, 100.0) * math.sqrt(w.columns))
     for name, part in w.parts.items():
         if name == "data":
             fill_codes(part, size)
+            if w.form.name == "int4":
+                for some in part.split(1 if part.dim() > 2 else 1 << 14):  # few bytes at a time
+                    for nibble, middle in ((0x0F, 0x08), (0xF0, 0x80)):
+                        some.bitwise_or_((some & nibble == 0).to(torch.uint8) * middle)
         elif part.dtype == torch.uint8:
             middle = 8 if name == "zero" else 127 + round(math.log2(size))
             part.random_(middle - 2, middle + 3)

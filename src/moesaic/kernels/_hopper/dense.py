@@ -6,6 +6,7 @@ Letters: T rows, N outputs, P parts of K.
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,9 +24,6 @@ from moesaic.kernels.exact import exact
 I32, I64, PTR = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p
 UNIT = 128
 """Elements of K."""
-LARGE = {64: 16 << 20, 128: 12 << 20, 256: 16 << 20}
-"""Bytes of a weight above which Triton is as fast, or faster, by rows up to so many, but for a few rows (below).
-Measured at 5 MB, 8, 10, 15, 29, 66 and 132."""
 SHARED = 226 << 10
 """Bytes of shared memory that a thread block may have at most."""
 FP8 = FORMATS["fp8_block"]
@@ -158,12 +156,19 @@ def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -
         return None
     if not 0 < rows <= MOST[form] or rows in BETTER.get(form, ()) or not w.shape[0] or (form == FP8 and not terms):
         return None
-    if rows > ALWAYS[form] and w.parts["data"].nbytes > next(most for limit, most in LARGE.items() if rows <= limit):
+    if w.parts["data"].nbytes > largest(form, rows):
         return None
     heights = HEIGHTS[form]
     height = next((each for each in heights if rows <= each.rows), heights[-1])
     half = form == FORMATS["int4"] and w.form.scale_dtype == "float16"
     return shared_out(Variant(form, w.form.name == "fp8_block", height, half), rows, w.shape[0], columns // UNIT)
+
+
+def largest(form: int, rows: int) -> int:
+    """Bytes of a weight above which Triton is as fast, or faster: measured at 5 MB, 8, 10, 15, 29, 66 and 132."""
+    if rows <= ALWAYS[form]:
+        return sys.maxsize
+    return 12 << 20 if 64 < rows <= 128 or (rows <= 32 and form == FORMATS["int4"]) else 16 << 20
 
 
 def shared_out(variant: Variant, rows: int, columns: int, units: int) -> Cut:
