@@ -123,7 +123,7 @@ def test_dense_products_of_few_rows_and_of_dozens(name: str, rows: int) -> None:
     """Weight rows that fill no tile; K in one part, and in several; more units than warps, and fewer; a bias."""
     scheme, seen = EVERY[name], set()
     scale = torch.tensor(0.01) if scheme.activation.static else None
-    for segments, columns in (((64, 40), 6144), ((24,), 256)):
+    for segments, columns in (((64, 37), 6144), ((24,), 256)):
         w, bias = weight(scheme, segments, columns), randn(sum(segments))
         x = encode(randn(rows, columns), scheme.activation, scale)
         how = dense.cut_of(x, w, bias)
@@ -174,7 +174,7 @@ def test_other_plain_products_are_the_librarys() -> None:
         "few rows of w": (x, w[:1000], None), "many rows of x": (randn(17, 96), w, None), "none": (x[:0], w, None),
         "K off 32": (randn(4, 72), randn(1024, 72), None), "transposed": (x, randn(96, 1024).t(), None),
         "off 16 bytes": (x, randn(1024, 100)[:, 4:], None), "large": (randn(8, 4096), w.new_empty(8192, 4096), None),
-        "rows that have no room": (randn(16, 8192), w.new_empty(1024, 8192), None),
+        "rows that have no room": (randn(16, 8192), w.new_empty(1024, 8192), None), "another K": (x[:, :64], w, None),
     }  # fmt: skip
     for what, operands in others.items():
         assert dense.plain_cut(*operands) is None, what

@@ -66,6 +66,7 @@ struct Warp {
 
 struct Block {
     u8 *shared;
+    size_t room;
     int threads;
     std::vector<Barrier> barriers;
     Gate gates[16];
@@ -152,7 +153,7 @@ inline int run(void (*what)(), u32 grid, int threads, size_t shared, u32 beside)
         u8 *memory = (u8 *)aligned_alloc(1024, room * count), *stacks = (u8 *)aligned_alloc(64, STACK_BYTES * fibers.size());
         memset(memory, 0xA5, room * count);
         for (u32 b = 0; b < count; b++) {
-            all[b].shared = memory + b * room, all[b].threads = threads;
+            all[b].shared = memory + b * room, all[b].room = shared, all[b].threads = threads;
             all[b].barriers.resize(room / 8), all[b].warps.resize((threads + 31) / 32);
             for (int t = 0; t < threads; t++) {
                 size_t i = b * threads + t;
@@ -193,7 +194,10 @@ inline int run(void (*what)(), u32 grid, int threads, size_t shared, u32 beside)
     return 0;
 }
 
-inline u8 *at(u32 address, Block *block = here->block) { return block->shared + (address - 1024); }
+inline u8 *at(u32 address, Block *block = here->block) {
+    if (address - 1024 >= block->room) fprintf(stderr, "outside of shared memory\n"), abort();
+    return block->shared + (address - 1024);
+}
 
 // Every lane gives up to six words, and sees what all lanes gave.
 inline const u64 (&together(const char *what, u64 a = 0, u64 b = 0, u64 c = 0, u64 d = 0, u64 e = 0, u64 f = 0))[32][6] {

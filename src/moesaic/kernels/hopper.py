@@ -1,4 +1,4 @@
-"""Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, dense FP8 products, attention over heads.
+"""Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, dense products, attention over heads.
 
 A call of `experts` is three launches: rows are sorted by expert while they are encoded; both products, the activation
 and the encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read
@@ -234,7 +234,10 @@ def summed(variant: Variant, terms: ExpertTerms) -> Tensor:
 
 
 def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Few rows here; all else by the vendor's library."""
+    """Few rows here; all else by the vendor's library.
+
+    w and bias are read early: the kernel in front must not be what makes them (stored weights are ready).
+    """
     from moesaic.kernels._hopper import dense
 
     if how := dense.plain_cut(x_TD, w_ND, bias_N):
@@ -243,7 +246,7 @@ def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
 
 
 def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    """Few rows and dozens here, and many of FP8; all else by Triton."""
+    """Few rows and dozens here, but for FP8, of which many; all else by Triton."""
     terms_PTN = multiplied_densely(x, w, bias_N, terms=False)
     if terms_PTN is None:
         from moesaic.kernels import triton

@@ -150,7 +150,7 @@ def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -
     if bias_N is not None and bias_N.dtype != torch.bfloat16:
         return None
     rows, columns, form = x.data.shape[:-1].numel(), w.columns, FORMATS[w.form.name]
-    if (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or len(w.shape) != 2:
+    if (w.form.name, x.encoding.name) not in DENSE or columns % UNIT or not columns or len(w.shape) != 2:
         return None
     if form == FORMATS["int4"] and (w.form.group != UNIT or w.form.zero_points or w.form.scale_dtype not in SCALES):
         return None
@@ -231,7 +231,7 @@ def plain_cut(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None) -> Cut | None:
     if {x_TD.dtype, w_ND.dtype, torch.bfloat16 if bias_N is None else bias_N.dtype} != {torch.bfloat16}:
         return None
     limit = next((most for limit, most in PLAIN_LARGE.items() if 0 < rows <= limit), 0)
-    if columns < SMALLEST or k % 32 or not k or by_16_bytes(w_ND) is not w_ND or 2 * columns * k > limit:
+    if columns < SMALLEST or not 0 < 2 * columns * k <= limit or k % 32 or x_TD.shape[-1] != k or not even(w_ND):
         return None
     stack = 1 if columns < 32 * PROCESSORS else 2
     variant, units = Variant(FORMATS["bf16"], False, PLAIN[8 if rows <= 8 else 16, stack]), -(-k // UNIT)
@@ -241,7 +241,10 @@ def plain_cut(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None) -> Cut | None:
 
 
 def plain(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None, how: Cut) -> Tensor:
-    """[.., N] in BF16.  bias_N: BF16.  how: what `plain_cut` returned.  As for reading ahead, see `products`."""
+    """[.., N] in BF16.  bias_N: BF16.  how: what `plain_cut` returned.
+
+    The kernel reads w and bias before the one in front of it has ended, which must not be what makes them.
+    """
     values, (columns, k) = by_16_bytes(x_TD.reshape(-1, x_TD.shape[-1])), w_ND.shape
     bias = None if bias_N is None else bias_N.contiguous()
     y = values.new_empty(*x_TD.shape[:-1], columns)
@@ -261,8 +264,12 @@ def operands(x: Rows) -> Tensor:
 
 def by_16_bytes(rows: Tensor) -> Tensor:
     """The kernel reads rows so; a copy of those that lie otherwise."""
-    even = rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
-    return rows if even and rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+    return rows if even(rows) else rows.clone(memory_format=torch.contiguous_format)
+
+
+def even(rows: Tensor) -> bool:
+    """Whether each row lies in one piece that begins at a multiple of 16 bytes."""
+    return rows.stride(1) == 1 and rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
 
 
 def pointer(x: Tensor | None) -> int | None:
