@@ -292,6 +292,8 @@ def test_dense_products_that_are_asked_for_come_with_their_fused_form() -> None:
         chosen = kept({choice.op: choice.chosen for choice in made.ops[under(made.base, scheme)]})
         assert chosen["linear_quant"] == (asked or "hopper")
         assert chosen.get("linear_terms") == fused
+        plain = next(choice.chosen for choice in made.ops[made.base] if choice.op == "linear")
+        assert plain == (fused or "hopper"), "DeepGEMM has none of these either"
 
 
 def test_attention_that_is_asked_for_comes_with_its_fused_forms() -> None:

@@ -345,7 +345,7 @@ def choose(op: str, need: Need, catalogue: Sequence[Contract], wishes: Wishes) -
             nearest = "--kv bf16" if works else None
         raise Refused(Refusal(what, op, kind, reasons, nearest))
     attend, linear = wishes.attention, wishes.linear
-    beside = {"attend_encode": attend, "attend_latent": attend, "linear_terms": linear}.get(op)
+    beside = {"attend_encode": attend, "attend_latent": attend, "linear_terms": linear, "linear": linear}.get(op)
     chosen = wish or (beside if beside in able else able[0])
     rejected = tuple(
         Rejection(name, miss or ("another was asked for" if wish else f"{chosen} is preferred"))
