@@ -64,17 +64,6 @@ DEVICE void decode_e4m3(u32 w, u32 &low, u32 &high) {
     high = (rotated(w, 4) & 0x80808080u) | (rotated(w, 8) & 0x07700770u);
 }
 
-// Eight codes n -> (n - 8) / 4 as pairs (n0, n4), (n1, n5), ...: 128 + n is a pattern of bits, and so is 2^-129 n, up to the
-// exponent's lowest bit.
-DEVICE void decode_int4(u32 w, u32 (&o)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        u32 mine = w >> (4 * i);
-        o[i] = fma_pair(picked(mine, 0x000F000Fu, 0x43004300u), 0x3E803E80u, 0xC208C208u);  // / 4, - 34
-        o[i + 1] = fma_pair(mine & 0x00F000F0u, 0x7F007F00u, 0xC000C000u);                  // 2^127, - 2
-    }
-}
-
 // The codes n in the low halves of four bytes -> E4M3 codes of 2^-9 (n - 8): up to 8, a code is a number of such steps.
 DEVICE u32 decode_int4_e4m3(u32 w) {
     u32 below = ~w & 0x08080808u, one = below >> 3;  // n < 8: magnitude 8 - n = (n ^ 7) + 1, and the sign

@@ -67,16 +67,6 @@ DEVICE void e2m1_of(u32 w, u32 (&o)[4]) {
     o[3] = (upper & 0x00F000F0u) * 0x104u & 0x81C081C0u;
 }
 
-// Eight codes n of INT4 -> (n - 8) / 4 as pairs (n0, n4), ...: see decode.cuh.
-DEVICE void int4_of(u32 w, u32 (&o)[4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        u32 mine = w >> (4 * i);
-        o[i] = fma_pair(picked(mine, 0x000F000Fu, 0x43004300u), 0x3E803E80u, 0xC208C208u);
-        o[i + 1] = fma_pair(mine & 0x00F000F0u, 0x7F007F00u, 0xC000C000u);
-    }
-}
-
 // Two scales of NVFP4, times LIFT: see decode.cuh.
 DEVICE u32 nvfp4_scales(u32 codes) { return mul_pair(mul_pair(__byte_perm(codes & 0x7F7Fu, 0, 0x4140) << 4, 0x7B807B80u), 0x5F005F00u); }
 
@@ -91,7 +81,7 @@ DEVICE void operands_of(u32 codes, u32 scales, int chunk, int word, u32 (&o)[2 *
 #if FORMAT == FP8
     halves_of(codes, o[0], o[1]);
 #elif FORMAT == INT4
-    int4_of(codes, o);
+    decode_int4(codes, o);
 #elif FORMAT != BF16
 #if FORMAT == MXFP8
     bf16_of(codes, o[0], o[1]);
