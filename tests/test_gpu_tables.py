@@ -68,6 +68,16 @@ def test_devices_stand_beside_each_other(folder: Path) -> None:
     assert set(gpu_tables.drawings(folder)) == {"gpu-steps.svg", "gpu-experts.svg", "gpu-experts-h200.svg"}
 
 
+def test_products_alone_are_told_from_those_with_encoding(folder: Path) -> None:
+    """Last, however their file is called."""
+    rows = [{**row, "ms": 0.1} for row in RESULTS["gemm"]["rows"]]
+    (folder / "gemm-alone-h100-80gb-hbm3.json").write_text(json.dumps({**ABOUT, "terms": True, "rows": rows}))
+    encoded, alone = gpu_tables.tables(folder)["gpu-gemm"].split("products alone")
+    assert "encoding included. NVIDIA H100" in encoded
+    assert "| qkv | fp8 | triton | 0.2000 (0.90) |" in encoded
+    assert "| qkv | fp8 | triton | 0.1000 (0.90) |" in alone
+
+
 def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
     assert set(gpu_tables.tables(tmp_path).values()) == {"Not measured yet."}
     assert gpu_tables.drawings(tmp_path) == {}
