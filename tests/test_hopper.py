@@ -100,10 +100,16 @@ def test_compiles(name: str, tile: int, tmp_path: Path) -> None:
     check_code(name, tile, tmp_path)
 
 
-@pytest.mark.parametrize("made", [
+DENSE_KERNELS = [
     *(dense.Variant(form, blocks, height) for form, heights in dense.HEIGHTS.items() for height in heights
       for blocks in ((False, True) if form == dense.FP8 else (False,))),
     *(dense.Variant(FORMATS["bf16"], False, height) for height in dense.PLAIN.values()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [
+    pytest.param(made, marks=() if made.form in (dense.FP8, FORMATS["nvfp4"]) else pytest.mark.long)
+    for made in DENSE_KERNELS
 ], ids=lambda made: f"{made.form}-{made.blocks}-{made.height.rows}-{made.height.tall}")  # fmt: skip
 def test_dense_products_compile(made: dense.Variant, tmp_path: Path) -> None:
     """As many thread blocks as are promised have room on a multiprocessor."""
