@@ -124,7 +124,7 @@ class Wishes:
     experts, dispatch, wire: of every phase, or of each its own.  two_layouts: expert weights may be held twice, where
     the kernels of the phases want them packed differently.  graphs: on a GPU, decoding stands in CUDA graphs.
     lossy: roundings that the checkpoint's scheme does not ask for are allowed.  hypothetical: kernels that Moesaic
-    knows and cannot run yet may be planned with.  kv: the cache's (`scheme.py`).  linear: plain products, too, if any.
+    knows and cannot run yet may be planned with.  kv: format of the KV cache.  linear: plain products if it has any.
     """
 
     experts: Wish = None

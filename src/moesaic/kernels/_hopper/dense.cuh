@@ -1,14 +1,14 @@
-// What kernels for dense products of weights in 4 or 8 bits have in common: weights go from memory straight to registers, where
-// they are decoded. K is taken in units of 128 elements, and may be shared out to thread blocks (parts), and within one to warps or
-// groups of them (shares).
+// What kernels for dense products have in common: weights go from memory straight to registers, where they are decoded. K is
+// taken in units of 128 elements, and may be shared out to thread blocks (parts), and within one to warps or groups of them
+// (shares).
 //
 // Of a unit, a lane has chunks of 16 bytes of rows lane / 4 and lane / 4 + 8 of each block of 16, and the same elements of a
 // row of x, of which four lanes have a unit: which elements of K are multiplied together is free, as long as both sides agree.
 //
 // FP8 meets E4M3 rows, with scales of blocks (BLOCKS) or of whole rows; all else rows of BF16 numbers. So do weights in BF16, which
 // are multiplied as they are, and INT4 in groups of 128, whose scales, BF16 or halves (HALF_SCALES), multiply the sums of a unit.
-// HEIGHT rows of x at most, STACK blocks of 16 rows of w for a warp; a thread block has ROWS rows of w, BLOCK_THREADS, and RESERVED bytes
-// in front of rows of x, of which those at ROW_SCALES hold scales of whole rows.
+// HEIGHT rows of x at most, STACK blocks of 16 rows of w for a warp; a thread block has ROWS rows of w, BLOCK_THREADS, and RESERVED
+// bytes in front of rows of x, of which those at ROW_SCALES hold scales of whole rows.
 #pragma once
 #include "formats.cuh"
 

@@ -43,24 +43,35 @@ class DenseC(ctypes.Structure):
 @dataclass(frozen=True)
 class Height:
     """A kernel for thread blocks of up to so many rows of x.  name: of its source, and in it.  tall: rows of w in a
-    thread block.  threads: of it.  shares: what of these share out its part of K.  programs: thread blocks that a GPU
-    has room for.  room: bytes for rows of x.  reserved: bytes in front of them.  constants: of its source."""
+    thread block.  threads: of it.  shares: what of these share out its part of K.  least: units that each is to have.
+    programs: thread blocks that a GPU has room for.  room: bytes for rows of x.  reserved: bytes in front of them.
+    constants: of its source."""
 
     rows: int
     name: str
     tall: int
     threads: int
     shares: int
+    least: int
     programs: int
     room: int
     reserved: int
     constants: tuple[tuple[str, int], ...]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether products are of groups of warps."""
+        return self.name == "dozens"
 
-FEW = tuple(Height(rows, "few", 32, 256, 8, 264, 72 << 10, 256, (("STACK", 2), ("PER_SM", 2))) for rows in (8, 16))
-DOZENS = Height(64, "dozens", 128, 512, 2, 132, 224 << 10, 1024, (("HALVES", 0),))
-PLAIN = {(rows, stack): Height(rows, "few", 16 * stack, 256, 8, 264, 208 << 10, 256, (("STACK", stack), ("PER_SM", 2)))
-         for rows in (8, 16) for stack in (1, 2)}  # fmt: skip
+
+def few(rows: int, stack: int, least: int, room: int) -> Height:
+    """Of few.cu. stack: blocks of 16 rows of w."""
+    return Height(rows, "few", 16 * stack, 256, 8, least, 264, room << 10, 256, (("STACK", stack), ("PER_SM", 2)))
+
+
+FEW = few(8, 2, 2, 72), few(16, 2, 1, 72)
+DOZENS = Height(64, "dozens", 128, 512, 2, 1, 132, 224 << 10, 1024, (("HALVES", 0),))
+PLAIN = {(rows, stack): few(rows, stack, 1, 208) for rows in (8, 16) for stack in (1, 2)}
 """Of weights in BF16, where nobody adds up parts; by rows of x and blocks of 16 rows of w."""
 SMALLEST, PLAIN_LARGE = 1024, {4: 64 << 20, 8: 32 << 20, 16: 20 << 20}
 """Of these: rows of w below which thread blocks are too few, and bytes above which the vendor's library is as fast, by
@@ -92,12 +103,12 @@ class Variant:
     def defines(self) -> dict[str, int]:
         made = {"FORMAT": self.form, "BLOCKS": int(self.blocks), "HEIGHT": self.height.rows,
                 "HALF_SCALES": int(self.half_scales)}  # fmt: skip
-        return made | dict(self.height.constants) | ({"ROWS8": int(self.form == FP8)} if self.height is DOZENS else {})
+        return made | dict(self.height.constants) | ({"ROWS8": int(self.form == FP8)} if self.height.grouped else {})
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Numbers of columns that products of groups of warps come in."""
-        return (self.height.rows,) if self.height is DOZENS else ()
+        return (self.height.rows,) if self.height.grouped else ()
 
     @property
     def unit_bytes(self) -> int:
@@ -106,7 +117,7 @@ class Variant:
 
     def unit_room(self, rows: int) -> int:
         """Bytes of shared memory for a unit of as many rows as a thread block has of so many."""
-        rows = rows if self.height.name == "few" else self.height.rows
+        rows = self.height.rows if self.height.grouped else rows
         return rows * self.unit_bytes + 4 * self.height.rows * self.blocks
 
 
@@ -175,12 +186,13 @@ def shared_out(variant: Variant, rows: int, columns: int, units: int) -> Cut:
     """rows: of x.  columns: of the result.  units: of K."""
     height = variant.height
     tiles, blocks = -(-columns // height.tall), -(-rows // height.rows)
-    least = -(-units // (height.room // variant.unit_room(rows)))
-    if height is DOZENS:
-        some = range(least, max(least, min(MOST_PARTS, units // height.shares)) + 1)
+    fewest = -(-units // (height.room // variant.unit_room(rows)))
+    most = units // (height.shares * height.least)
+    if height.grouped:
+        some = range(fewest, max(fewest, min(MOST_PARTS, most)) + 1)
         parts = min(some, key=lambda parts: cost(tiles * blocks, parts, units, rows * columns))
     else:
-        parts = max(least, 1, min(height.programs // tiles, units // (height.shares * (2 if height is FEW[0] else 1))))
+        parts = max(fewest, min(height.programs // tiles, most))
     per_part = -(-units // parts)
     return Cut(variant, tiles, per_part, -(-units // per_part), blocks)
 
@@ -188,7 +200,8 @@ def shared_out(variant: Variant, rows: int, columns: int, units: int) -> Cut:
 def cost(tiles: int, parts: int, units: int, results: int) -> float:
     """About what a product takes, in the time of a unit (0.75 us on an H200): rounds of thread blocks, which take five
     units beside their own; and the reading of what parts leave."""
-    return -(-tiles * parts // PROCESSORS) * (5 - -units // parts) + parts * results / 800_000
+    rounds, each = -(-tiles * parts // PROCESSORS), -(-units // parts)
+    return rounds * (5 + each) + parts * results / 800_000
 
 
 def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, how: Cut) -> Tensor:
