@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,30 +31,46 @@ import torch
 from benchmarks import gpu, warm
 from benchmarks.models import MODELS
 from moesaic.config import EngineConfig
-from moesaic.contracts.scheme import SCHEMES
+from moesaic.contracts.scheme import SCHEMES, Scheme
 from moesaic.engine.engine import Engine
 from moesaic.engine.graphs import DecodeGraphs, prompt_rows
 from moesaic.engine.launch import launch
 from moesaic.engine.params import SamplingParams
+from moesaic.formats.checkpoint import excluded_names, write_config
+from moesaic.formats.dialects.modules import change_linears
 from moesaic.layers.linear import Stored
+from moesaic.models.build import spec_of
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.hold import hold
 
 WINDOW = 32
 """Steps that are timed together."""
 PROFILED = 8
 CHUNK = 8192
 """Prompt tokens per step."""
+QUEUED = 5
+"""Steps of prompts that wait when two are profiled: one runs before, and one is ahead."""
 SHOWN = 24
 
 
+def described(model: str, scheme: Scheme) -> dict[str, Any]:
+    """The config.json of a checkpoint. Static scales of activations must be stored: only such schemes are."""
+    config: dict[str, Any] = MODELS[model]
+    if not scheme.activation.static:
+        return config
+    held = hold(spec_of(config), scheme)
+    written = change_linears(held, lambda part, _: replace(part, scheme=part.runs, held=None))
+    return config | {"quantization_config": write_config(scheme, excluded_names(written))}
+
+
 def make(args: argparse.Namespace, length: int) -> Engine:
-    most = max(args.batch)
+    most, scheme = max(args.batch), SCHEMES[args.scheme]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(MODELS[args.model]))
+        (Path(folder) / "config.json").write_text(json.dumps(described(args.model, scheme)))
         config = EngineConfig(
             device="cuda", load_format="dummy", kv=args.kv, max_num_seqs=most, max_num_batched_tokens=CHUNK,
             max_model_len=length, prefix_cache=False, graphs=False, progress=False,
-            quantization=None if args.scheme == "bf16" else args.scheme,
+            quantization=None if scheme.activation.static or not scheme.quantized else scheme.name,
         )  # fmt: skip
         with Checkpoint.open(folder, weights=False) as checkpoint:
             engine = launch(checkpoint, config, None).engine
@@ -193,9 +210,9 @@ def prompts(engine: Engine, count: int, length: int, with_profile: bool) -> dict
            "tflops": work / seconds / 1e12, "of_fp8_peak": work / seconds / gpu.limits().fp8}  # fmt: skip
     if with_profile:
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-        for i in range(2 * CHUNK // length):
+        for i in range(QUEUED * CHUNK // length):
             engine.add(f"p{i}", torch.randint(0, engine.vocab, (length,)).tolist(), params)
-        row |= {"profile": profile(engine, 1)}
+        row |= {"profile": profile(engine, 2)}
         drain(engine)
     return row
 

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 import moesaic
-from benchmarks import gpu
+from benchmarks import gpu, throughput
+from benchmarks.models import MODELS
 from moesaic.commands._scripts import SCRIPTS
+from moesaic.contracts.scheme import SCHEMES
+from moesaic.formats.dialects.modules import linears
+from moesaic.models.build import spec_of
+from moesaic.models.hold import hold
 from tests.cli_support import call
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +32,16 @@ def test_arguments_are_the_scripts_own(capfd: pytest.CaptureFixture[str]) -> Non
     assert "--prompts" in capfd.readouterr().out
     assert call("bench", "experts", "--tokens", "many").code == 2
     assert "invalid int value: 'many'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_tensor_static", "fp8", "bf16"])
+def test_throughput_of_static_scales(name: str) -> None:
+    """They are a checkpoint's: its configuration says so, of all projections; other schemes are made at load."""
+    for model in MODELS:
+        plain = spec_of(MODELS[model])
+        wanted = hold(plain, SCHEMES[name]) if SCHEMES[name].activation.static else plain
+        found = spec_of(throughput.described(model, SCHEMES[name]))
+        assert [part.scheme for part, _ in linears(found)] == [part.runs for part, _ in linears(wanted)], model
 
 
 def test_without_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

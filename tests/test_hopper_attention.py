@@ -104,6 +104,8 @@ def test_what_it_encodes() -> None:
     assert not encodes(Encoding("fp8_group128"), narrow), "a group is two heads"
     assert encodes(Encoding("mxfp8"), narrow)
     assert encodes(Encoding("fp8_tensor", True), narrow)
+    assert encodes(Encoding("nvfp4", True), narrow)
+    assert not encodes(Encoding("nvfp4"), wide), "a scale of a row above those of blocks"
     assert not encodes(Encoding("fp8_tensor"), wide), "a scale of all rows"
     assert not encodes(Encoding("fp8_token"), wide), "a scale of a row"
 

@@ -225,7 +225,7 @@ def test_dense_products(segments: tuple[int, ...], columns: int, tokens: int) ->
                 assert torch.equal(y, terms[0]), tile
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 33, 64, 65, 250])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 33, 64, 65, 128, 250])
 @pytest.mark.parametrize("name", [name for name, each in EVERY.items()
                                   if (each.weight.name, each.activation.name) in DENSE])  # fmt: skip
 def test_dense_products_of_few_rows_and_of_dozens(name: str, tokens: int) -> None:

@@ -17,6 +17,7 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme
 from moesaic.contracts.spec import SILU, Activation, RouterSpec
 from moesaic.formats.encodings.requantize import requantize_slots
 from moesaic.kernels import reference, triton
+from moesaic.kernels._triton import linear_decoded
 from moesaic.kernels.ops import KVView
 from tests import triton_support as support
 from tests.test_kernels import ROUTERS
@@ -81,6 +82,17 @@ def test_linear(scheme: Scheme) -> None:
     for tokens in (1, 17, 64, 300):
         support.check_linear(scheme, tokens, (4096, 512, 520), 2048)
     support.check_linear(scheme, 5, (40, 136, 20), 384)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4_dynamic"])
+def test_linear_by_parts_of_a_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are decoded once, 256 outputs at a time."""
+    w, x = support.weight(SCHEMES[name], (600, 136), 2048), support.randn(200, 2048)
+    rows = triton.encode(x, SCHEMES[name].activation)
+    y = triton.linear_quant(rows, w)
+    support.close(y, reference.linear_quant(support.in_double(rows), w), name)
+    monkeypatch.setattr(linear_decoded, "ROOM", 1)
+    support.close(triton.linear_quant(rows, w), y.double(), "by parts")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)

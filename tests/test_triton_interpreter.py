@@ -11,6 +11,7 @@ from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
 from moesaic.contracts.spec import SILU, Activation, RouterSpec
 from moesaic.formats.encodings.requantize import requantize_slots
 from moesaic.kernels import reference, triton
+from moesaic.kernels._triton import linear_decoded
 from moesaic.kernels.ops import KVView
 from tests import triton_support as support
 from tests.test_kernels import ROUTERS
@@ -78,6 +79,21 @@ def test_route(spec: RouterSpec, regime: str) -> None:
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES.values() if s.quantized] + list(OTHERS), ids=lambda s: s.name)
 def test_linear(scheme: Scheme) -> None:
     support.check_linear(scheme, 5, (40, 136, 20), 384)
+
+
+@pytest.mark.parametrize("room", [linear_decoded.ROOM, 1])
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "mxfp4a8", "nvfp4", "nvfp4_dynamic", "nvfp4a16"])
+def test_linear_by_weights_that_are_decoded_once(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a whole, and by 64 outputs at a time; K of a group of 32 too few for a tile."""
+    monkeypatch.setattr(linear_decoded, "MANY", 5)
+    monkeypatch.setattr(linear_decoded, "ROOM", room)
+    monkeypatch.setattr(linear_decoded, "COLUMNS", 64)
+    decoded, calls = linear_decoded.decoded, []
+    monkeypatch.setattr(linear_decoded, "decoded", lambda *given: calls.append(given[2]) or decoded(*given))
+    support.check_linear(SCHEMES[name], 5, (40, 136, 20), 352)
+    assert calls == ([64, 64, 64, 4] if room == 1 else [196]) * 2, "with a bias, and without"
+    support.check_linear(SCHEMES[name], 4, (40,), 352)
+    assert len(calls) == (8 if room == 1 else 2), "few rows are multiplied as before"
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8", "mxfp8", "w4afp8"])

@@ -9,7 +9,7 @@
 // q, out: BF16 [tokens, heads, WIDTH].  pool_row, value_at, exponents_at: bytes.  table: INT32 or (wide_table) INT64 rows of
 // table_row entries, `block` positions each.  spans: (row, count, length) of each sequence.  fresh: how many of a context's
 // last positions the kernel in front may still be writing; null where it is one of each.  window: 0 where there is none.
-// factor: of scores, LOG2E included.  data, scale, exact: parts of the encoding, numbered as below.
+// factor: of scores, LOG2E included.  data, scale, exact, top: parts of the encoding, numbered as below.
 struct Decode {
     const u16 *q;
     const u8 *pool;
@@ -21,6 +21,7 @@ struct Decode {
     u8 *data;
     void *scale;
     u16 *exact;
+    const float *top;
     i64 q_token, q_head, pool_row, table_row;
     int value_at, exponents_at, groups, repeat, block, wide_table, window, encoding;
     float factor;
@@ -31,6 +32,7 @@ struct Decode {
 #define TENSOR 1    // E4M3, one scale that is given
 #define GROUP128 2  // E4M3, a scale of each 128 elements
 #define MX8 3
+#define NV4 4       // a scale of each 16 elements, and one of all that is given
 
 DEVICE int divided_up(int x, int by) { return (x + by - 1) / by; }
 
@@ -123,6 +125,35 @@ template <int COUNT> DEVICE float largest(float x) {
     return x;
 }
 
+// To nearest, ties to the even code, saturating.
+DEVICE u32 e2m1_code(float x) {
+    float size = fabsf(x);
+    u32 rank = (size > 0.25f) + (size >= 0.75f) + (size > 1.25f) + (size >= 1.75f) + (size > 2.5f) + (size >= 3.5f) + (size > 5.0f);
+    return rank | (__float_as_uint(x) >> 28 & 8);
+}
+
+DEVICE float e2m1_value(u32 code) {
+    u32 size = code & 7;
+    return copysignf(size < 2 ? 0.5f * size : __uint_as_float((size + 252) << 22), code & 8 ? -1.0f : 1.0f);
+}
+
+// encode_four of NVFP4, whose scales of blocks are E4M3.
+DEVICE void encode_four_nv4(const Decode &a, const float (&v)[4], float amax, i64 at, bool wanted) {
+    float top = *a.top;
+    u16 block = e4m3_pair(__fdiv_rn(__fdiv_rn(largest<4>(amax), 6.0f), top), 0.0f);
+    float scale = e4m3_values(block).x, by = scale * top, values[4];
+    u32 codes = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 code = e2m1_code(quotient(v[i], by));
+        codes |= code << (4 * i), values[i] = e2m1_value(code) * scale;
+    }
+    if (!wanted) return;
+    *(u16 *)(a.data + at / 2) = codes;
+    *(uint2 *)(a.exact + at) = make_uint2(bf16_pair(values[0], values[1]), bf16_pair(values[2], values[3]));
+    if (at % 16 == 0) ((u8 *)a.scale)[at / 16] = block;
+}
+
 // Four neighbouring elements per lane, which begin at element `at` of all rows; bit for bit as `formats/encodings` has it.
 DEVICE void encode_four(const Decode &a, const float (&v)[4], i64 at, bool wanted) {
     float amax = larger(larger(fabsf(v[0]), fabsf(v[1])), larger(fabsf(v[2]), fabsf(v[3])));
@@ -139,6 +170,7 @@ DEVICE void encode_four(const Decode &a, const float (&v)[4], i64 at, bool wante
         if (at % 32 == 0) ((u8 *)a.scale)[at / 32] = code;
         return;
     }
+    if (a.encoding == NV4) return encode_four_nv4(a, v, amax, at, wanted);
     float scale = a.encoding == GROUP128 ? __fdiv_rn(largest<32>(amax), 448.0f) : *(const float *)a.scale;
     if (!wanted) return;
     u16 low = e4m3_pair(quotient(v[0], scale), quotient(v[1], scale)), high = e4m3_pair(quotient(v[2], scale), quotient(v[3], scale));

@@ -18,8 +18,10 @@ from moesaic.kernels.ops import AttentionBatch, KVView, Softmax
 I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
 WIDTHS, MOST_HEADS = (64, 128), 16
 """Of a head; and query heads per kv head."""
-ENCODINGS = {"bf16": 0, "fp8_tensor": 1, "fp8_group128": 2, "mxfp8": 3}
+ENCODINGS = {"bf16": 0, "fp8_tensor": 1, "fp8_group128": 2, "mxfp8": 3, "nvfp4": 4}
 """As attend.cuh numbers them."""
+PARTS = ("data", "scale", "exact", "global_scale")
+"""Of encoded rows, as Decode has them."""
 TILE, WARPS, RING = 16, 4, 24576
 """Positions of a tile; warps of a block; bytes of tiles in flight per warp, about."""
 PER_SM, SPREAD = 2, 132
@@ -35,10 +37,10 @@ class DecodeC(ctypes.Structure):
     """Decode in attend.cuh."""
 
     _fields_ = (("q", PTR), ("pool", PTR), ("table", PTR), ("spans", PTR), ("fresh", PTR), ("sinks", PTR),
-                ("out", PTR), ("data", PTR), ("scale", PTR), ("exact", PTR), ("q_token", I64), ("q_head", I64),
-                ("pool_row", I64), ("table_row", I64), ("value_at", I32), ("exponents_at", I32), ("groups", I32),
-                ("repeat", I32), ("block", I32), ("wide_table", I32), ("window", I32), ("encoding", I32),
-                ("factor", F32))  # fmt: skip
+                ("out", PTR), ("data", PTR), ("scale", PTR), ("exact", PTR), ("top", PTR), ("q_token", I64),
+                ("q_head", I64), ("pool_row", I64), ("table_row", I64), ("value_at", I32), ("exponents_at", I32),
+                ("groups", I32), ("repeat", I32), ("block", I32), ("wide_table", I32), ("window", I32),
+                ("encoding", I32), ("factor", F32))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def serves(q_THK: Tensor, pool_PW: Tensor, view: KVView) -> bool:
 def encodes(encoding: Encoding, view: KVView) -> bool:
     """Whether a head's elements can be encoded without looking at other heads."""
     whole = encoding.name != "fp8_group128" or view.value_dim == 128
-    return encoding.name in ENCODINGS and encoding.by_row and whole
+    return encoding.name in ENCODINGS and encoding.by_row and whole and (encoding.static or encoding.name != "nvfp4")
 
 
 def cluster_of(items: int, longest: int) -> int:
@@ -114,8 +116,8 @@ def decode(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, 
     sinks = None if sinks is None else sinks.float().contiguous()
     arguments = DecodeC(
         q.data_ptr(), pool_PW.data_ptr(), table.data_ptr(), spans.data_ptr(), pointer(fresh), pointer(sinks),
-        target.out.data_ptr(), *(pointer(parts.get(name)) for name in ("data", "scale", "exact")), q.stride(0),
-        q.stride(1), pool_PW.stride(0) * size, table.stride(0), view.value_at * size, view.parts.exponents_at,
+        target.out.data_ptr(), *(pointer(parts.get(name)) for name in PARTS), q.stride(0), q.stride(1),
+        pool_PW.stride(0) * size, table.stride(0), view.value_at * size, view.parts.exponents_at,
         view.kv_heads, repeat, batch.block, table.dtype == torch.int64, how.window or 0,
         ENCODINGS[target.encoding.name], how.scale * LOG2E,
     )  # fmt: skip

@@ -78,8 +78,8 @@ SMALLEST, PLAIN_LARGE = 1024, {4: 64 << 20, 8: 32 << 20, 16: 20 << 20}
 rows of x up to so many."""
 HEIGHTS = {FP8: (FEW[0], DOZENS)} | {FORMATS[name]: (*FEW, DOZENS) for name in ("mxfp8", "mxfp4", "nvfp4", "int4")}
 """By format, as measured on an H200 (docs/performance-log.md)."""
-MOST = {form: 64 if form == FP8 else 256 for form in HEIGHTS}
-"""Rows of x."""
+MOST = {form: 64 if form == FP8 else 256 if form == FORMATS["int4"] else 128 for form in HEIGHTS}
+"""Rows of x. Of more, weights that BF16 holds are decoded once, for the vendor's library (`_triton/linear_decoded`)."""
 ALWAYS = {FP8: 8, FORMATS["mxfp8"]: 8, FORMATS["mxfp4"]: 16, FORMATS["nvfp4"]: 16, FORMATS["int4"]: 16}
 """Rows for which the size of a weight does not matter."""
 MOST_PARTS = 8

@@ -1,4 +1,5 @@
 """Dense products with quantised weights. Few rows: K is shared out over programs, whose parts are then summed in order.
+Many: by `linear_decoded`, where that is exact.
 
 Letters as in gemm.py; P parts of K. While the kernel before it ends, a program moves the beginning of its weights into
 the cache.
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
+from moesaic.kernels._triton import linear_decoded
 from moesaic.kernels._triton.gemm import (
     EIGHT_BITS,
     Operands,
@@ -84,9 +86,16 @@ def sum_kernel(part_ptr, y_ptr, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    terms = products(x, w, bias_N)
+    terms = terms_of(x, w, bias_N)
     y = terms[0] if len(terms) == 1 else added_up(terms, x.dtype)
     return y.view(*x.data.shape[:-1], w.shape[-2])
+
+
+def terms_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, waves: int = 1) -> Tensor:
+    """`products`, of many rows by weights that are decoded once."""
+    if linear_decoded.suits(x, w):
+        return linear_decoded.product(x, w, bias_N)[None]
+    return products(x, w, bias_N, waves)
 
 
 def added_up(terms_PTN: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,7 +135,9 @@ def cut(rows: int, w: QuantTensor, given: Operands, waves: int, fixed: bool) -> 
 
 
 def parts_of(x: Rows, w: QuantTensor, waves: int, fixed: bool) -> int:
-    """How many parts `products` makes, from shapes alone: nothing is allocated."""
+    """How many parts `terms_of` makes (fixed: `products`), from shapes alone: nothing is allocated."""
+    if not fixed and linear_decoded.suits(x, w):
+        return 1
     values, _, _ = operand_rows(x)
     step, _ = steps(w)
     eight = w.form.name in EIGHT_BITS and values.dtype == torch.float8_e4m3fn and step >= 32
