@@ -12,6 +12,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from shutil import rmtree, which
@@ -28,7 +29,7 @@ from moesaic.formats import encodings
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import triton
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper import dense, launch
+from moesaic.kernels._hopper import dense, gate, launch
 from moesaic.kernels._hopper.driver import TensorMap, aligned_map
 from moesaic.kernels._hopper.variants import Variant
 from moesaic.kernels._native import COMPILERS
@@ -47,7 +48,7 @@ def folder() -> Path:
 
 
 @cache
-def library(variant: Variant | dense.Variant, main: str = "main.cpp") -> ctypes.CDLL:
+def library(variant: Variant | dense.Variant | Choosing, main: str = "main.cpp") -> ctypes.CDLL:
     """The kernels of a variant. Fails where they do not compile."""
     here = folder() / f"{abs(hash(variant)):x}"
     here.mkdir()
@@ -79,12 +80,31 @@ def loaded_dense(variant: dense.Variant, device: int) -> SimpleNamespace:
     return SimpleNamespace(kernel=(library(variant, "dense.cpp"), "dense"))
 
 
+@dataclass(frozen=True)
+class Choosing:
+    """gate.cu, of so many experts for a lane."""
+
+    per_lane: int
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {"PER_LANE": self.per_lane}
+
+
+def loaded_gate(per_lane: int, device: int) -> SimpleNamespace:
+    kernels = library(Choosing(per_lane), "gate.cpp")
+    return SimpleNamespace(kernel=(kernels, "gate"), shared=kernels.room_size())
+
+
 def start(kernel: tuple[ctypes.CDLL, str], grid: int, block: int, arguments: Sequence[Any], shared: int = 0,
           cluster: int = 1, ahead: bool = True) -> None:  # fmt: skip
     """As driver.launch. Fails where a kernel's threads wait for ever."""
-    assert cluster == 1, "one thread block sorts"
     kernels, name = kernel
-    if name == "dense":
+    assert cluster == 1 or name == "gate", "one thread block sorts"
+    if name == "gate":
+        kernels.begin_by_chance(grid + arguments[0].rows)
+        stuck = kernels.run_gate(ctypes.byref(arguments[0]), grid, block, shared, cluster)
+    elif name == "dense":
         kernels.begin_by_chance(grid + arguments[0].rows)
         stuck = kernels.run_dense(ctypes.byref(arguments[0]), grid, block, shared)
     elif name == "experts":
@@ -122,8 +142,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"loaded": loaded, "launch": start, "tensor_map": tensor_map, "described": tensor_map,
                         "processors": lambda _: PROCESSORS}.items():  # fmt: skip
         monkeypatch.setattr(launch, name, value)
-    for name, value in {"loaded": loaded_dense, "launch": start}.items():
-        monkeypatch.setattr(dense, name, value)
+    for module, value in ((dense, loaded_dense), (gate, loaded_gate)):
+        monkeypatch.setattr(module, "loaded", value)
+        monkeypatch.setattr(module, "launch", start)
     monkeypatch.setattr(triton, "encode", encode)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from moesaic.contracts.scheme import SCHEMES, Encoding, Scheme, WeightFormat
-from moesaic.contracts.spec import SILU, Activation
+from moesaic.contracts.spec import SILU, Activation, RouterSpec
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels import hopper, hopper_invariant, reference, triton
@@ -18,6 +18,7 @@ from moesaic.kernels._hopper.pack import INVARIANT_PACKINGS
 from moesaic.kernels._hopper.variants import DENSE, FORMATS, PAIRS, TILES, Tile, dense_tile, variant_of, with_tile
 from moesaic.kernels.fakes import FAKES
 from tests.compare import assert_rows_close
+from tests.hopper_gate import SPECS, check_gate, check_ties_and_nan
 from tests.hopper_support import Layer, check_layer, check_sum, on_hopper
 from tests.triton_support import in_double, randn, sorted_rows, weight
 
@@ -367,3 +368,22 @@ def test_rows_that_ask_for_nothing() -> None:
     rows = triton.encode(layer.x[:0], layer.scheme.activation)
     empty = hopper.experts(rows, layer.held, layer.ids[:0], layer.weights[:0])
     assert empty.shape == (0, 512)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gate(spec: RouterSpec) -> None:
+    """Gate product and expert choice in one launch; in a CUDA graph, replayed for other rows."""
+    for tokens, hidden in ((1, 2048), (3, 2112), (8, 4096), (33, 2880), (64, 2048)):
+        check_gate(spec, tokens, hidden)
+    check_ties_and_nan(spec)
+    x, w = randn(20, 2048), randn(spec.experts, 2048, dtype=torch.float32)
+    graph, counts = torch.cuda.CUDAGraph(), torch.zeros(spec.experts, dtype=torch.int64, device="cuda")
+    hopper.gate(x, w, None, None, spec)
+    with torch.cuda.graph(graph):
+        made = hopper.gate(x, w, None, None, spec, None, counts)
+    for turn in range(1, 4):
+        x.copy_(randn(20, 2048))
+        graph.replay()
+        for mine, theirs in zip(made, hopper.gate(x, w, None, None, spec), strict=True):
+            assert torch.equal(mine, theirs)
+        assert counts.sum() == turn * 20 * spec.top_k

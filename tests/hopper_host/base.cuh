@@ -64,7 +64,15 @@ struct Warp {
     bool listed = false;
 };
 
+struct Cluster {  // its barrier
+    int there = 0;
+    u32 phase = 0;
+    Waiters waiters;
+};
+
 struct Block {
+    Block *first;  // of its cluster
+    Cluster cluster;
     u8 *shared;
     size_t room;
     int threads;
@@ -80,6 +88,7 @@ struct Fiber {
     Index thread, number;
     bool done;
     const char *waits_for;
+    u32 cluster_phase;  // in which it arrived
 };
 
 inline Fiber *here;
@@ -88,6 +97,7 @@ inline std::vector<Warp *> ready;
 inline std::deque<std::function<void()>> later;  // copies, in order, and who is told
 inline u64 chance = 1;
 inline Index blocks;
+inline u32 cluster;  // thread blocks of one
 inline void (*body)();
 inline i64 clock;
 
@@ -143,8 +153,8 @@ inline void begin_fiber() {
 constexpr size_t STACK_BYTES = 64 * 1024;
 
 // Runs all threads of `grid` blocks, `beside` blocks at a time. 0, or 1 where nobody can go on.
-inline int run(void (*what)(), u32 grid, int threads, size_t shared, u32 beside) {
-    body = what, blocks.x = grid;
+inline int run(void (*what)(), u32 grid, int threads, size_t shared, u32 beside, u32 together = 1) {
+    body = what, blocks.x = grid, cluster = together;
     for (u32 first = 0; first < grid; first += beside) {
         u32 count = first + beside < grid ? beside : grid - first;
         std::vector<Block> all(count);
@@ -153,6 +163,7 @@ inline int run(void (*what)(), u32 grid, int threads, size_t shared, u32 beside)
         u8 *memory = (u8 *)aligned_alloc(1024, room * count), *stacks = (u8 *)aligned_alloc(64, STACK_BYTES * fibers.size());
         memset(memory, 0xA5, room * count);
         for (u32 b = 0; b < count; b++) {
+            all[b].first = &all[b - b % cluster];
             all[b].shared = memory + b * room, all[b].room = shared, all[b].threads = threads;
             all[b].barriers.resize(room / 8), all[b].warps.resize((threads + 31) / 32);
             for (int t = 0; t < threads; t++) {
@@ -161,7 +172,7 @@ inline int run(void (*what)(), u32 grid, int threads, size_t shared, u32 beside)
                 void **top = (void **)(stack + STACK_BYTES - 64);
                 *--top = nullptr, *--top = (void *)begin_fiber;
                 for (int k = 0; k < 6; k++) *--top = nullptr;
-                fibers[i] = {top, stack, &all[b], {(u32)t}, {first + b}, false, nullptr};
+                fibers[i] = {top, stack, &all[b], {(u32)t}, {first + b}, false, nullptr, 0};
                 go_on(&fibers[i]);
             }
         }
@@ -239,6 +250,19 @@ inline void settle(Barrier &each) {
 inline void arrive(Barrier &each) {
     if (--each.pending < 0) fprintf(stderr, "more arrivals than a barrier waits for\n"), abort();
     settle(each);
+}
+
+inline void arrive_in_cluster() {
+    Cluster &each = here->block->first->cluster;
+    here->cluster_phase = each.phase;
+    if (++each.there < (int)cluster * here->block->threads) return;
+    each.there = 0, each.phase++;
+    wake(each.waiters);
+}
+
+inline void wait_for_cluster() {
+    Cluster &each = here->block->first->cluster;
+    while (each.phase == here->cluster_phase) wait(each.waiters, "a cluster's barrier");
 }
 
 // At once, or behind what others still have to copy.
@@ -383,6 +407,20 @@ inline void multiply_warp(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
         }
 }
 
+// The same of TF32, which keeps the upper 19 bits: w [16, 8].
+inline void multiply_wide(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const u64(&all)[32][6] = together("a product", a0, a1, a2, a3, b0, b1);
+    int lane = here->thread.x % 32;
+    auto number = [&](int of, int i) { return (double)from_bits((u32)all[of][i] & 0xFFFFE000u); };
+    for (int r = 0; r < 2; r++)
+        for (int i = 0; i < 2; i++) {
+            double sum = d[2 * r + i];
+            for (int half = 0; half < 2; half++)
+                for (int c = 0; c < 4; c++) sum += number(lane / 4 * 4 + c, 2 * half + r) * number((2 * (lane % 4) + i) * 4 + c, 4 + half);
+            d[2 * r + i] = (float)sum;
+        }
+}
+
 }  // namespace machine
 
 #define threadIdx (machine::here->thread)
@@ -483,11 +521,11 @@ DEVICE int load_acquire(const int *p) { return *p; }
 DEVICE void wait_for_grid() {}
 DEVICE void let_next_grid_start() {}
 DEVICE u64 nanoseconds() { return (u64)(machine::clock += 10); }
-DEVICE int cluster_rank() { return 0; }
-DEVICE int cluster_blocks() { return 1; }
-DEVICE void cluster_arrive() {}
-DEVICE void cluster_wait() {}
-DEVICE int load_at(u32 p, int) { return *(const int *)machine::at(p); }
+DEVICE int cluster_rank() { return (int)(machine::here->block - machine::here->block->first); }
+DEVICE int cluster_blocks() { return (int)machine::cluster; }
+DEVICE void cluster_arrive() { machine::arrive_in_cluster(); }
+DEVICE void cluster_wait() { machine::wait_for_cluster(); }
+DEVICE int load_at(u32 p, int block) { return *(const int *)machine::at(p, machine::here->block->first + block); }
 DEVICE void products_fence() {}
 DEVICE void products_commit() {}
 template <int PENDING> DEVICE void products_wait() { machine::together("products"); }
@@ -509,6 +547,8 @@ DEVICE void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
 
 DEVICE void multiply_bf16(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { machine::multiply_warp(d, a0, a1, a2, a3, b0, b1, machine::from_bf16); }
 DEVICE void multiply_f16(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { machine::multiply_warp(d, a0, a1, a2, a3, b0, b1, machine::from_half); }
+
+DEVICE void multiply_tf32(float *d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { machine::multiply_wide(d, a0, a1, a2, a3, b0, b1); }
 
 DEVICE u32 bf16_pair(float low, float high) { return machine::to_bf16(low) | (u32)machine::to_bf16(high) << 16; }
 DEVICE float bf16_low(u32 pair) { return machine::from_bits(pair << 16); }
@@ -539,6 +579,9 @@ struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+
+DEVICE uint4 load_fresh16(const void *p) { return *(const uint4 *)p; }
+DEVICE void store16_at(u32 p, int block, float4 v) { memcpy(machine::at(p, machine::here->block->first + block), &v, 16); }
 
 DEVICE float2 e4m3_values(u16 pair) { return {machine::from_e4m3((u8)pair), machine::from_e4m3((u8)(pair >> 8))}; }
 
@@ -594,6 +637,12 @@ DEVICE int atomicMax(int *p, int v) {
     return before;
 }
 
+DEVICE u64 atomicAdd(u64 *p, u64 v) {
+    u64 before = *p;
+    *p += v;
+    return before;
+}
+
 template <class T> DEVICE u64 as_word(T v) {
     u64 word = 0;
     memcpy(&word, &v, sizeof v);
@@ -620,6 +669,15 @@ DEVICE u32 __ballot_sync(u32, bool v) {
     for (int i = 0; i < 32; i++) made |= (u32)(all[i][0] & 1) << i;
     return made;
 }
+
+DEVICE u32 __reduce_max_sync(u32, u32 v) {
+    const u64(&all)[32][6] = machine::together("a largest of a warp", v);
+    u32 made = 0;
+    for (int i = 0; i < 32; i++) made = max(made, (u32)all[i][0]);
+    return made;
+}
+
+DEVICE u32 __reduce_min_sync(u32, u32 v) { return ~__reduce_max_sync(0xFFFFFFFFu, ~v); }
 
 DEVICE u32 __match_any_sync(u32, int v) {
     const u64(&all)[32][6] = machine::together("a match", as_word(v));

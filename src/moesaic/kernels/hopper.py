@@ -1,4 +1,4 @@
-"""Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, dense products, attention over heads.
+"""Kernels for Hopper, written in CUDA C++ (`_hopper/`): expert layers, expert choice, dense products, attention.
 
 A call of `experts` is three launches: rows are sorted by expert while they are encoded; both products, the activation
 and the encoding in between run in one persistent kernel; a token's results are weighted and summed. Weights are read
@@ -8,8 +8,8 @@ BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor 
 A dense product of many FP8 rows is the second product of a layer with one expert; few rows, and dozens, meet weights of
 4 and 8 bits in kernels of their own (`dense.py`), and few rows those in BF16; all else is left to Triton, or to the
 vendor's library.
-Attention over heads is a launch for sequences that decode and one for prompts; latents and other sizes are left to
-Triton.
+Gate product and expert choice of few rows are one launch, by a cluster of thread blocks. Attention over heads is a
+launch for sequences that decode and one for prompts; latents and other sizes are left to Triton.
 
 NVRTC, which comes with torch, compiles a kernel at its first use; it is kept in the cache folder (`MOESAIC_CACHE`).
 
@@ -29,6 +29,7 @@ from moesaic.contracts.contract import Contract, Limits, path_of
 from moesaic.contracts.scheme import ENCODINGS as ROWS
 from moesaic.contracts.scheme import FORMATS as WEIGHTS
 from moesaic.contracts.scheme import KV_FORMATS, Encoding, WeightFormat
+from moesaic.contracts.spec import RouterSpec
 from moesaic.errors import UnsupportedError
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
@@ -58,8 +59,12 @@ CONTRACTS = (
             limits=Limits(hidden_multiple=64, width_multiple=64, max_experts=MOST_EXPERTS),
         ) for packing, pairs in by_packing(PACKINGS)
     ),
-    Contract("linear", "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
-             arch=(90, 90), package="triton", versions=">=3.6,<3.8", path=path_of("linear")),
+    *(
+        Contract(
+            op, "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45, arch=(90, 90),
+            package="triton", versions=">=3.6,<3.8", path=path_of(op), logits=frozenset({"float32"}),
+        ) for op in ("linear", "gate")
+    ),
     *(
         Contract(
             op, "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
@@ -289,6 +294,19 @@ def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bo
     data, scale = x.data.reshape(rows, columns).contiguous(), x.parts["scale"].reshape(rows, -1)
     with torch.cuda.device(data.device):
         return launch.linear(variant_of(w.form, x.encoding, tile), data, scale, w, bias_N)[None]
+
+
+def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
+         live_T: Tensor | None = None, counts_E: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Few rows here, in one launch; all else by Triton."""
+    from moesaic.kernels._hopper import gate as narrow
+
+    if how := narrow.cut_of(x_TD, w_ED, logit_bias_E, spec):
+        return narrow.gate(x_TD, w_ED, logit_bias_E, bias_E, spec, live_T, counts_E, how)
+    from moesaic.kernels import triton
+
+    chosen: tuple[Tensor, Tensor] = triton.gate(x_TD, w_ED, logit_bias_E, bias_E, spec, live_T, counts_E)
+    return chosen
 
 
 def attend_paged(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, scale: float,

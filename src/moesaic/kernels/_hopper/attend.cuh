@@ -67,19 +67,6 @@ DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"
 
 template <int PENDING> DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-// Of what a kernel wrote that may have run beside this one: never from the processor's own cache.
-DEVICE u32 load_fresh4(const void *p) {
-    u32 v;
-    asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-
-DEVICE uint4 load_fresh16(const void *p) {
-    uint4 v;
-    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-    return v;
-}
-
 DEVICE u32 load4(u32 p) {
     u32 v;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(p) : "memory");
@@ -105,10 +92,6 @@ DEVICE void load_matrices(u32 (&x)[4], u32 row) {
 
 DEVICE void load_matrices_turned(u32 (&x)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(row) : "memory");
-}
-
-DEVICE void store16_at(u32 p, int block, float4 v) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address_at(p, block)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
 DEVICE void store8_at(u32 p, int block, float2 v) {

@@ -1,0 +1,104 @@
+"""Gate product and expert choice of few rows in one launch (gate.cu)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moesaic.contracts.spec import RouterSpec
+from moesaic.kernels._hopper import compile as code
+from moesaic.kernels._hopper.driver import Module, launch
+
+I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
+SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_topk": 2}
+"""As gate.cu numbers them."""
+TILE, HEIGHT, STEP, THREADS = 16, 8, 64, 256
+"""Experts of a block; rows of a cluster; elements of K that have a sum of their own; threads of a block."""
+MOST_BLOCKS, MOST_CHOSEN, MOST_EXPERTS = 16, 32, 256
+MOST_ROWS, MOST_BYTES = 64, 256 << 10
+"""Rows, and bytes of weights for a block, up to which this takes less time than two launches of Triton's (measured on
+an H200: docs/performance-log.md)."""
+
+
+class GateC(ctypes.Structure):
+    """Gate in gate.cu."""
+
+    _fields_ = (("x", PTR), ("w", PTR), ("logit_bias", PTR), ("bias", PTR), ("live", PTR), ("counts", PTR),
+                ("ids", PTR), ("weights", PTR), ("x_stride", I64), ("w_stride", I64), ("rows", I32), ("experts", I32),
+                ("steps", I32), ("tiles", I32), ("splits", I32), ("top_k", I32), ("scoring", I32),
+                ("renormalize", I32), ("scale", F32))  # fmt: skip
+
+
+class Loaded:
+    """The compiled kernel. per_lane: experts of a lane where one warp chooses."""
+
+    def __init__(self, per_lane: int) -> None:
+        self.module = Module(code.machine_code({"PER_LANE": per_lane}, main="gate.cu"))
+        self.shared = self.module.integer("room_bytes")
+        self.kernel = self.module.function("gate", self.shared, large_clusters=True)
+
+
+@cache
+def loaded(per_lane: int, device: int) -> Loaded:
+    """device: the current one, on which the code is loaded."""
+    return Loaded(per_lane)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a cluster shares out a product: tiles of experts, parts of K; blocks, of which some may have nothing."""
+
+    tiles: int
+    splits: int
+    blocks: int
+
+
+def cut_of(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, spec: RouterSpec) -> Cut | None:
+    """None for what is not this kernel's, or faster elsewhere."""
+    (experts, k), tokens = w_ED.shape, len(x_TD)
+    if (x_TD.dtype, w_ED.dtype) != (torch.bfloat16, torch.float32) or x_TD.dim() != 2 or x_TD.shape[1] != k:
+        return None
+    if logit_bias_E is not None and logit_bias_E.dtype != torch.float32:
+        return None
+    if not 0 < tokens <= MOST_ROWS or spec.groups > 1 or spec.top_k > MOST_CHOSEN or experts > MOST_EXPERTS:
+        return None
+    if k % STEP or not (even(x_TD) and even(w_ED)):
+        return None
+    tiles = -(-experts // TILE)
+    blocks = 1 << (tiles - 1).bit_length()
+    splits = 1
+    while blocks < MOST_BLOCKS and k // STEP >= 16 * splits:  # two steps for each warp
+        blocks, splits = 2 * blocks, 2 * splits
+    return Cut(tiles, splits, blocks) if 4 * TILE * k <= MOST_BYTES * splits else None
+
+
+def even(rows: Tensor) -> bool:
+    """Whether each row lies in one piece that begins at a multiple of 16 bytes."""
+    return rows.stride(1) == 1 and rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
+
+
+def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
+         live_T: Tensor | None, counts_E: Tensor | None, how: Cut) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `gate` in ops.py. how: what `cut_of` returned. Weights are read before the kernel in front has ended."""
+    tokens, (experts, k) = len(x_TD), w_ED.shape
+    ids_TA = torch.empty(tokens, spec.top_k, dtype=torch.int32, device=x_TD.device)
+    weights_TA = torch.empty(tokens, spec.top_k, dtype=torch.float32, device=x_TD.device)
+    dense = [None if each is None else each.contiguous() for each in (logit_bias_E, bias_E, live_T)]
+    arguments = GateC(
+        x_TD.data_ptr(), w_ED.data_ptr(), *map(pointer, dense), pointer(counts_E), ids_TA.data_ptr(),
+        weights_TA.data_ptr(), x_TD.stride(0), w_ED.stride(0), tokens, experts, k // STEP, how.tiles, how.splits,
+        spec.top_k, SCORINGS[spec.scoring], spec.renormalize, spec.scale,
+    )  # fmt: skip
+    with torch.cuda.device(x_TD.device):
+        made = loaded(4 if experts <= 128 else 8, torch.cuda.current_device())
+        grid = -(-tokens // HEIGHT) * how.blocks
+        launch(made.kernel, grid, THREADS, [arguments], made.shared, how.blocks)
+    return ids_TA, weights_TA
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

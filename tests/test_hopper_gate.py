@@ -1,0 +1,90 @@
+"""Gate product and expert choice in one launch (gate.cu): compiled, and run on the CPU's stand-in of Hopper."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moesaic.contracts.spec import RouterSpec
+from moesaic.errors import UnsupportedError
+from moesaic.kernels import hopper
+from moesaic.kernels._hopper import compile as code
+from moesaic.kernels._hopper import gate
+from moesaic.kernels._hopper.gate import Cut, GateC
+from tests.hopper_gate import SPECS, check_gate, check_ties_and_nan
+from tests.hopper_machine import machine
+from tests.native_support import needs_compiler
+from tests.test_hopper import compiler, dump
+from tests.triton_support import randn
+
+__all__ = ["compiler", "machine"]
+QWEN = SPECS[0]
+
+
+@pytest.mark.parametrize("per_lane", [4, 8])
+def test_compiles(per_lane: int, tmp_path: Path) -> None:
+    image = code.machine_code({"PER_LANE": per_lane}, main="gate.cu")
+    used = re.search(r"Function gate:\s*REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage", image, tmp_path))
+    assert used is not None
+    registers, stack = map(int, used.groups())
+    assert registers * gate.THREADS <= 65536
+    assert stack == 0, "registers spill"
+    text = dump("-sass", image, tmp_path)
+    assert "HMMA.1688.F32.TF32" in text
+    assert text.index("LDG.E.128") < text.index("ACQBULK"), "weights are asked for before the kernel in front has ended"
+
+
+def test_arguments_lie_as_the_source_has_them() -> None:
+    text = re.sub(r"//[^\n]*", "", code.sources()["gate.cu"])
+    body = text[text.index("struct Gate {") :].split("{", 1)[1].split("};", 1)[0]
+    names = [re.findall(r"\w+", each)[-1] for line in body.split(";") if line.strip() for each in line.split(",")]
+    assert [name for name, *_ in GateC._fields_] == names
+    lines = ['#include "gate.cu"', f"static_assert(sizeof(Gate) == {ctypes.sizeof(GateC)});"]
+    lines += [f"static_assert(sizeof((((Gate *)0)->{name})) == {getattr(GateC, name).size});" for name in names]
+    headers = {**code.sources(), "wgmma.cuh": "", "main.cu": "\n".join(lines)}
+    assert code.compiled(headers, (*code.OPTIONS, "-DPER_LANE=4"), "main.cu")
+    headers["main.cu"] += '\nstatic_assert(sizeof(Gate) == 1, "a wrong one is told");'
+    with pytest.raises(UnsupportedError, match="a wrong one is told"):
+        code.compiled(headers, (*code.OPTIONS, "-DPER_LANE=4"), "main.cu")
+
+
+@pytest.mark.parametrize(("experts", "hidden", "cut"), [
+    (128, 2048, Cut(8, 2, 16)), (128, 4096, Cut(8, 2, 16)), (8, 4096, Cut(1, 8, 8)), (32, 2880, Cut(2, 4, 8)),
+    (160, 5120, None), (160, 4096, Cut(10, 1, 16)), (256, 7168, None), (64, 2048, Cut(4, 4, 16)), (1, 64, Cut(1, 1, 1)),
+    (128, 2080, None), (257, 2048, None),
+])  # fmt: skip
+def test_how_a_cluster_shares_a_product(experts: int, hidden: int, cut: Cut | None) -> None:
+    x, w = torch.empty(4, hidden, dtype=torch.bfloat16), torch.empty(experts, hidden)
+    assert gate.cut_of(x, w, None, replace(QWEN, experts=experts, top_k=1)) == cut
+    assert cut is None or cut.tiles * cut.splits <= cut.blocks <= gate.MOST_BLOCKS
+
+
+def test_what_is_left_to_triton() -> None:
+    x, w, bias = torch.empty(4, 128, dtype=torch.bfloat16), torch.empty(128, 128), torch.empty(128)
+    assert gate.cut_of(x, w, bias, QWEN)
+    for what, (rows, weights, logit_bias, spec) in {
+        "rows in FP32": (x.float(), w, None, QWEN), "weights in BF16": (x, w.bfloat16(), None, QWEN),
+        "a bias in BF16": (x, w, bias.bfloat16(), QWEN), "no rows": (x[:0], w, None, QWEN),
+        "many rows": (x.repeat(17, 1), w, None, QWEN), "groups": (x, w, None, replace(QWEN, groups=4, top_groups=2)),
+        "33 choices": (x, w, None, replace(QWEN, top_k=33)), "rows that lie askew": (x[:, :64].t(), w, None, QWEN),
+        "off 16 bytes": (torch.empty(4, 132, dtype=torch.bfloat16)[:, 2:130], w, None, QWEN),
+    }.items():  # fmt: skip
+        assert gate.cut_of(rows, weights, logit_bias, spec) is None, what
+    assert hopper.gate(randn(3, 192), torch.randn(16, 192).bfloat16(), None, None, RouterSpec(16, 4, "softmax", "w"))
+
+
+@pytest.mark.usefixtures("machine")
+@needs_compiler
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gate(spec: RouterSpec) -> None:
+    """Rows that fill no cluster and more than one; K that no, one or several steps of a warp are."""
+    for tokens, hidden in ((1, 64), (3, 2112), (9, 640)):
+        check_gate(spec, tokens, hidden)
+    check_ties_and_nan(spec)
