@@ -12,7 +12,6 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from shutil import rmtree, which
@@ -48,7 +47,7 @@ def folder() -> Path:
 
 
 @cache
-def library(variant: Variant | dense.Variant | Choosing, main: str = "main.cpp") -> ctypes.CDLL:
+def library(variant: Variant | dense.Variant | gate.Variant, main: str = "main.cpp") -> ctypes.CDLL:
     """The kernels of a variant. Fails where they do not compile."""
     here = folder() / f"{abs(hash(variant)):x}"
     here.mkdir()
@@ -80,19 +79,8 @@ def loaded_dense(variant: dense.Variant, device: int) -> SimpleNamespace:
     return SimpleNamespace(kernel=(library(variant, "dense.cpp"), "dense"))
 
 
-@dataclass(frozen=True)
-class Choosing:
-    """gate.cu, of so many experts for a lane."""
-
-    per_lane: int
-
-    @property
-    def defines(self) -> dict[str, int]:
-        return {"PER_LANE": self.per_lane}
-
-
-def loaded_gate(per_lane: int, device: int) -> SimpleNamespace:
-    kernels = library(Choosing(per_lane), "gate.cpp")
+def loaded_gate(variant: gate.Variant, device: int) -> SimpleNamespace:
+    kernels = library(variant, "gate.cpp")
     return SimpleNamespace(kernel=(kernels, "gate"), shared=kernels.room_size())
 
 

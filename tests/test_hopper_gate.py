@@ -6,18 +6,25 @@ import ctypes
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.models import MODELS
+from moesaic.contracts.plan import Wishes
 from moesaic.contracts.spec import RouterSpec
 from moesaic.errors import UnsupportedError
-from moesaic.kernels import hopper
+from moesaic.hardware import GPUS
+from moesaic.kernels import hopper, triton
 from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper import gate
-from moesaic.kernels._hopper.gate import Cut, GateC
+from moesaic.kernels._hopper.gate import Cut, GateC, Variant
+from moesaic.kernels.registry import Kernels, catalogue
+from moesaic.models.build import plan_here, spec_of
+from moesaic.moe.dispatch import contracts
 from tests.hopper_gate import SPECS, check_gate, check_ties_and_nan
 from tests.hopper_machine import machine
 from tests.native_support import needs_compiler
@@ -28,13 +35,13 @@ __all__ = ["compiler", "machine"]
 QWEN = SPECS[0]
 
 
-@pytest.mark.parametrize("per_lane", [4, 8])
-def test_compiles(per_lane: int, tmp_path: Path) -> None:
-    image = code.machine_code({"PER_LANE": per_lane}, main="gate.cu")
+@pytest.mark.parametrize("variant", [Variant(4, 1), Variant(4, 4), Variant(8, 2), Variant(8, 4)], ids=str)
+def test_compiles(variant: Variant, tmp_path: Path) -> None:
+    image = code.machine_code(variant.defines, main="gate.cu")
     used = re.search(r"Function gate:\s*REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage", image, tmp_path))
     assert used is not None
     registers, stack = map(int, used.groups())
-    assert registers * gate.THREADS <= 65536
+    assert registers * gate.WARPS * 32 <= 65536
     assert stack == 0, "registers spill"
     text = dump("-sass", image, tmp_path)
     assert "HMMA.1688.F32.TF32" in text
@@ -47,12 +54,13 @@ def test_arguments_lie_as_the_source_has_them() -> None:
     names = [re.findall(r"\w+", each)[-1] for line in body.split(";") if line.strip() for each in line.split(",")]
     assert [name for name, *_ in GateC._fields_] == names
     lines = ['#include "gate.cu"', f"static_assert(sizeof(Gate) == {ctypes.sizeof(GateC)});"]
+    options = (*code.OPTIONS, "-DPER_LANE=4", "-DAHEAD=2")
     lines += [f"static_assert(sizeof((((Gate *)0)->{name})) == {getattr(GateC, name).size});" for name in names]
     headers = {**code.sources(), "wgmma.cuh": "", "main.cu": "\n".join(lines)}
-    assert code.compiled(headers, (*code.OPTIONS, "-DPER_LANE=4"), "main.cu")
+    assert code.compiled(headers, options, "main.cu")
     headers["main.cu"] += '\nstatic_assert(sizeof(Gate) == 1, "a wrong one is told");'
     with pytest.raises(UnsupportedError, match="a wrong one is told"):
-        code.compiled(headers, (*code.OPTIONS, "-DPER_LANE=4"), "main.cu")
+        code.compiled(headers, options, "main.cu")
 
 
 @pytest.mark.parametrize(("experts", "hidden", "cut"), [
@@ -78,6 +86,18 @@ def test_what_is_left_to_triton() -> None:
     }.items():  # fmt: skip
         assert gate.cut_of(rows, weights, logit_bias, spec) is None, what
     assert hopper.gate(randn(3, 192), torch.randn(16, 192).bfloat16(), None, None, RouterSpec(16, 4, "softmax", "w"))
+
+
+@pytest.mark.parametrize(("router", "backend"), [("float32", hopper), ("bfloat16", None)])
+def test_plans_take_it(router: str, backend: ModuleType | None) -> None:
+    """Where Triton chooses experts otherwise, in each cell; not for gates in BF16, which are one of Triton's ops."""
+    spec = spec_of(MODELS["qwen3-30b-a3b"])
+    own = tuple(each for each in catalogue() if each.backend in ("hopper", "triton", "reference"))
+    wishes = Wishes(router_dtype=router)
+    kernels = Kernels(plan_here(spec, GPUS["h100"], "bfloat16", wishes, (*own, *contracts())))
+    cells = kernels.mixture(0)
+    assert {cell.phase for cell in cells} == {"prefill", "decode"}
+    assert all(cell.ops.gate is (backend or triton).gate for cell in cells)
 
 
 @pytest.mark.usefixtures("machine")

@@ -679,6 +679,8 @@ DEVICE u32 __reduce_max_sync(u32, u32 v) {
 
 DEVICE u32 __reduce_min_sync(u32, u32 v) { return ~__reduce_max_sync(0xFFFFFFFFu, ~v); }
 
+DEVICE bool __any_sync(u32, u32 v) { return __ballot_sync(0xFFFFFFFFu, v); }
+
 DEVICE u32 __match_any_sync(u32, int v) {
     const u64(&all)[32][6] = machine::together("a match", as_word(v));
     u32 made = 0;

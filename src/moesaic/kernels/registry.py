@@ -33,8 +33,8 @@ BACKENDS = (
 ENTRY_POINTS = "moesaic.kernels"
 IN_PLACE_OF = {"linear_terms": "linear_quant", "attend_encode": "attend_paged", "attend_latent": "attend_paged"}
 NONE: Mapping[str, Parameters] = MappingProxyType({})
-VARIANT_OF = {"triton_invariant": "triton"}
-"""Backends that hold nothing but other variants of another one's ops."""
+CHOOSES_AS = {"triton_invariant": "triton", "hopper": "triton"}
+"""Backends whose `gate` takes the place of another one's `route`."""
 
 
 @cache
@@ -150,7 +150,7 @@ class Kernels:
         gate, bound = self.chosen("gate", replace(base, logits=of.router_dtype)), []
         for cell in of.cells:
             names = {**chosen, **{role: cell.path.stage(role).kernel for role in ("route", "experts")}}
-            if VARIANT_OF.get(gate, gate) == names["route"]:
+            if CHOOSES_AS.get(gate, gate) == names["route"]:
                 names["gate"] = gate
             key = (*names.items(), cell.parameters)
             if key not in self._bound:

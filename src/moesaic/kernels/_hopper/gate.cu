@@ -1,11 +1,11 @@
 // Gate product and expert choice of few rows, in one launch: a cluster of thread blocks has HEIGHT rows of x.
 //
 // Block i of a cluster multiplies the rows with TILE experts' weights, in one of `splits` parts of K, of which its warps take
-// STEP elements in turn. Weights are on their way, as far as registers hold them, before the kernel in front has ended. Each row's
+// STEP elements in turn. The first AHEAD steps' weights are on their way, in registers, before the kernel in front has ended. Each row's
 // logits are sent to a block of the cluster, where a warp chooses the row's experts. Nothing passes through memory.
 //
-// Weights are FP32, of which the tensor core takes the upper 11 bits and, in a product of its own, the rest; rows of BF16 are
-// TF32 numbers as they are. It cuts low bits off a sum each time it adds to it: so a step has a sum of its own, the lower
+// Weights are FP32, of which the tensor core takes the upper 11 bits and, in a product of its own, the rest, if there is any
+// (weights that were stored in BF16 have none); rows of BF16 are TF32 numbers as they are. It cuts low bits off a sum each time it adds to it: so a step has a sum of its own, the lower
 // bits' first, and steps are added to one another outside.
 #include "base.cuh"
 
@@ -14,9 +14,8 @@
 #define TILE 16
 #define HEIGHT 8
 #define STEP 64
-#define AHEAD 4 /* steps of a warp in registers */
 #define MOST_BLOCKS 16 /* of a cluster, which has a power of two; where it has fewer than HEIGHT, a block has several rows */
-#define NEVER 0x7FFFFFFF
+#define MOST_CHOSEN 32
 #define NOTHING __int_as_float(0xFF800000) /* minus infinity */
 
 // Scoring, as gate.py numbers it.
@@ -41,6 +40,8 @@ struct Gate {
 struct Room {
     float sums[WARPS][HEIGHT][TILE];
     float logits[MOST_BLOCKS * TILE];  // [split, row of this block's, expert]
+    int ids[HEIGHT][MOST_CHOSEN];      // of each row of this block's
+    float scores[HEIGHT][MOST_CHOSEN];
 };
 
 extern "C" __device__ const int room_bytes = sizeof(Room);
@@ -66,38 +67,37 @@ DEVICE float of(const float4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i
 
 DEVICE u32 upper_bits(float v) { return __float_as_uint(v) & 0xFFFFE000u; }
 
-DEVICE u32 lower_bits(float v) { return __float_as_uint(v - __uint_as_float(upper_bits(v))); }
+// Of eight operands: what the tensor core takes of them, or what it leaves.
+template <bool LOW> DEVICE void multiply_part(float (&part)[2][4], const Step &mine, const uint4 (&x)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 pair = i == 0 ? x[half].x : i == 1 ? x[half].y : i == 2 ? x[half].z : x[half].w, a[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                float v = of(mine.w[half][k % 2][i / 2], i % 2 * 2 + k / 2), upper = __uint_as_float(upper_bits(v));
+                a[k] = __float_as_uint(LOW ? v - upper : upper);
+            }
+            multiply_tf32(part[half], a[0], a[1], a[2], a[3], pair << 16, pair & 0xFFFF0000u);
+        }
+}
 
 // sums: of experts lane / 4 and + 8 with rows 2 (lane % 4) and the next one.
 DEVICE void multiply(float (&sums)[4], const Step &mine, const uint4 (&x)[2]) {
-    float part[4] = {};
+    float part[2][4] = {};
+    u32 rest = 0;
 #pragma unroll
-    for (int low = 1; low >= 0; low--)
+    for (int i = 0; i < 32; i++) rest |= __float_as_uint(of(mine.w[i / 16][i / 8 % 2][i / 4 % 2], i % 4));
+    if (__any_sync(0xFFFFFFFFu, rest & 0x1FFFu)) multiply_part<true>(part, mine, x);
+    multiply_part<false>(part, mine, x);
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u32 pair = i == 0 ? x[half].x : i == 1 ? x[half].y : i == 2 ? x[half].z : x[half].w, a[4];
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    float v = of(mine.w[half][k % 2][i / 2], i % 2 * 2 + k / 2);
-                    a[k] = low ? lower_bits(v) : upper_bits(v);
-                }
-                multiply_tf32(part, a[0], a[1], a[2], a[3], pair << 16, pair & 0xFFFF0000u);
-            }
-#pragma unroll
-    for (int i = 0; i < 4; i++) sums[i] += part[i];
+    for (int i = 0; i < 4; i++) sums[i] += part[0][i] + part[1][i];
 }
 
 template <class T> DEVICE T added(T x) {
 #pragma unroll
     for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
-    return x;
-}
-
-DEVICE float largest(float x) {  // but for NaN
-#pragma unroll
-    for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
     return x;
 }
 
@@ -107,59 +107,74 @@ DEVICE u32 ordered(float x) {
     return x != x ? 0xFFFFFFFFu : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// A warp chooses a row's experts, of which lane l has l, l + 32, ... logits: [split, `rows` of them, experts].
-DEVICE void choose(const Gate &g, int token, const float *logits, int rows, int lane) {
+// But for NaN.
+DEVICE float largest(float x) {
+    u32 found = __reduce_max_sync(0xFFFFFFFFu, x == x ? ordered(x) : 0);
+    return __uint_as_float(found >> 31 ? found & 0x7FFFFFFFu : ~found);
+}
+
+// What a lane knows of its own experts, PER_LANE neighbours, whatever the row.
+struct Experts {
+    float logit_bias[PER_LANE], bias[PER_LANE];
+    DEVICE_MEMBER Experts(const Gate &g, int lane) {
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            int e = lane * PER_LANE + i;
+            logit_bias[i] = g.logit_bias && e < g.experts ? g.logit_bias[e] : 0.0f;
+            bias[i] = g.bias && e < g.experts ? g.bias[e] : 0.0f;
+        }
+    }
+};
+
+// A warp chooses a row's experts. logits: [split, `rows` of them, experts].  ids, scores: room for the chosen.
+DEVICE void choose(const Gate &g, const Experts &mine, int token, bool live, const float *logits, int rows, int *ids, float *scores, int lane) {
     float score[PER_LANE], top = NOTHING, total = 0.0f;
     u32 key[PER_LANE];
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-        int e = lane + 32 * i;
-        float v = 0.0f;
-        if (e < g.experts) {
-            v = g.logit_bias ? g.logit_bias[e] : 0.0f;
+    for (int i = 0; i < PER_LANE; i++) score[i] = mine.logit_bias[i];
 #pragma unroll 1
-            for (int s = 0; s < g.splits; s++) v += logits[s * rows * g.tiles * TILE + e];
-            top = fmaxf(top, v);
-        }
-        score[i] = v;
+    for (int s = 0; s < g.splits; s++)
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) score[i] += logits[min(s * rows * g.tiles * TILE + lane * PER_LANE + i, MOST_BLOCKS * TILE - 1)];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        if (lane * PER_LANE + i >= g.experts) score[i] = NOTHING;
+        top = fmaxf(top, score[i]);
     }
     if (g.scoring == SOFTMAX) {
         top = largest(top);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
-            score[i] = lane + 32 * i < g.experts ? __expf(score[i] - top) : 0.0f;
+            score[i] = lane * PER_LANE + i < g.experts ? __expf(score[i] - top) : 0.0f;
             total += score[i];
         }
-        total = added(total);
+        total = __fdiv_rn(1.0f, added(total));
     }
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        int e = lane + 32 * i;
-        if (g.scoring == SOFTMAX) score[i] = __fdiv_rn(score[i], total);
-        if (g.scoring == SIGMOID) score[i] = __fdiv_rn(1.0f, 1.0f + __expf(-score[i]));
-        key[i] = e < g.experts ? ordered(score[i] + (g.bias ? g.bias[e] : 0.0f)) : 0;
+        if (g.scoring == SOFTMAX) score[i] *= total;
+        if (g.scoring == SIGMOID) score[i] = __fdividef(1.0f, 1.0f + __expf(-score[i]));
+        key[i] = lane * PER_LANE + i < g.experts ? ordered(score[i] + mine.bias[i]) : 0;
     }
-    int id = 0;
-    float weight = 0.0f;
 #pragma unroll 1  // cold code takes longer to come than to run
     for (int a = 0; a < g.top_k; a++) {
-        u32 best = key[0];
+        u32 head = key[0];
+        int at = 0;
+        float its = score[0];
 #pragma unroll
-        for (int i = 1; i < PER_LANE; i++) best = max(best, key[i]);
-        best = __reduce_max_sync(0xFFFFFFFFu, best);
-        u32 at = NEVER;
-#pragma unroll
-        for (int i = PER_LANE - 1; i >= 0; i--)
-            if (key[i] == best) at = lane + 32 * i;
-        at = __reduce_min_sync(0xFFFFFFFFu, at);
-        float its = 0.0f;
+        for (int i = 1; i < PER_LANE; i++)
+            if (key[i] > head) head = key[i], at = i, its = score[i];
+        u32 best = __reduce_max_sync(0xFFFFFFFFu, head);
+        if (__ffs(__ballot_sync(0xFFFFFFFFu, head == best)) - 1 != lane) continue;
+        ids[a] = lane * PER_LANE + at, scores[a] = its;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++)
-            if (at == lane + 32 * i) its = score[i], key[i] = 0;
-        its = __shfl_sync(0xFFFFFFFFu, its, at % 32);
-        if (lane == a) id = at, weight = its;
+            if (i == at) key[i] = 0;
     }
+    __syncwarp();
     bool used = lane < g.top_k;
+    int id = used ? ids[lane] : 0;
+    float weight = used ? scores[lane] : 0.0f;
     if (g.scoring == LATE) {
         top = largest(used ? weight : NOTHING);
         weight = used ? __expf(weight - top) : 0.0f;
@@ -167,7 +182,6 @@ DEVICE void choose(const Gate &g, int token, const float *logits, int rows, int 
     }
     if (g.renormalize) weight = __fdiv_rn(weight, added(weight) + 1e-20f);
     if (!used) return;
-    bool live = !g.live || g.live[token];
     g.ids[token * g.top_k + lane] = live ? id : -1;
     g.weights[token * g.top_k + lane] = weight * g.scale;
     if (g.counts && live) atomicAdd(g.counts + id, (u64)1);
@@ -184,10 +198,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gate(const __grid_const
 #pragma unroll
     for (int d = 0; d < AHEAD; d++)
         if (first + d * WARPS < end) load(steps[d], g, tile, first + d * WARPS, lane);
+    Experts experts(g, lane);
     cluster_arrive();  // others may write here once all have begun
     let_next_grid_start();
     wait_for_grid();
     const u16 *x = g.x + (token + min(lane / 4, rows - 1)) * g.x_stride + lane % 4 * 8;
+    int its = token + warp * blocks + rank;  // row of this warp to choose for
+    bool live = !g.live || warp * blocks + rank >= rows || g.live[its];
     float sums[4] = {};
     for (int i = first; i < end; i += AHEAD * WARPS) {
         uint4 mine[AHEAD][2];
@@ -221,5 +238,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gate(const __grid_const
     }
     cluster_arrive();
     cluster_wait();
-    for (int r = warp; r * blocks + rank < rows; r += WARPS) choose(g, token + r * blocks + rank, room.logits + r * g.tiles * TILE, each, lane);
+    if (warp * blocks + rank < rows) choose(g, experts, its, live, room.logits + warp * g.tiles * TILE, each, room.ids[warp], room.scores[warp], lane);
 }

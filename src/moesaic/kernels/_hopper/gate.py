@@ -16,9 +16,11 @@ from moesaic.kernels._hopper.driver import Module, launch
 I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
 SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_topk": 2}
 """As gate.cu numbers them."""
-TILE, HEIGHT, STEP, THREADS = 16, 8, 64, 256
-"""Experts of a block; rows of a cluster; elements of K that have a sum of their own; threads of a block."""
+TILE, HEIGHT, STEP, WARPS = 16, 8, 64, 8
+"""Experts of a block; rows of a cluster; elements of K that have a sum of their own; warps of a block."""
 MOST_BLOCKS, MOST_CHOSEN, MOST_EXPERTS = 16, 32, 256
+TOGETHER = 96
+"""Blocks that run at one time, in clusters of 16, on a GPU of 132 multiprocessors in groups of 16 and more."""
 MOST_ROWS, MOST_BYTES = 64, 256 << 10
 """Rows, and bytes of weights for a block, up to which this takes less time than two launches of Triton's (measured on
 an H200: docs/performance-log.md)."""
@@ -33,19 +35,31 @@ class GateC(ctypes.Structure):
                 ("renormalize", I32), ("scale", F32))  # fmt: skip
 
 
-class Loaded:
-    """The compiled kernel. per_lane: experts of a lane where one warp chooses."""
+@dataclass(frozen=True)
+class Variant:
+    """per_lane: experts of a lane where a warp chooses.  ahead: a warp's steps whose weights it holds in advance."""
 
-    def __init__(self, per_lane: int) -> None:
-        self.module = Module(code.machine_code({"PER_LANE": per_lane}, main="gate.cu"))
+    per_lane: int
+    ahead: int
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {"PER_LANE": self.per_lane, "AHEAD": self.ahead}
+
+
+class Loaded:
+    """The compiled kernel of a variant."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.module = Module(code.machine_code(variant.defines, main="gate.cu"))
         self.shared = self.module.integer("room_bytes")
         self.kernel = self.module.function("gate", self.shared, large_clusters=True)
 
 
 @cache
-def loaded(per_lane: int, device: int) -> Loaded:
+def loaded(variant: Variant, device: int) -> Loaded:
     """device: the current one, on which the code is loaded."""
-    return Loaded(per_lane)
+    return Loaded(variant)
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,10 @@ class Cut:
     tiles: int
     splits: int
     blocks: int
+
+    def variant(self, experts: int, k: int) -> Variant:
+        steps = -(-k // (STEP * WARPS * self.splits))
+        return Variant(4 if experts <= 128 else 8, 1 << min(2, (steps - 1).bit_length()))
 
 
 def cut_of(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, spec: RouterSpec) -> Cut | None:
@@ -68,10 +86,10 @@ def cut_of(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, spec: Router
         return None
     if k % STEP or not (even(x_TD) and even(w_ED)):
         return None
-    tiles = -(-experts // TILE)
-    blocks = 1 << (tiles - 1).bit_length()
-    splits = 1
-    while blocks < MOST_BLOCKS and k // STEP >= 16 * splits:  # two steps for each warp
+    tiles, clusters = -(-experts // TILE), -(-tokens // HEIGHT)
+    blocks, splits = 1 << (tiles - 1).bit_length(), 1
+    most = min(MOST_BLOCKS, TOGETHER // clusters)
+    while 2 * blocks <= most and k // STEP >= 2 * WARPS * splits:  # two steps for each warp
         blocks, splits = 2 * blocks, 2 * splits
     return Cut(tiles, splits, blocks) if 4 * TILE * k <= MOST_BYTES * splits else None
 
@@ -94,9 +112,9 @@ def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor
         spec.top_k, SCORINGS[spec.scoring], spec.renormalize, spec.scale,
     )  # fmt: skip
     with torch.cuda.device(x_TD.device):
-        made = loaded(4 if experts <= 128 else 8, torch.cuda.current_device())
+        made = loaded(how.variant(experts, k), torch.cuda.current_device())
         grid = -(-tokens // HEIGHT) * how.blocks
-        launch(made.kernel, grid, THREADS, [arguments], made.shared, how.blocks)
+        launch(made.kernel, grid, 32 * WARPS, [arguments], made.shared, how.blocks)
     return ids_TA, weights_TA
 
 

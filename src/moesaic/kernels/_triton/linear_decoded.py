@@ -91,9 +91,9 @@ def decoded(w: QuantTensor, first: int, columns: int, lifted: bool) -> Tensor:
     """BF16 [columns, K] of w's rows from `first` on."""
     data, scale = w.parts["data"], w.parts["scale"]
     y = torch.empty(columns, w.columns, dtype=torch.bfloat16, device=data.device)
-    decode_kernel[(cdiv(columns, 64), cdiv(w.columns, 128))](
+    decode_kernel[(cdiv(columns, 32), cdiv(w.columns, 256))](
         data[first:], data.stride(0), scale[first:], scale.stride(0), y, columns, K=w.columns, FORMAT=w.form.name,
-        LIFTED=lifted, BN=64, BK=128, num_warps=4, **options(y.device),
+        LIFTED=lifted, BN=32, BK=256, num_warps=4, **options(y.device),
     )  # fmt: skip
     return y
 
@@ -108,8 +108,8 @@ def wide(x_TK: Tensor, w_NK: Tensor) -> Tensor:
 def finish(sums_TN: Tensor, y_TN: Tensor, first: int, given: Operands, bias_N: Tensor | None) -> None:
     rows, columns = sums_TN.shape
     names = ("xs_ptr", "xs_stride", "top_ptr", "map_ptr")
-    scale_kernel[(cdiv(rows, 16), cdiv(columns, 256))](
+    scale_kernel[(cdiv(rows, 4), cdiv(columns, 512))](
         sums_TN, sums_TN.stride(0), *(given.pointers[name] for name in names), bias_N, y_TN, y_TN.stride(0), first,
-        rows, columns, FORMAT=given.constants["FORMAT"], X_ROWS=given.constants["X_ROWS"], BM=16, BN=256, num_warps=8,
+        rows, columns, FORMAT=given.constants["FORMAT"], X_ROWS=given.constants["X_ROWS"], BM=4, BN=512, num_warps=4,
         **options(y_TN.device),
     )  # fmt: skip
