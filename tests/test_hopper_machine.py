@@ -16,7 +16,7 @@ from moesaic.contracts.spec import Activation, MoESpec
 from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
 from moesaic.kernels._hopper import dense, launch
-from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Tile, variant_of, with_tile
+from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Tile, dense_variant, with_tile
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
 from moesaic.moe.experts import Experts
@@ -95,13 +95,16 @@ def test_all_tiles_add_up_in_one_order(name: str) -> None:
         assert torch.equal(out, seen[TILES[64]]), tile
 
 
-@pytest.mark.parametrize("tile", [128, *(pytest.param(tile, marks=pytest.mark.long) for tile in (64, 96))])
-def test_dense_products(tile: int) -> None:
+@pytest.mark.parametrize(("name", "tile"), [
+    ("fp8", 128), ("fp8_tensor", 64), ("fp8_channel", 128), *(pytest.param("fp8", tile, marks=pytest.mark.long) for
+    tile in (64, 96)), pytest.param("fp8_tensor_static", 128, marks=pytest.mark.long),
+])  # fmt: skip
+def test_dense_products(name: str, tile: int) -> None:
     """Rows and columns of the weight that fill no tile, several tiles in a band; a bias."""
-    scheme = SCHEMES["fp8"]
-    variant = variant_of(scheme.weight, scheme.activation, TILES[tile])
+    scheme, variant = SCHEMES[name], dense_variant(SCHEMES[name].weight.name, TILES[tile])
+    static = torch.tensor(0.01) if scheme.activation.static else None
     for tokens, segments, columns in ((150, (256, 40), 272), (300, (136,), 128)):
-        w, rows = weight(scheme, segments, columns), encode(randn(tokens, columns), scheme.activation)
+        w, rows = weight(scheme, segments, columns), encode(randn(tokens, columns), scheme.activation, static)
         for bias in (None, randn(sum(segments))):
             y = launch.linear(variant, rows.data, rows.parts["scale"], w, bias)
             assert_rows_close(y, reference.linear_quant(in_double(rows), w, bias), 2**-7, f"{segments} {columns}")

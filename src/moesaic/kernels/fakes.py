@@ -58,7 +58,6 @@ def linear_quant(backend: str, x: Rows, w: QuantTensor, bias_N: Tensor | None = 
 @fake
 def linear_terms(backend: str, x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
     from moesaic.kernels._hopper import dense
-    from moesaic.kernels._hopper.variants import dense_tile
     from moesaic.kernels._triton.linear_quant import parts_of
     from moesaic.kernels._triton.linear_terms import WAVES
 
@@ -66,7 +65,7 @@ def linear_terms(backend: str, x: Rows, w: QuantTensor, bias_N: Tensor | None = 
     parts, how = 1, dense.cut_of(x, w, bias_N) if backend == "hopper" else None
     if how is not None:
         parts = how.parts
-    elif backend != "hopper" or w.form.name != "fp8_block" or dense_tile(rows, w.segments, w.columns) is None:
+    elif backend != "hopper" or dense.many_cut(x, w, bias_N) is None:
         parts = parts_of(x, w, 1 if fixed else WAVES, fixed)
     return x.data.new_empty(parts, rows, w.shape[-2], dtype=x.dtype if parts == 1 else torch.float32)
 

@@ -36,7 +36,7 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper.pack import PACKINGS, Packings, by_packing, packing_of
 from moesaic.kernels._hopper.pack import pack as pack
 from moesaic.kernels._hopper.pack import unpack as unpack
-from moesaic.kernels._hopper.variants import DENSE, TILES, Variant, dense_tile, tile_for, variant_of, with_tile
+from moesaic.kernels._hopper.variants import DENSE, TILES, Variant, dense_variant, tile_for, variant_of, with_tile
 from moesaic.kernels.exact import exact
 from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, KVView, Softmax, Span
 
@@ -282,18 +282,15 @@ def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bo
 
     if how := dense.cut_of(x, w, bias_N, terms):
         return dense.products(x, w, bias_N, how)
-    if w.form.name != "fp8_block":
-        return None
-    columns = w.columns
-    rows = x.data.numel() // columns
-    tile = dense_tile(rows, w.segments, columns)
-    if tile is None or (bias_N is not None and (bias_N.dtype != torch.bfloat16 or bias_N.stride(0) != 1)):
+    tile = dense.many_cut(x, w, bias_N)
+    if tile is None:
         return None
     from moesaic.kernels._hopper import launch
 
-    data, scale = x.data.reshape(rows, columns).contiguous(), x.parts["scale"].reshape(rows, -1)
+    data, scale = x.data.reshape(-1, w.columns).contiguous(), x.parts["scale"]
     with torch.cuda.device(data.device):
-        return launch.linear(variant_of(w.form, x.encoding, tile), data, scale, w, bias_N)[None]
+        scale = scale.reshape(len(data), -1) if scale.dim() else scale
+        return launch.linear(dense_variant(w.form.name, tile), data, scale, w, bias_N)[None]
 
 
 def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,

@@ -17,7 +17,7 @@ from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper.driver import Module, launch
-from moesaic.kernels._hopper.variants import DENSE, FORMATS, PROCESSORS
+from moesaic.kernels._hopper.variants import DENSE, EIGHT_BIT, FORMATS, PROCESSORS, Tile, dense_tile
 from moesaic.kernels._triton.gemm import coarse_rows
 from moesaic.kernels.exact import exact
 
@@ -173,6 +173,15 @@ def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -
     height = next((each for each in heights if rows <= each.rows), heights[-1])
     half = form == FORMATS["int4"] and w.form.scale_dtype == "float16"
     return shared_out(Variant(form, w.form.name == "fp8_block", height, half), rows, w.shape[0], columns // UNIT)
+
+
+def many_cut(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tile | None:
+    """The tile of `launch.linear` for a product of many FP8 rows; None as `cut_of`."""
+    if FORMATS[w.form.name] != FP8 or x.encoding.name not in EIGHT_BIT or len(w.shape) != 2:
+        return None
+    if bias_N is not None and (bias_N.dtype != torch.bfloat16 or bias_N.stride(0) != 1):
+        return None
+    return dense_tile(x.data.numel() // w.columns, w.segments, w.columns, w.form.name == "fp8_block")
 
 
 def largest(form: int, rows: int) -> int:

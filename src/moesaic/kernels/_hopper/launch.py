@@ -310,20 +310,21 @@ BAND = 16
 """Tiles of rows of a dense product that run side by side; see fetch.cuh."""
 
 
-def linear(variant: Variant, x_TK: Tensor, scale_TG: Tensor, w: QuantTensor, bias_N: Tensor | None) -> Tensor:
+def linear(variant: Variant, x_TK: Tensor, scale: Tensor, w: QuantTensor, bias_N: Tensor | None) -> Tensor:
     """BF16 [T, N] = x w^T + bias, of rows that are multiplied in their own order: the second product of a layer whose
     only expert takes all of them.
 
-    x_TK: E4M3, dense.  scale_TG: FP32, of 128 elements each.  w: [N, K] dense, in blocks of 128 x 128, which do not
-    begin anew within it (scales dense along K).  bias_N: BF16, dense.  K is a multiple of 16, N of 8.
+    x_TK: E4M3, dense.  scale: FP32, [T, G] of 128 elements each where the weight's are of blocks; else [T, 1], or one
+    of all.  w: [N, K] dense, in blocks of 128 x 128, which do not begin anew within it (scales dense along K), or with
+    scales of rows, or of segments.  bias_N: BF16, dense.  K is a multiple of 16, N of 8.
     """
     (rows, k), n, tile = x_TK.shape, w.shape[0], variant.tile
     y = x_TK.new_empty(rows, n, dtype=torch.bfloat16)
-    data, scale = w.parts["data"], w.parts["scale"]
-    tiles, stride = -(-n // (128 * tile.stack)), scale.stride(0) * scale.element_size()
-    weight = WeightC(scale.data_ptr(), 0, stride, None, None if bias_N is None else bias_N.data_ptr(),
+    data, of_w = w.parts["data"], scales_by_row(w)
+    tiles, stride = -(-n // (128 * tile.stack)), of_w.stride(0) * of_w.element_size()
+    weight = WeightC(of_w.data_ptr(), 0, stride, None, None if bias_N is None else bias_N.data_ptr(),
                      -(-k // variant.elements), 0, n, tiles)  # fmt: skip
-    stored = Stored(x_TK, scale_TG, scale_TG.stride(0), scale_TG.stride(1))
+    stored = Stored(x_TK, scale, *(scale.stride() if scale.dim() else (0, 0)))
     box = variant.row_bytes, 128 * tile.stack, 1
     columns = described(data.data_ptr(), (k, n, 1), (data.stride(0), n * data.stride(0)), box)
     arguments = Arguments(second=weight, h=stored.packed(), y=y.data_ptr(), experts=1, top_k=1, columns=k, width=k,
@@ -333,6 +334,18 @@ def linear(variant: Variant, x_TK: Tensor, scale_TG: Tensor, w: QuantTensor, bia
     given = [Maps(columns, columns, row_map(variant, stored)), arguments]
     launch(kernels.experts, blocks, kernels.threads, given, kernels.shared)
     return y
+
+
+def scales_by_row(w: QuantTensor) -> Tensor:
+    """Of an FP8 weight, as a dense product reads them: of blocks as they are, else one for each row."""
+    scale = w.parts["scale"]
+    if w.form.name != "fp8_tensor":
+        return scale
+    if len(w.segments) == 1:
+        return scale.reshape(1).expand(w.segments[0])
+    from moesaic.kernels._triton.gemm import coarse_rows
+
+    return scale.reshape(-1)[coarse_rows(w.form.name, w.segments, scale.device)]
 
 
 def lead_of(w: ExpertWeights, experts: int) -> int:

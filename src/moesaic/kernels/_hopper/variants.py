@@ -229,15 +229,15 @@ def tile_for(variant: Variant, rows: int, experts: int, lone: int = 0) -> Tile:
     return TILES[height]
 
 
-def dense_tile(rows: int, segments: tuple[int, ...], columns: int) -> Tile | None:
-    """Of a dense product of FP8 blocks with rows in groups; None where that is not what these kernels are for.
+def dense_tile(rows: int, segments: tuple[int, ...], columns: int, blocks: bool = True) -> Tile | None:
+    """Of a dense product of FP8 weights with E4M3 rows; None where that is not what these kernels are for.
 
-    segments, columns: of the weight. Blocks must follow one another, rows lie on 16 bytes. Multiprocessors take tiles
-    in rounds, which must be full enough for these tiles to be faster than Triton's smaller ones, which share out K. The
-    numbers, tiles of a round from which on they are and what a round takes, follow from what eight shapes took on an
-    H200 (docs/performance-log.md).
+    segments, columns: of the weight. blocks: its scales are of blocks, which must follow one another, and rows' of
+    groups. Rows lie on 16 bytes. Multiprocessors take tiles in rounds, which must be full enough for these tiles to be
+    faster than Triton's smaller ones, which share out K. The numbers, tiles of a round from which on they are and what
+    a round takes, follow from what eight shapes took on an H200 (docs/performance-log.md).
     """
-    if rows < FEW or columns % 16 or any(each % 128 for each in segments[:-1]) or segments[-1] % 8:
+    if rows < FEW or columns % 16 or sum(segments) % 8 or (blocks and any(each % 128 for each in segments[:-1])):
         return None
     best, least = None, math.inf
     for height, enough, time in ((128, 71, 0.85), (64, 88, 0.62)):
@@ -246,6 +246,13 @@ def dense_tile(rows: int, segments: tuple[int, ...], columns: int) -> Tile | Non
         if tiles >= enough * rounds and rounds * time < least:
             best, least = TILES[height], rounds * time
     return best
+
+
+def dense_variant(form: str, tile: Tile) -> Variant:
+    """Of such a product. Other scales than those of blocks are taken for scales of rows of w and of x."""
+    blocks = form == "fp8_block"
+    weights, rows = (WeightFormat(form), "fp8_group128") if blocks else (WeightFormat("fp8_channel"), "fp8_token")
+    return variant_of(weights, Encoding(rows), tile)
 
 
 def heights_of(variant: Variant) -> tuple[int, ...]:
