@@ -63,13 +63,15 @@ def test_arguments_lie_as_the_source_has_them() -> None:
         code.compiled(headers, options, "main.cu")
 
 
-@pytest.mark.parametrize(("experts", "hidden", "cut"), [
-    (128, 2048, Cut(8, 2, 16)), (128, 4096, Cut(8, 2, 16)), (8, 4096, Cut(1, 8, 8)), (32, 2880, Cut(2, 4, 8)),
-    (160, 5120, None), (160, 4096, Cut(10, 1, 16)), (256, 7168, None), (64, 2048, Cut(4, 4, 16)), (1, 64, Cut(1, 1, 1)),
-    (128, 2080, None), (257, 2048, None),
+@pytest.mark.parametrize(("tokens", "experts", "hidden", "cut"), [
+    (1, 128, 2048, Cut(8, 2, 16)), (48, 128, 2048, Cut(8, 2, 16)), (49, 128, 2048, Cut(8, 1, 8)),
+    (64, 128, 4096, Cut(8, 1, 8)), (65, 128, 2048, None), (4, 128, 4096, Cut(8, 2, 16)), (4, 8, 4096, Cut(1, 8, 8)),
+    (4, 32, 2880, Cut(2, 4, 8)), (4, 160, 5120, None), (4, 160, 4096, None), (4, 160, 2048, Cut(10, 1, 16)),
+    (64, 256, 2048, None), (4, 256, 7168, None), (4, 64, 2048, Cut(4, 4, 16)), (1, 1, 64, Cut(1, 1, 1)),
+    (4, 128, 2080, None), (4, 257, 2048, None),
 ])  # fmt: skip
-def test_how_a_cluster_shares_a_product(experts: int, hidden: int, cut: Cut | None) -> None:
-    x, w = torch.empty(4, hidden, dtype=torch.bfloat16), torch.empty(experts, hidden)
+def test_how_a_cluster_shares_a_product(tokens: int, experts: int, hidden: int, cut: Cut | None) -> None:
+    x, w = torch.empty(tokens, hidden, dtype=torch.bfloat16), torch.empty(experts, hidden)
     assert gate.cut_of(x, w, None, replace(QWEN, experts=experts, top_k=1)) == cut
     assert cut is None or cut.tiles * cut.splits <= cut.blocks <= gate.MOST_BLOCKS
 

@@ -21,9 +21,9 @@ TILE, HEIGHT, STEP, WARPS = 16, 8, 64, 8
 MOST_BLOCKS, MOST_CHOSEN, MOST_EXPERTS = 16, 32, 256
 TOGETHER = 96
 """Blocks that run at one time, in clusters of 16, on a GPU of 132 multiprocessors in groups of 16 and more."""
-MOST_ROWS, MOST_BYTES = 64, 256 << 10
-"""Rows, and bytes of weights for a block, up to which this takes less time than two launches of Triton's (measured on
-an H200: docs/performance-log.md)."""
+MOST_ROWS, MOST_BYTES = 64, {32: 192 << 10, 64: 256 << 10}
+"""Rows, and, by rows up to so many, bytes of weights for a block, up to which this takes less time than two launches
+of Triton's (measured on an H200: docs/performance-log.md)."""
 
 
 class GateC(ctypes.Structure):
@@ -91,7 +91,9 @@ def cut_of(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, spec: Router
     most = min(MOST_BLOCKS, TOGETHER // clusters)
     while 2 * blocks <= most and k // STEP >= 2 * WARPS * splits:  # two steps for each warp
         blocks, splits = 2 * blocks, 2 * splits
-    return Cut(tiles, splits, blocks) if 4 * TILE * k <= MOST_BYTES * splits else None
+    limit = next(most for rows, most in MOST_BYTES.items() if tokens <= rows)
+    fits = 4 * TILE * k <= limit * splits and blocks * clusters <= TOGETHER
+    return Cut(tiles, splits, blocks) if fits else None
 
 
 def even(rows: Tensor) -> bool:
