@@ -100,7 +100,7 @@ class Layer:
     @property
     def variant(self) -> Variant:
         made = variant_of(self.scheme.weight, self.scheme.activation, self.tile)
-        return launch.fitted(replace(made, zigzag=self.held.packing == "zigzag"), self.held)
+        return launch.fitted(replace(made, zigzag=self.held.packing == "zigzag"), self.held.w13, self.held.w2)
 
     @property
     def scale(self) -> Tensor | None:

@@ -263,7 +263,7 @@ def test_scales_are_copied_as_they_lie(name: str, width: int, unit: int) -> None
     scheme, like = SCHEMES[name], torch.empty(0, dtype=torch.bfloat16, device="meta")
     w13 = QuantTensor.empty(scheme.weight, (width, width), 2048, like, (4,))
     w = ExpertWeights(w13, QuantTensor.empty(scheme.weight, (2048,), width, like, (4,)), SILU, scheme.activation)
-    assert launch.fitted(variant(name, 8), w).scale_unit == unit
+    assert launch.fitted(variant(name, 8), w.w13, w.w2).scale_unit == unit
 
 
 def test_low_tiles_of_fp8_for_a_token_alone_that_reads_little() -> None:

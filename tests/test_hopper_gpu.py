@@ -230,7 +230,7 @@ def test_dense_products(name: str, segments: tuple[int, ...], columns: int, toke
         wanted, terms = check_dense(rows, w, bias)
         data, scale = rows.data, rows.parts["scale"]
         for tile in (TILES[64], TILES[96], TILES[128], Tile(128, 1, 1)):
-            y = launch.linear(dense_variant(scheme.weight.name, tile), data, scale, w, bias)
+            y = launch.linear(dense_variant(scheme.weight.name, tile), launch.as_they_are(data, scale), w, bias)
             assert_rows_close(y, wanted, 2**-7, f"{tile}")
             # Triton, too, multiplies sums of 128 by a product of two scales, and adds up in order.
             if name == "fp8" and len(terms) == 1:

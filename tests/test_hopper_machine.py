@@ -16,7 +16,7 @@ from moesaic.contracts.spec import Activation, MoESpec
 from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
 from moesaic.kernels._hopper import dense, launch
-from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Tile, dense_variant, with_tile
+from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Tile, dense_variant, variant_of, with_tile
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
 from moesaic.moe.experts import Experts
@@ -106,8 +106,25 @@ def test_dense_products(name: str, tile: int) -> None:
     for tokens, segments, columns in ((150, (256, 40), 272), (300, (136,), 128)):
         w, rows = weight(scheme, segments, columns), encode(randn(tokens, columns), scheme.activation, static)
         for bias in (None, randn(sum(segments))):
-            y = launch.linear(variant, rows.data, rows.parts["scale"], w, bias)
+            y = launch.linear(variant, launch.as_they_are(rows.data, rows.parts["scale"]), w, bias)
             assert_rows_close(y, reference.linear_quant(in_double(rows), w, bias), 2**-7, f"{segments} {columns}")
+
+
+@pytest.mark.parametrize(("name", "tile"), [
+    ("wna16", 160), *(pytest.param(name, tile, marks=pytest.mark.long) for name, tile in
+                      (("wna16", 64), ("wna16", 96), ("wna16_g32", 160), ("wna16 with halves", 64))),
+])  # fmt: skip
+def test_dense_products_of_many_rows_in_int4(name: str, tile: int) -> None:
+    """As above; K that ends within a stage, scales that begin off 16 bytes, rows of a wider tensor."""
+    scheme = EVERY[name]
+    odd = 384 if scheme.weight.group == 128 else 416
+    for tokens, segments, columns in ((1, (64,), 128), (170, (256, 40), odd), (330, (136,), 128)):
+        w, x = weight(scheme, segments, columns), randn(tokens, columns + 24)[:, :columns]
+        for bias in (None, randn(sum(segments))):
+            variant = variant_of(scheme.weight, scheme.activation, TILES[tile])
+            y = launch.linear(variant, launch.in_order(variant, x), w, bias)
+            wanted = reference.linear_quant(in_double(encode(x, scheme.activation)), w, bias)
+            assert_rows_close(y, wanted, 2**-7, f"{segments} {columns}")
 
 
 @pytest.mark.parametrize(

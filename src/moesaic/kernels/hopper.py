@@ -5,9 +5,9 @@ and the encoding in between run in one persistent kernel; a token's results are 
 as they are stored, but for FP4, MXFP8, and FP8 beside 16-bit rows: their codes' bits change places at load (`pack`).
 E4M3 rows meet the FP8 tensor cores (INT4 weights there only where rows are many); everything else is multiplied as the
 BF16 or FP16 numbers that codes stand for, for all pairs of formats that tensor cores multiply.
-A dense product of many FP8 rows is the second product of a layer with one expert; few rows, and dozens, meet weights of
-4 and 8 bits in kernels of their own (`dense.py`), and few rows those in BF16; all else is left to Triton, or to the
-vendor's library.
+A dense product of many rows in FP8 or INT4 is the second product of a layer with one expert; few rows, and dozens, meet
+weights of 4 and 8 bits in kernels of their own (`dense.py`), and few rows those in BF16; all else is left to Triton, or
+to the vendor's library.
 Gate product and expert choice of few rows are one launch, by a cluster of thread blocks. Attention over heads is a
 launch for sequences that decode and one for prompts; latents and other sizes are left to Triton.
 
@@ -36,7 +36,7 @@ from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper.pack import PACKINGS, Packings, by_packing, packing_of
 from moesaic.kernels._hopper.pack import pack as pack
 from moesaic.kernels._hopper.pack import unpack as unpack
-from moesaic.kernels._hopper.variants import DENSE, TILES, Variant, dense_variant, tile_for, variant_of, with_tile
+from moesaic.kernels._hopper.variants import DENSE, TILES, Variant, tile_for, variant_of, with_tile
 from moesaic.kernels.exact import exact
 from moesaic.kernels.ops import AttentionBatch, ExpertTerms, ExpertWeights, KVView, Softmax, Span
 
@@ -69,8 +69,7 @@ CONTRACTS = (
         Contract(
             op, "hopper", frozenset({"cuda"}), frozenset({"bfloat16"}), batch_invariant=False, rank=45,
             formats=frozenset(form for form, _ in DENSE), encodings=frozenset(encoding for _, encoding in DENSE),
-            pairs=DENSE, forms=frozenset(form for form in FORMS if form.group == 128), arch=(90, 90), package="triton",
-            versions=">=3.6,<3.8", path=path_of(op),
+            pairs=DENSE, forms=FORMS, arch=(90, 90), package="triton", versions=">=3.6,<3.8", path=path_of(op),
         ) for op in ("linear_quant", "linear_terms")
     ),
     *(
@@ -221,7 +220,7 @@ def prepared(variant: Variant, x: Rows, w: ExpertWeights, ids_TA: Tensor) -> tup
     from moesaic.kernels._hopper import launch
 
     plain = x.parts.get("plain")
-    variant, static = launch.fitted(variant, w), None if plain is None else x.parts.get("scale")
+    variant, static = launch.fitted(variant, w.w13, w.w2), None if plain is None else x.parts.get("scale")
     given: Rows | Tensor = x if plain is None else plain
     if plain is None and x.encoding.name in ("mxfp8", "nvfp4"):
         given = Rows(x.encoding, {**x.parts, "exact": exact(x)}, x.dtype)
@@ -251,7 +250,7 @@ def linear(x_TD: Tensor, w_ND: Tensor, bias_N: Tensor | None = None) -> Tensor:
 
 
 def linear_quant(x: Rows, w: QuantTensor, bias_N: Tensor | None = None) -> Tensor:
-    """Few rows and dozens here, but for FP8, of which many; all else by Triton."""
+    """Few rows and dozens (not of FP8) here, and many of FP8 and INT4; all else by Triton."""
     terms_PTN = multiplied_densely(x, w, bias_N, terms=False)
     if terms_PTN is None:
         from moesaic.kernels import triton
@@ -282,15 +281,18 @@ def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bo
 
     if how := dense.cut_of(x, w, bias_N, terms):
         return dense.products(x, w, bias_N, how)
-    tile = dense.many_cut(x, w, bias_N)
-    if tile is None:
+    variant = dense.many_cut(x, w, bias_N)
+    if variant is None:
         return None
     from moesaic.kernels._hopper import launch
 
-    data, scale = x.data.reshape(-1, w.columns).contiguous(), x.parts["scale"]
-    with torch.cuda.device(data.device):
-        scale = scale.reshape(len(data), -1) if scale.dim() else scale
-        return launch.linear(dense_variant(w.form.name, tile), data, scale, w, bias_N)[None]
+    values = x.data.reshape(-1, w.columns)
+    with torch.cuda.device(values.device):
+        if w.form.name == "int4":
+            return launch.linear(variant, launch.in_order(variant, values), w, bias_N)[None]
+        scale = x.parts["scale"]
+        scale = scale.reshape(len(values), -1) if scale.dim() else scale
+        return launch.linear(variant, launch.as_they_are(values.contiguous(), scale), w, bias_N)[None]
 
 
 def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,

@@ -16,8 +16,18 @@ from torch import Tensor
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.encodings import Rows
 from moesaic.kernels._hopper import compile as code
+from moesaic.kernels._hopper import variants as experts
 from moesaic.kernels._hopper.driver import Module, launch
-from moesaic.kernels._hopper.variants import DENSE, EIGHT_BIT, FORMATS, PROCESSORS, Tile, dense_tile
+from moesaic.kernels._hopper.variants import (
+    DENSE,
+    EIGHT_BIT,
+    FORMATS,
+    PROCESSORS,
+    dense_tile,
+    dense_variant,
+    int4_tile,
+    variant_of,
+)
 from moesaic.kernels._triton.gemm import coarse_rows
 from moesaic.kernels.exact import exact
 
@@ -175,13 +185,18 @@ def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -
     return shared_out(Variant(form, w.form.name == "fp8_block", height, half), rows, w.shape[0], columns // UNIT)
 
 
-def many_cut(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tile | None:
-    """The tile of `launch.linear` for a product of many FP8 rows; None as `cut_of`."""
-    if FORMATS[w.form.name] != FP8 or x.encoding.name not in EIGHT_BIT or len(w.shape) != 2:
+def many_cut(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> experts.Variant | None:
+    """The kernel of `launch.linear` for a product of many rows, in FP8 or INT4; None as `cut_of`."""
+    if len(w.shape) != 2 or (bias_N is not None and (bias_N.dtype != torch.bfloat16 or bias_N.stride(0) != 1)):
         return None
-    if bias_N is not None and (bias_N.dtype != torch.bfloat16 or bias_N.stride(0) != 1):
+    rows, pair = x.data.shape[:-1].numel(), (w.form.name, x.encoding.name)
+    if pair == ("int4", "bf16"):
+        tile = None if w.form.zero_points else int4_tile(rows, w.segments, w.columns)
+        return None if tile is None else variant_of(w.form, x.encoding, tile)
+    if FORMATS[w.form.name] != FP8 or x.encoding.name not in EIGHT_BIT:
         return None
-    return dense_tile(x.data.numel() // w.columns, w.segments, w.columns, w.form.name == "fp8_block")
+    tile = dense_tile(rows, w.segments, w.columns, w.form.name == "fp8_block")
+    return None if tile is None else dense_variant(w.form.name, tile)
 
 
 def largest(form: int, rows: int) -> int:

@@ -81,10 +81,11 @@ def processors(device: int) -> int:
     return count
 
 
-def fitted(variant: Variant, w: ExpertWeights) -> Variant:
+def fitted(variant: Variant, *weights: QuantTensor) -> Variant:
     """The variant for these very weights: how many bytes of their scales can be copied together."""
-    rows = (part for each in (w.w13, w.w2) if (part := each.parts.get("scale")) is not None and part.dim() == 3)
-    sizes = [(part.data_ptr(), *(stride * part.element_size() for stride in part.stride()[:2])) for part in rows]
+    found = ((each.parts["data"], each.parts.get("scale")) for each in weights)
+    rows = (scale for data, scale in found if scale is not None and scale.dim() == data.dim())
+    sizes = [(part.data_ptr(), *(stride * part.element_size() for stride in part.stride()[:-1])) for part in rows]
     step = gcd(16, *(size for each in sizes for size in each))
     if step >= max(4, variant.scale_bytes):
         return variant
@@ -310,34 +311,53 @@ BAND = 16
 """Tiles of rows of a dense product that run side by side; see fetch.cuh."""
 
 
-def linear(variant: Variant, x_TK: Tensor, scale: Tensor, w: QuantTensor, bias_N: Tensor | None) -> Tensor:
-    """BF16 [T, N] = x w^T + bias, of rows that are multiplied in their own order: the second product of a layer whose
-    only expert takes all of them.
+def linear(variant: Variant, x: Stored, w: QuantTensor, bias_N: Tensor | None) -> Tensor:
+    """BF16 [T, N] = x w^T + bias: the second product of a layer whose only expert takes all rows.
 
-    x_TK: E4M3, dense.  scale: FP32, [T, G] of 128 elements each where the weight's are of blocks; else [T, 1], or one
-    of all.  w: [N, K] dense, in blocks of 128 x 128, which do not begin anew within it (scales dense along K), or with
-    scales of rows, or of segments.  bias_N: BF16, dense.  K is a multiple of 16, N of 8.
+    x: as `as_they_are` or `in_order` makes them.  w: [N, K] dense: in FP8, blocks do not begin anew within it (scales
+    dense along K); or INT4 without zero points.  bias_N: BF16, dense.  K is a multiple of 16 (INT4: 32), N of 8.
     """
-    (rows, k), n, tile = x_TK.shape, w.shape[0], variant.tile
-    y = x_TK.new_empty(rows, n, dtype=torch.bfloat16)
-    data, of_w = w.parts["data"], scales_by_row(w)
-    tiles, stride = -(-n // (128 * tile.stack)), of_w.stride(0) * of_w.element_size()
-    weight = WeightC(of_w.data_ptr(), 0, stride, None, None if bias_N is None else bias_N.data_ptr(),
-                     -(-k // variant.elements), 0, n, tiles)  # fmt: skip
-    stored = Stored(x_TK, scale, *(scale.stride() if scale.dim() else (0, 0)))
+    rows, n, tile = len(x.data), w.shape[0], variant.tile
+    y = x.data.new_empty(rows, n, dtype=torch.bfloat16)
+    data, scale = w.parts["data"], scales_by_row(w)
+    size, tiles = scale.element_size(), -(-n // (128 * tile.stack))
+    variant = fitted(variant, w) if w.form.name == "int4" else variant
+    weight = WeightC(scale.data_ptr(), 0, scale.stride(0) * size, None, None if bias_N is None else bias_N.data_ptr(),
+                     -(-w.columns // variant.elements), scale.shape[-1] * size, n, tiles)  # fmt: skip
     box = variant.row_bytes, 128 * tile.stack, 1
-    columns = described(data.data_ptr(), (k, n, 1), (data.stride(0), n * data.stride(0)), box)
-    arguments = Arguments(second=weight, h=stored.packed(), y=y.data_ptr(), experts=1, top_k=1, columns=k, width=k,
-                          hidden=n, phases=2, rows=rows, band=BAND)  # fmt: skip
+    columns = described(data.data_ptr(), (data.shape[1], n, 1), (data.stride(0), n * data.stride(0)), box)
+    arguments = Arguments(second=weight, h=x.packed(), y=y.data_ptr(), experts=1, top_k=1, columns=w.columns,
+                          width=x.width, hidden=n, phases=2, rows=rows, band=BAND)  # fmt: skip
     kernels = loaded(variant, device := torch.cuda.current_device())
     blocks = min(processors(device) * tile.blocks, -(-rows // tile.height) * tiles)
-    given = [Maps(columns, columns, row_map(variant, stored)), arguments]
-    launch(kernels.experts, blocks, kernels.threads, given, kernels.shared)
+    launch(kernels.experts, blocks, kernels.threads, [Maps(columns, columns, row_map(variant, x)), arguments],
+           kernels.shared)  # fmt: skip
     return y
 
 
+def as_they_are(x_TK: Tensor, scale: Tensor) -> Stored:
+    """Rows that are multiplied in their own order: E4M3, dense.  scale: FP32, [T, G] of 128 elements each where the
+    weight's are of blocks; else [T, 1], or one of all."""
+    return Stored(x_TK, scale, *(scale.stride() if scale.dim() else (0, 0)))
+
+
+def in_order(variant: Variant, x_TK: Tensor) -> Stored:
+    """BF16 rows in the order of K in which codes are decoded: what `prepare` does of rows that nobody chose."""
+    source = x_TK if is_aligned(x_TK) else x_TK.contiguous()
+    tokens, columns = source.shape
+    stored = room_for_rows(variant, tokens, columns, source, None, False)
+    counters = source.new_empty(1, dtype=torch.int32)
+    arguments = Preparation(
+        source=source.data_ptr(), rows=stored.packed(), counters=counters.data_ptr(), tokens=tokens, columns=columns,
+        source_stride=source.stride(0) * source.element_size(), width=stored.width,
+    )  # fmt: skip
+    blocks = 1 + -(-tokens * (stored.width // 128) // (PREPARERS // 32))
+    launch(loaded(variant, torch.cuda.current_device()).prepare, blocks, PREPARERS, [arguments])
+    return stored
+
+
 def scales_by_row(w: QuantTensor) -> Tensor:
-    """Of an FP8 weight, as a dense product reads them: of blocks as they are, else one for each row."""
+    """Of a weight, as a dense product reads them: of blocks and groups as they are, else one for each row."""
     scale = w.parts["scale"]
     if w.form.name != "fp8_tensor":
         return scale

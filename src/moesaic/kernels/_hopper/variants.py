@@ -248,6 +248,13 @@ def dense_tile(rows: int, segments: tuple[int, ...], columns: int, blocks: bool 
     return best
 
 
+def int4_tile(rows: int, segments: tuple[int, ...], columns: int) -> Tile | None:
+    """As `dense_tile`, of INT4 with rows in BF16."""
+    if rows < FEW or columns % 32 or sum(segments) % 8:
+        return None
+    return TILES[160]
+
+
 def dense_variant(form: str, tile: Tile) -> Variant:
     """Of such a product. Other scales than those of blocks are taken for scales of rows of w and of x."""
     blocks = form == "fp8_block"
