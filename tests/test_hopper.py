@@ -299,9 +299,23 @@ def test_dense_products_that_were_the_fastest_here(rows: int, n: int, columns: i
     assert (tile.height if tile else 0) == height
 
 
+@pytest.mark.parametrize(("rows", "n", "columns", "height"), [
+    (128, 5120, 2048, 0), (384, 5120, 2048, 64), (512, 5120, 2048, 128), (1024, 5120, 2048, 64),
+    (4096, 5120, 2048, 128), (128, 2048, 4096, 0), (512, 2048, 4096, 64), (2048, 2048, 4096, 128), (192, 1536, 7168, 0),
+    (512, 1536, 7168, 64), (4096, 1536, 7168, 64), (192, 4096, 7168, 64), (768, 4096, 7168, 128), (128, 7168, 18432, 0),
+    (192, 7168, 18432, 64), (384, 7168, 18432, 128), (768, 7168, 18432, 64), (192, 36864, 7168, 64),
+])  # fmt: skip
+def test_dense_products_with_scales_of_rows_that_were_the_fastest_here(rows: int, n: int, columns: int,
+                                                                       height: int) -> None:  # fmt: skip
+    """The same, of FP8 weights whose scales are not of blocks."""
+    tile = dense_tile(rows, (n,), columns, blocks=False)
+    assert (tile.height if tile else 0) == height
+
+
 def test_dense_products_that_are_left_to_triton() -> None:
     assert dense_tile(8192, (4096, 512, 512), 2048) is TILES[128]
     assert dense_tile(8192, (4096, 500, 512), 2048) is None, "blocks begin anew within the weight"
+    assert dense_tile(8192, (4096, 500, 516), 2048, blocks=False) is TILES[128], "which rows do not"
     assert dense_tile(8192, (4096, 512, 500), 2048) is None, "rows of results that do not lie on 16 bytes"
     assert dense_tile(8192, (4096,), 2040) is None, "nor those of the operands"
 

@@ -185,6 +185,12 @@ TILES = {
 in prompts: twice as many tiles as those of 64 make, and a multiprocessor ends one while another one goes on."""
 
 
+ROUNDS = (128, 71, 0.85), (64, 88, 0.62)
+ROUNDS_OF_ROWS = ((128, 71, 1.0), (64, 88, 0.6)), ((128, 71, 1.0), (64, 36, 0.6))
+"""Of dense products in FP8: height of a tile, tiles of a round from which on it is faster than Triton's, about what a
+round takes. Where scales are of rows, by whether there are more rows than one tile of Triton's has."""
+
+
 def variant_of(form: WeightFormat, encoding: Encoding, tile: Tile) -> Variant:
     """The kernel for experts whose rows travel in an encoding."""
     return Variant(
@@ -240,7 +246,7 @@ def dense_tile(rows: int, segments: tuple[int, ...], columns: int, blocks: bool 
     if rows < FEW or columns % 16 or sum(segments) % 8 or (blocks and any(each % 128 for each in segments[:-1])):
         return None
     best, least = None, math.inf
-    for height, enough, time in ((128, 71, 0.85), (64, 88, 0.62)):
+    for height, enough, time in ROUNDS if blocks else ROUNDS_OF_ROWS[rows > FEW]:
         tiles = -(-rows // height) * -(-sum(segments) // 256)
         rounds = -(-tiles // PROCESSORS)
         if tiles >= enough * rounds and rounds * time < least:
