@@ -54,7 +54,7 @@ def wider(x: Tensor | None) -> Tensor | None:
 
 def check_ties_and_nan(spec: RouterSpec) -> None:
     """Of equal experts the lower ones, whatever lane has them; a row with NaN has no weight that is a number, and harms
-    no other. Logits of both signs, zeros of both among them."""
+    no other."""
     x = torch.randint(-2, 3, (5, 128), device=device()).bfloat16()
     w = torch.randint(-1, 2, (spec.experts, 128), device=device()).float()
     w[spec.experts // 2 :] = w[: spec.experts - spec.experts // 2].roll(3, 0)
@@ -71,4 +71,8 @@ def check_ties_and_nan(spec: RouterSpec) -> None:
     assert torch.equal(again[rest], ids[rest])
     assert torch.equal(others[rest], weights[rest])
     assert others[1].isnan().all()
+    w[spec.experts // 2, 5], x[1, 77] = float("nan"), 0
+    seen, _ = hopper.gate(x, w, None, bias, spec)
+    if spec.scoring != "softmax":  # of which nothing is a number then
+        assert (seen[:, 0] == spec.experts // 2).all(), "an expert without a score is chosen, and seen in its weight"
     assert ((again >= 0) & (again < spec.experts)).all()

@@ -385,8 +385,11 @@ def test_rows_that_ask_for_nothing() -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_gate(spec: RouterSpec) -> None:
     """Gate product and expert choice in one launch; in a CUDA graph, replayed for other rows."""
-    for tokens, hidden in ((1, 2048), (3, 2112), (8, 4096), (33, 2880), (64, 2048)):
+    for tokens, hidden in ((1, 2048), (3, 2112), (8, 3072), (33, 2880), (40, 2048)):
         check_gate(spec, tokens, hidden)
+    if spec.experts <= 128:
+        check_gate(spec, 5, 6144)
+        check_gate(spec, 64, 4096)
     check_ties_and_nan(spec)
     x, w = randn(20, 2048), randn(spec.experts, 2048, dtype=torch.float32)
     graph, counts = torch.cuda.CUDAGraph(), torch.zeros(spec.experts, dtype=torch.int64, device="cuda")

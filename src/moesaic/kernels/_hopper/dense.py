@@ -191,7 +191,8 @@ def many_cut(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> experts.Variant 
         return None
     rows, pair = x.data.shape[:-1].numel(), (w.form.name, x.encoding.name)
     if pair == ("int4", "bf16"):
-        tile = None if w.form.zero_points else int4_tile(rows, w.segments, w.columns)
+        known = w.form.scale_dtype in SCALES and w.form.group in (32, 64, 128) and not w.form.zero_points
+        tile = int4_tile(rows, w.segments, w.columns) if known else None
         return None if tile is None else variant_of(w.form, x.encoding, tile)
     if FORMATS[w.form.name] != FP8 or x.encoding.name not in EIGHT_BIT:
         return None
