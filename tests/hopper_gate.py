@@ -71,6 +71,12 @@ def check_ties_and_nan(spec: RouterSpec) -> None:
     assert torch.equal(again[rest], ids[rest])
     assert torch.equal(others[rest], weights[rest])
     assert others[1].isnan().all()
+    x[1, 77] = 0
+    far, _ = hopper.gate(x * 64, w, None, bias, spec)  # logits of thousands
+    known = reference_fused.gate(x.cpu().float() * 64, w.cpu(), None, in_choice, spec)
+    if spec.scoring != "sigmoid":  # of which many are one then
+        assert torch.equal(far.cpu(), known[0])
+        torch.testing.assert_close(hopper.gate(x * 64, w, None, bias, spec)[1].cpu(), known[1], rtol=1e-5, atol=1e-30)
     w[spec.experts // 2, 5], x[1, 77] = float("nan"), 0
     seen, _ = hopper.gate(x, w, None, bias, spec)
     if spec.scoring != "softmax":  # of which nothing is a number then

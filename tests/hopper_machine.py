@@ -81,7 +81,7 @@ def loaded_dense(variant: dense.Variant, device: int) -> SimpleNamespace:
 
 def loaded_gate(variant: gate.Variant, device: int) -> SimpleNamespace:
     kernels = library(variant, "gate.cpp")
-    return SimpleNamespace(kernel=(kernels, "gate"), shared=kernels.room_size())
+    return SimpleNamespace(kernel=(kernels, "gate"), shared=kernels.room_size(), most_blocks=gate.MOST_BLOCKS)
 
 
 def start(kernel: tuple[ctypes.CDLL, str], grid: int, block: int, arguments: Sequence[Any], shared: int = 0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -310,6 +311,39 @@ def test_dense_products_with_scales_of_rows_that_were_the_fastest_here(rows: int
     """The same, of FP8 weights whose scales are not of blocks."""
     tile = dense_tile(rows, (n,), columns, blocks=False)
     assert (tile.height if tile else 0) == height
+
+
+@pytest.mark.parametrize(("name", "rows", "shape", "how"), [
+    ("fp8", 127, (5120, 2048), None), ("fp8", 4096, (5120, 2048), True), ("fp8_tensor", 4096, (5120, 2048), True),
+    ("fp8_tensor_static", 4096, (5120, 2048), True), ("fp8a16", 4096, (5120, 2048), None),
+    ("mxfp8", 4096, (5120, 2048), None), ("w4afp8_token", 4096, (5120, 2048), None),
+    ("wna16", 4096, (5120, 2048), True), ("wna16_g32", 4096, (5120, 2048), True), ("wna16", 127, (5120, 2048), None),
+    ("wna16", 4096, (5124, 2048), None), ("wna16_g32", 4096, (5120, 2080), True),
+])  # fmt: skip
+def test_which_products_of_many_rows_are_their_own(name: str, rows: int, shape: tuple[int, int],
+                                                   how: bool | None) -> None:  # fmt: skip
+    """FP8 with E4M3 rows, INT4 with BF16 ones, as far as weights and biases lie as the kernels read them."""
+    scheme, like = SCHEMES[name], torch.empty(0, dtype=torch.bfloat16, device="meta")
+    w = QuantTensor.empty(scheme.weight, (shape[0],), shape[1], like)
+    x = Rows(scheme.activation, {"data": torch.empty(rows, shape[1], device="meta")}, torch.bfloat16)
+    found = dense.many_cut(x, w, None)
+    assert (found is not None) == bool(how)
+    if found is None:
+        return
+    assert dense.many_cut(x, w, like.new_empty(shape[0])) == found
+    data, stored = w.parts["data"], {**w.parts}
+    for what, bias, changed in (
+        ("a bias in FP32", like.new_empty(shape[0], dtype=torch.float32), stored),
+        ("a bias with gaps", like.new_empty(2 * shape[0])[::2], stored),
+        ("rows of odd strides", None, {**stored, "data": data.new_empty(shape[0], data.shape[1] + 8)[:, :-8]}),
+        ("an odd beginning", None, {**stored, "data": data.new_empty(data.numel() + 8)[8:].view(data.shape)}),
+    ):
+        assert dense.many_cut(x, replace(w, parts=changed), bias) is None, what
+    if name == "wna16":
+        for other in ({"zero_points": True}, {"scale_dtype": "float32"}, {"group": 16}):
+            assert dense.many_cut(x, replace(w, form=replace(w.form, **other)), None) is None
+    elif name == "fp8":
+        assert dense.many_cut(replace(x, encoding=Encoding("fp8_token")), w, None) is None, "scales of another kind"
 
 
 def test_dense_products_that_are_left_to_triton() -> None:

@@ -23,6 +23,7 @@ from moesaic.kernels._hopper.variants import (
     Tile,
     dense_tile,
     dense_variant,
+    variant_of,
     with_tile,
 )
 from moesaic.kernels.fakes import FAKES
@@ -37,6 +38,7 @@ OAI = Activation("swiglu_oai")
 OTHERS = {
     "int4_g64 fp8_token": Scheme("", WeightFormat("int4", 64, "bfloat16"), Encoding("fp8_token")),
     "int4_g32 fp8_token": Scheme("", WeightFormat("int4", 32, "bfloat16"), Encoding("fp8_token")),
+    "int4_g64": Scheme("", WeightFormat("int4", 64, "bfloat16"), Encoding("bf16")),
     "int4 with halves": Scheme("", WeightFormat("int4", 128, "float16"), Encoding("bf16")),
     "int4 with halves fp8_token": Scheme("", WeightFormat("int4", 64, "float16"), Encoding("fp8_token")),
 }
@@ -237,6 +239,21 @@ def test_dense_products(name: str, segments: tuple[int, ...], columns: int, toke
                 assert torch.equal(y, terms[0]), tile
 
 
+@pytest.mark.parametrize("tokens", [129, 300, 1000, 4200])
+@pytest.mark.parametrize("name", ["wna16", "wna16_g32", "int4 with halves", "int4_g64"])
+def test_dense_products_of_many_rows_in_int4(name: str, tokens: int) -> None:
+    """As above; scales whose rows are 6 bytes, rows of a wider tensor."""
+    scheme = SCHEMES.get(name) or OTHERS[name]
+    for segments, columns in (((4096, 512, 512), 2048), ((2048,), 4096), ((1024, 520), 384), ((8200,), 1536)):
+        w, x = weight(scheme, segments, columns), randn(tokens, columns + 24)[:, :columns]
+        for bias in (None, randn(sum(segments))):
+            wanted, _ = check_dense(triton.encode(x, scheme.activation), w, bias)
+            for tile in (TILES[64], TILES[160]):
+                variant = variant_of(scheme.weight, scheme.activation, tile)
+                y = launch.linear(variant, launch.in_order(variant, x), w, bias)
+                assert_rows_close(y, wanted, 2**-7, f"{tile}")
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 33, 64, 65, 128, 250])
 @pytest.mark.parametrize("name", [name for name, each in EVERY.items()
                                   if (each.weight.name, each.activation.name) in DENSE])  # fmt: skip
@@ -402,3 +419,22 @@ def test_gate(spec: RouterSpec) -> None:
         for mine, theirs in zip(made, hopper.gate(x, w, None, None, spec), strict=True):
             assert torch.equal(mine, theirs)
         assert counts.sum() == turn * 20 * spec.top_k
+
+
+def test_gate_waits_for_the_kernel_in_front() -> None:
+    """Which lets it begin early: a norm that makes its rows, many times over."""
+    spec, weight_D = SPECS[0], torch.ones(2048, device="cuda").bfloat16()
+    each, w = [randn(20, 2048) for _ in range(8)], randn(spec.experts, 2048, dtype=torch.float32)
+    graph, sums = torch.cuda.CUDAGraph(), randn(20, 2048)
+
+    def chain() -> list[Tensor]:
+        return [hopper.gate(triton.add_rms_norm(x, sums, weight_D, 1e-6)[0], w, None, None, spec)[0] for x in each]
+
+    wanted = [ids.clone() for ids in chain()]
+    with torch.cuda.graph(graph):
+        made = chain()
+    for _ in range(50):
+        for ids in made:
+            ids.zero_()
+        graph.replay()
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(made, wanted, strict=True))

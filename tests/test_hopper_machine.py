@@ -17,6 +17,7 @@ from moesaic.formats.dummy import fill
 from moesaic.kernels import hopper, hopper_invariant, reference
 from moesaic.kernels._hopper import dense, launch
 from moesaic.kernels._hopper.variants import FORMATS, PAIRS, TILES, Tile, dense_variant, variant_of, with_tile
+from moesaic.kernels.fakes import FAKES
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
 from moesaic.moe.experts import Experts
@@ -125,6 +126,21 @@ def test_dense_products_of_many_rows_in_int4(name: str, tile: int) -> None:
             y = launch.linear(variant, launch.in_order(variant, x), w, bias)
             wanted = reference.linear_quant(in_double(encode(x, scheme.activation)), w, bias)
             assert_rows_close(y, wanted, 2**-7, f"{segments} {columns}")
+
+
+@pytest.mark.parametrize("name", ["wna16", "fp8_channel"])
+def test_many_rows_as_they_come(name: str) -> None:
+    """Through the op: rows of a batch, of a wider tensor, off 16 bytes; as many terms as a plan was told."""
+    scheme = EVERY[name]
+    w, apart = weight(scheme, (1024, 8 * 700), 128), randn(300 * 128 + 1)
+    for x in (randn(2, 150, 128), randn(300, 160)[:, :128], apart[1:].view(300, 128)):
+        rows = encode(x, scheme.activation)
+        assert dense.cut_of(rows, w, None) is None
+        assert dense.many_cut(rows, w, None) is not None
+        wanted = reference.linear_quant(in_double(encode(x.contiguous(), scheme.activation)), w)
+        assert_rows_close(hopper.linear_quant(rows, w), wanted, 2**-7, name)
+        terms, fake = hopper.linear_terms(rows, w), FAKES["linear_terms"]("hopper", rows, w)
+        assert (terms.shape, terms.dtype) == (fake.shape, fake.dtype)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from moesaic.kernels._triton import linear_decoded
 from moesaic.kernels.ops import KVView
 from tests import triton_support as support
 from tests.test_kernels import ROUTERS
-from tests.test_triton_interpreter import ENCODINGS, OTHERS
+from tests.test_triton_interpreter import ENCODINGS, MIXED, OTHERS
 
 pytestmark = pytest.mark.gpu
 OAI = Activation("swiglu_oai")
@@ -84,13 +84,14 @@ def test_linear(scheme: Scheme) -> None:
     support.check_linear(scheme, 5, (40, 136, 20), 384)
 
 
-@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4_dynamic"])
-def test_linear_by_parts_of_a_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", [SCHEMES["mxfp8"], SCHEMES["mxfp4"], SCHEMES["nvfp4_dynamic"], *MIXED.values()],
+                         ids=lambda s: s.name)  # fmt: skip
+def test_linear_by_parts_of_a_weight(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are decoded once, 256 outputs at a time."""
-    w, x = support.weight(SCHEMES[name], (600, 136), 2048), support.randn(200, 2048)
-    rows = triton.encode(x, SCHEMES[name].activation)
+    w, x = support.weight(scheme, (600, 136), 2048), support.randn(200, 2048)
+    rows = triton.encode(x, scheme.activation, support.static_scale(scheme.activation))
     y = triton.linear_quant(rows, w)
-    support.close(y, reference.linear_quant(support.in_double(rows), w), name)
+    support.close(y, reference.linear_quant(support.in_double(rows), w), scheme.name)
     monkeypatch.setattr(linear_decoded, "ROOM", 1)
     support.close(triton.linear_quant(rows, w), y.double(), "by parts")
 

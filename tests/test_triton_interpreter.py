@@ -81,8 +81,13 @@ def test_linear(scheme: Scheme) -> None:
     support.check_linear(scheme, 5, (40, 136, 20), 384)
 
 
+MIXED = {f"{form} {rows}": Scheme(f"{form} {rows}", WeightFormat(form), rows)
+         for form in ("mxfp8", "mxfp4") for rows in (Encoding("nvfp4"), Encoding("nvfp4", True))}  # fmt: skip
+"""Rows have a scale beside those of blocks, weights have none."""
+
+
 @pytest.mark.parametrize("room", [linear_decoded.ROOM, 1])
-@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "mxfp4a8", "nvfp4", "nvfp4_dynamic", "nvfp4a16"])
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "mxfp4a8", "nvfp4", "nvfp4_dynamic", "nvfp4a16", *MIXED])
 def test_linear_by_weights_that_are_decoded_once(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a whole, and by 64 outputs at a time; K of a group of 32 too few for a tile."""
     monkeypatch.setattr(linear_decoded, "MANY", 5)
@@ -90,9 +95,10 @@ def test_linear_by_weights_that_are_decoded_once(name: str, room: int, monkeypat
     monkeypatch.setattr(linear_decoded, "COLUMNS", 64)
     decoded, calls = linear_decoded.decoded, []
     monkeypatch.setattr(linear_decoded, "decoded", lambda *given: calls.append(given[2]) or decoded(*given))
-    support.check_linear(SCHEMES[name], 5, (40, 136, 20), 352)
+    scheme = SCHEMES.get(name) or MIXED[name]
+    support.check_linear(scheme, 5, (40, 136, 20), 352)
     assert calls == ([64, 64, 64, 4] if room == 1 else [196]) * 2, "with a bias, and without"
-    support.check_linear(SCHEMES[name], 4, (40,), 352)
+    support.check_linear(scheme, 4, (40,), 352)
     assert len(calls) == (8 if room == 1 else 2), "few rows are multiplied as before"
 
 

@@ -71,6 +71,7 @@ struct Cluster {  // its barrier
 };
 
 struct Block {
+    bool begun;
     Block *first;  // of its cluster
     Cluster cluster;
     u8 *shared;
@@ -144,6 +145,8 @@ inline void wake(Waiters &list) {
 }
 
 inline void begin_fiber() {
+    Block &mine = *here->block;
+    if (!mine.begun) mine.begun = true, memset(mine.shared, 0x7F, (mine.room + 2047) / 1024 * 1024);  // what others wrote before is lost
     body();
     here->done = true;
     rest();
@@ -161,9 +164,8 @@ inline int run(void (*what)(), u32 grid, int threads, size_t shared, u32 beside,
         std::vector<Fiber> fibers(count * threads);
         size_t room = (shared + 2047) / 1024 * 1024;
         u8 *memory = (u8 *)aligned_alloc(1024, room * count), *stacks = (u8 *)aligned_alloc(64, STACK_BYTES * fibers.size());
-        memset(memory, 0xA5, room * count);
         for (u32 b = 0; b < count; b++) {
-            all[b].first = &all[b - b % cluster];
+            all[b].begun = false, all[b].first = &all[b - b % cluster];
             all[b].shared = memory + b * room, all[b].room = shared, all[b].threads = threads;
             all[b].barriers.resize(room / 8), all[b].warps.resize((threads + 31) / 32);
             for (int t = 0; t < threads; t++) {
@@ -263,6 +265,10 @@ inline void arrive_in_cluster() {
 inline void wait_for_cluster() {
     Cluster &each = here->block->first->cluster;
     while (each.phase == here->cluster_phase) wait(each.waiters, "a cluster's barrier");
+}
+
+inline void even(u32 to, const void *from, int size) {
+    if ((to | (u64)from) % size) fprintf(stderr, "a copy of %d bytes off a multiple of that\n", size), abort();
 }
 
 // At once, or behind what others still have to copy.
@@ -467,10 +473,12 @@ template <int COUNT> DEVICE void keep_registers() {}
 template <int COUNT> DEVICE void take_registers() {}
 
 DEVICE void copy16(u32 to, const void *from) {
+    machine::even(to, from, 16);
     machine::copy([to = machine::at(to), from] { memcpy(to, from, 16); });
 }
 
 template <int SIZE> DEVICE void copy_small(u32 to, const void *from, int real) {
+    machine::even(to, from, SIZE);
     machine::copy([to = machine::at(to), from, real] { memset(to, 0, SIZE), memcpy(to, from, real); });
 }
 

@@ -101,13 +101,13 @@ def usual(form: WeightFormat, encoding: Encoding, rows: int, experts: int, lone:
 
 
 def probe() -> str | None:
-    """Multiplies rows of two experts, and attends to two positions. None where the results are right."""
+    """Multiplies rows of two experts, attends to two positions, chooses experts. None where the results are right."""
     if not torch.cuda.is_available():
         return "finds no CUDA device"
     if torch.cuda.get_device_capability() != (9, 0):
         return "is for Hopper GPUs only"
     try:
-        return None if tried() and attended() else "computes wrong results on this machine"
+        return None if tried() and attended() and chose() else "computes wrong results on this machine"
     except UnsupportedError as error:
         return f"cannot be used: {error!s:.300}"
     except Exception as failure:  # whatever a compiler or driver raises, it is a reason, not a crash
@@ -140,6 +140,15 @@ def attended() -> bool:
     batch = AttentionBatch.of((Span(0, 1, 2),), 1, torch.tensor([[1, 0]], device="cuda"))
     y = attend_paged(pool[:1, None, :64], pool, batch, view, how.scale)
     return bool((y == 2.5).all())
+
+
+def chose() -> bool:
+    """Experts 127 and 5, whose logits are 2 and 1."""
+    w = torch.zeros(128, 128, device="cuda")
+    w[127], w[5] = 2 / 128, 1 / 128
+    ids, weights = gate(torch.ones(9, 128, device="cuda").bfloat16(), w, None, None, RouterSpec(128, 2, "softmax", "w"))
+    wanted = torch.tensor([2.0, 1.0], device="cuda").softmax(0)
+    return bool((ids == torch.tensor([127, 5], device="cuda")).all() and ((weights - wanted).abs() < 1e-5).all())
 
 
 def encode_later(x_TD: Tensor, encoding: Encoding, scale: Tensor | None = None) -> Rows:
@@ -289,10 +298,11 @@ def multiplied_densely(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bo
     values = x.data.reshape(-1, w.columns)
     with torch.cuda.device(values.device):
         if w.form.name == "int4":
-            return launch.linear(variant, launch.in_order(variant, values), w, bias_N)[None]
+            return launch.linear(variant, launch.in_order(variant, dense.by_16_bytes(values)), w, bias_N)[None]
         scale = x.parts["scale"]
         scale = scale.reshape(len(values), -1) if scale.dim() else scale
-        return launch.linear(variant, launch.as_they_are(values.contiguous(), scale), w, bias_N)[None]
+        rows = launch.as_they_are(dense.by_16_bytes(values.contiguous()), scale)
+        return launch.linear(variant, rows, w, bias_N)[None]
 
 
 def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
@@ -300,7 +310,7 @@ def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor
     """Few rows here, in one launch; all else by Triton."""
     from moesaic.kernels._hopper import gate as narrow
 
-    if how := narrow.cut_of(x_TD, w_ED, logit_bias_E, spec):
+    if how := narrow.cut_here(x_TD, w_ED, logit_bias_E, spec):
         return narrow.gate(x_TD, w_ED, logit_bias_E, bias_E, spec, live_T, counts_E, how)
     from moesaic.kernels import triton
 

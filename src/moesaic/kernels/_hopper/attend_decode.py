@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesaic.contracts.scheme import Encoding
 from moesaic.kernels._hopper import compile as code
-from moesaic.kernels._hopper.driver import Module, launch
+from moesaic.kernels._hopper.driver import Module, largest_cluster, launch
 from moesaic.kernels._hopper.variants import SHARED
 from moesaic.kernels.ops import AttentionBatch, KVView, Softmax
 
@@ -65,6 +65,7 @@ class Loaded:
         self.module = Module(code.machine_code(variant.defines, main="attend_decode.cu"))
         self.shared, self.threads = self.module.integer("room_bytes"), self.module.integer("threads")
         self.kernel = self.module.function("attend_decode", self.shared, large_clusters=True)
+        self.most_blocks = largest_cluster(self.kernel, self.threads, self.shared)
 
 
 @cache
@@ -122,9 +123,9 @@ def decode(q_THK: Tensor, pool_PW: Tensor, batch: AttentionBatch, view: KVView, 
         ENCODINGS[target.encoding.name], how.scale * LOG2E,
     )  # fmt: skip
     items = len(batch.spans) * view.kv_heads
-    cluster = cluster_of(items, min(batch.longest, how.window or batch.longest))
     with torch.cuda.device(q.device):
         code = loaded(Variant(view.key_dim, size == 1, repeat > 8), torch.cuda.current_device())
+        cluster = min(code.most_blocks, cluster_of(items, min(batch.longest, how.window or batch.longest)))
         launch(code.kernel, items * cluster, code.threads, [arguments], code.shared, cluster)
 
 

@@ -20,7 +20,6 @@ from moesaic.kernels._hopper import variants as experts
 from moesaic.kernels._hopper.driver import Module, launch
 from moesaic.kernels._hopper.variants import (
     DENSE,
-    EIGHT_BIT,
     FORMATS,
     PROCESSORS,
     dense_tile,
@@ -190,11 +189,14 @@ def many_cut(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> experts.Variant 
     if len(w.shape) != 2 or (bias_N is not None and (bias_N.dtype != torch.bfloat16 or bias_N.stride(0) != 1)):
         return None
     rows, pair = x.data.shape[:-1].numel(), (w.form.name, x.encoding.name)
+    if pair not in DENSE or not even_by_shape(w.parts["data"]):
+        return None
     if pair == ("int4", "bf16"):
         known = w.form.scale_dtype in SCALES and w.form.group in (32, 64, 128) and not w.form.zero_points
+        known = known and w.parts["scale"].stride(1) == 1
         tile = int4_tile(rows, w.segments, w.columns) if known else None
         return None if tile is None else variant_of(w.form, x.encoding, tile)
-    if FORMATS[w.form.name] != FP8 or x.encoding.name not in EIGHT_BIT:
+    if FORMATS[w.form.name] != FP8:
         return None
     tile = dense_tile(rows, w.segments, w.columns, w.form.name == "fp8_block")
     return None if tile is None else dense_variant(w.form.name, tile)
@@ -308,6 +310,12 @@ def by_16_bytes(rows: Tensor) -> Tensor:
 def even(rows: Tensor) -> bool:
     """Whether each row lies in one piece that begins at a multiple of 16 bytes."""
     return rows.stride(1) == 1 and rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
+
+
+def even_by_shape(rows: Tensor) -> bool:
+    """The same, of a tensor that may have no memory."""
+    places = rows.stride(0), rows.storage_offset()
+    return rows.stride(1) == 1 and all(place * rows.element_size() % 16 == 0 for place in places)
 
 
 def pointer(x: Tensor | None) -> int | None:

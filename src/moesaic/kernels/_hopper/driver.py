@@ -102,6 +102,18 @@ def launch(function: ctypes.c_void_p, grid: int, block: int, arguments: Sequence
     call("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
 
 
+def largest_cluster(function: ctypes.c_void_p, block: int, shared: int) -> int:
+    """Blocks of the largest cluster, up to 16, that the current device can run at all; a power of two."""
+    for blocks in (16, 8, 4, 2):
+        attribute, found = _Attribute(id=_CLUSTER), ctypes.c_int()
+        attribute.value[:3] = blocks, 1, 1
+        config = _Config((blocks, 1, 1), (block, 1, 1), shared, None, ctypes.pointer(attribute), 1)
+        call("cuOccupancyMaxActiveClusters", ctypes.byref(found), function, ctypes.byref(config))
+        if found.value:
+            return blocks
+    return 1
+
+
 def tensor_map(address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
     """Bytes in up to five axes, the first one dense. strides: bytes, of all axes but the first. box: of a tile.
 

@@ -4,8 +4,8 @@
 // STEP elements in turn. The first AHEAD steps' weights are on their way, in registers, before the kernel in front has ended. Each row's
 // logits are sent to a block of the cluster, where a warp chooses the row's experts. Nothing passes through memory.
 //
-// Weights are FP32, of which the tensor core takes the upper 11 bits and, in a product of its own, the rest, if there is any
-// (weights that were stored in BF16 have none); rows of BF16 are TF32 numbers as they are. It cuts low bits off a sum each time it adds to it: so a step has a sum of its own, the lower
+// Weights are FP32, of which the tensor core takes the upper 11 bits and, in a product of its own, 11 of the other 13, if there
+// are any (weights that were stored in BF16 have none); rows of BF16 are TF32 numbers as they are. It cuts low bits off a sum each time it adds to it: so a step has a sum of its own, the lower
 // bits' first, and steps are added to one another outside.
 #include "base.cuh"
 

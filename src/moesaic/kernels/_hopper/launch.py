@@ -336,20 +336,20 @@ def linear(variant: Variant, x: Stored, w: QuantTensor, bias_N: Tensor | None) -
 
 
 def as_they_are(x_TK: Tensor, scale: Tensor) -> Stored:
-    """Rows that are multiplied in their own order: E4M3, dense.  scale: FP32, [T, G] of 128 elements each where the
-    weight's are of blocks; else [T, 1], or one of all."""
+    """Rows that are multiplied in their own order: E4M3, dense, from a multiple of 16 bytes on.  scale: FP32, [T, G] of
+    128 elements each where the weight's are of blocks; else [T, 1], or one of all."""
     return Stored(x_TK, scale, *(scale.stride() if scale.dim() else (0, 0)))
 
 
 def in_order(variant: Variant, x_TK: Tensor) -> Stored:
-    """BF16 rows in the order of K in which codes are decoded: what `prepare` does of rows that nobody chose."""
-    source = x_TK if is_aligned(x_TK) else x_TK.contiguous()
-    tokens, columns = source.shape
-    stored = room_for_rows(variant, tokens, columns, source, None, False)
-    counters = source.new_empty(1, dtype=torch.int32)
+    """BF16 rows, which begin at multiples of 16 bytes, in the order of K in which codes are decoded: what `prepare`
+    does of rows that nobody chose."""
+    tokens, columns = x_TK.shape
+    stored = room_for_rows(variant, tokens, columns, x_TK, None, False)
+    counters = x_TK.new_empty(1, dtype=torch.int32)
     arguments = Preparation(
-        source=source.data_ptr(), rows=stored.packed(), counters=counters.data_ptr(), tokens=tokens, columns=columns,
-        source_stride=source.stride(0) * source.element_size(), width=stored.width,
+        source=x_TK.data_ptr(), rows=stored.packed(), counters=counters.data_ptr(), tokens=tokens, columns=columns,
+        source_stride=x_TK.stride(0) * x_TK.element_size(), width=stored.width,
     )  # fmt: skip
     blocks = 1 + -(-tokens * (stored.width // 128) // (PREPARERS // 32))
     launch(loaded(variant, torch.cuda.current_device()).prepare, blocks, PREPARERS, [arguments])

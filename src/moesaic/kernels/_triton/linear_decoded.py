@@ -3,6 +3,7 @@
 A tile of a product decodes the weights that it meets, and of many rows there are many tiles. From MANY rows on one
 reading and writing of the weight takes less; the library then multiplies at nearly the tensor cores' rate. What BF16
 does not hold, the scales of whole NVFP4 tensors and rows, multiplies the sums, in FP32, before they are rounded.
+(Numbers below 2^-66, and MX scales above 2^67, are beyond what `weight_tile` decodes, here as everywhere.)
 
 Letters: T rows, N outputs, K contraction.
 """
@@ -74,7 +75,7 @@ def product(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tensor:
     """[T, N] in x.dtype."""
     given = operands(x, w)
     values, (n, k) = given.pointers["x_ptr"], w.shape
-    in_sums = bias_N is not None or w.form.name == "nvfp4"
+    in_sums = bias_N is not None or w.form.name == "nvfp4" or given.pointers["xs_ptr"] is not None
     y = torch.empty(len(values), n, dtype=x.dtype, device=values.device)
     most = max(1, ROOM // max(2 * k, 4 * len(values) * in_sums) // COLUMNS) * COLUMNS
     for first in range(0, n, most):
