@@ -35,7 +35,8 @@ from moesaic.kernels._native import COMPILERS
 from moesaic.kernels.exact import exact
 
 HOST = Path(__file__).parent / "hopper_host"
-OPTIONS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC")
+OPTIONS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC",
+           "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")  # fmt: skip
 PROCESSORS = 3
 
 

@@ -39,6 +39,7 @@ from moesaic.kernels._hopper.variants import (
     variant_of,
     with_tile,
 )
+from moesaic.kernels.fakes import FAKES
 from moesaic.kernels.ops import ExpertWeights
 from moesaic.planning.mixture import able
 from tests.planning_support import CATALOGUE
@@ -317,7 +318,8 @@ def test_dense_products_with_scales_of_rows_that_were_the_fastest_here(rows: int
     ("fp8", 127, (5120, 2048), None), ("fp8", 4096, (5120, 2048), True), ("fp8_tensor", 4096, (5120, 2048), True),
     ("fp8_tensor_static", 4096, (5120, 2048), True), ("fp8a16", 4096, (5120, 2048), None),
     ("mxfp8", 4096, (5120, 2048), None), ("w4afp8_token", 4096, (5120, 2048), None),
-    ("wna16", 4096, (5120, 2048), True), ("wna16_g32", 4096, (5120, 2048), True), ("wna16", 127, (5120, 2048), None),
+    ("fp8_channel", 130, (7168, 16384), True), ("wna16", 4096, (5120, 2048), True),
+    ("wna16_g32", 4096, (5120, 2048), True), ("wna16", 127, (5120, 2048), None),
     ("wna16", 4096, (5124, 2048), None), ("wna16_g32", 4096, (5120, 2080), True),
 ])  # fmt: skip
 def test_which_products_of_many_rows_are_their_own(name: str, rows: int, shape: tuple[int, int],
@@ -330,6 +332,8 @@ def test_which_products_of_many_rows_are_their_own(name: str, rows: int, shape: 
     assert (found is not None) == bool(how)
     if found is None:
         return
+    terms = FAKES["linear_terms"]("hopper", x, w)
+    assert (terms.shape, terms.dtype) == ((1, rows, shape[0]), torch.bfloat16), "a plan is told so, too"
     assert dense.many_cut(x, w, like.new_empty(shape[0])) == found
     data, stored = w.parts["data"], {**w.parts}
     for what, bias, changed in (

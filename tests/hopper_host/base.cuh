@@ -146,7 +146,7 @@ inline void wake(Waiters &list) {
 
 inline void begin_fiber() {
     Block &mine = *here->block;
-    if (!mine.begun) mine.begun = true, memset(mine.shared, 0x7F, (mine.room + 2047) / 1024 * 1024);  // what others wrote before is lost
+    if (!mine.begun) mine.begun = true, memset(mine.shared, 0x7F, (mine.room + 2047) / 1024 * 1024);
     body();
     here->done = true;
     rest();
@@ -178,9 +178,19 @@ inline int run(void (*what)(), u32 grid, int threads, size_t shared, u32 beside,
                 go_on(&fibers[i]);
             }
         }
+        std::vector<Fiber *> held;  // of a cluster's block that begins when nobody else can go on
+        if (cluster > 1) {
+            u32 late = dice(count);
+            for (int t = 0; t < threads; t++) held.push_back(&fibers[(size_t)late * threads + t]);
+            for (int w = 0; w < (threads + 31) / 32; w++) all[late].warps[w].ready.clear();
+        }
         size_t left = fibers.size();
         i64 idle = 0;
-        for (; (!ready.empty() || !later.empty()) && idle < 200000000; idle++) {
+        for (; (!ready.empty() || !later.empty() || !held.empty()) && idle < 200000000; idle++) {
+            if (ready.empty() && later.empty()) {
+                for (Fiber *each : held) go_on(each);
+                held.clear();
+            }
             if (!later.empty() && (ready.empty() || !dice(16))) {
                 later.front()();
                 later.pop_front();
@@ -589,7 +599,11 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
 DEVICE uint4 load_fresh16(const void *p) { return *(const uint4 *)p; }
-DEVICE void store16_at(u32 p, int block, float4 v) { memcpy(machine::at(p, machine::here->block->first + block), &v, 16); }
+DEVICE void store16_at(u32 p, int block, float4 v) {
+    machine::Block *to = machine::here->block->first + block;
+    if (!to->begun) fprintf(stderr, "a thread block is written to that has not begun\n"), abort();
+    memcpy(machine::at(p, to), &v, 16);
+}
 
 DEVICE float2 e4m3_values(u16 pair) { return {machine::from_e4m3((u8)pair), machine::from_e4m3((u8)(pair >> 8))}; }
 
