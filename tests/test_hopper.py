@@ -142,7 +142,8 @@ def test_dense_products_are_shared_out() -> None:
         ("mxfp8", 1, (2048, 4160), None), ("nvfp4", 0, (2048, 4096), None),
         ("wna16", 1, (2048, 4096), 2), ("wna16_g32", 1, (2048, 4096), None),
         ("nvfp4", 1, (0, 4096), None), ("mxfp4", 1, (4096, 7168), 2),
-        ("nvfp4", 32, (5120, 2048), 3), ("nvfp4", 128, (5120, 2048), 3), ("wna16", 256, (5120, 2048), 2),
+        ("nvfp4", 32, (5120, 2048), 3), ("nvfp4", 128, (5120, 2048), 3), ("wna16", 256, (5120, 2048), None),
+        ("wna16", 256, (2048, 4096), 4),
         ("nvfp4", 32, (2048, 4096), 8), ("nvfp4", 128, (2048, 4096), 4), ("nvfp4", 64, (2112, 7168), 7),
         ("nvfp4", 64, (4096, 7168), 4), ("nvfp4", 65, (4096, 7168), None), ("wna16", 129, (4096, 7168), 4),
         ("nvfp4", 129, (4096, 7168), None), ("wna16", 257, (4096, 7168), None),
@@ -312,6 +313,23 @@ def test_dense_products_with_scales_of_rows_that_were_the_fastest_here(rows: int
     """The same, of FP8 weights whose scales are not of blocks."""
     tile = dense_tile(rows, (n,), columns, blocks=False)
     assert (tile.height if tile else 0) == height
+
+
+@pytest.mark.parametrize(("rows", "n", "columns", "by"), [
+    (128, 5120, 2048, "dozens"), (192, 5120, 2048, 64), (256, 5120, 2048, 64), (512, 5120, 2048, 96),
+    (1024, 5120, 2048, 80), (4096, 5120, 2048, 160), (256, 2048, 4096, "dozens"), (384, 2048, 4096, 64),
+    (4096, 2048, 4096, 96), (128, 4096, 7168, None), (256, 4096, 7168, 64), (768, 4096, 7168, 96),
+    (256, 1536, 7168, "dozens"), (1024, 1536, 7168, 64), (4096, 1536, 7168, 96), (128, 7168, 16384, None),
+    (384, 7168, 16384, 96), (1024, 7168, 16384, 160), (128, 36864, 7168, 64), (512, 36864, 7168, 64),
+])  # fmt: skip
+def test_int4_products_that_were_the_fastest_here(rows: int, n: int, columns: int, by: str | int | None) -> None:
+    """Or within 2% of it, in turns on an H200 (docs/performance-log.md): by a tile, by dozens.cu, or by Triton."""
+    scheme, like = SCHEMES["wna16"], torch.empty(0, dtype=torch.bfloat16, device="meta")
+    w = QuantTensor.empty(scheme.weight, (n,), columns, like)
+    x = Rows(scheme.activation, {"data": torch.empty(rows, columns, device="meta")}, torch.bfloat16)
+    many = dense.many_cut(x, w, None)
+    found = "dozens" if dense.cut_of(x, w, None) else many.tile.height if many else None
+    assert found == by
 
 
 @pytest.mark.parametrize(("name", "rows", "shape", "how"), [

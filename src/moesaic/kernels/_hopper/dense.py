@@ -25,6 +25,7 @@ from moesaic.kernels._hopper.variants import (
     dense_tile,
     dense_variant,
     int4_tile,
+    int4_time,
     variant_of,
 )
 from moesaic.kernels._triton.gemm import coarse_rows
@@ -181,7 +182,10 @@ def cut_of(x: Rows, w: QuantTensor, bias_N: Tensor | None, terms: bool = True) -
     heights = HEIGHTS[form]
     height = next((each for each in heights if rows <= each.rows), heights[-1])
     half = form == FORMATS["int4"] and w.form.scale_dtype == "float16"
-    return shared_out(Variant(form, w.form.name == "fp8_block", height, half), rows, w.shape[0], columns // UNIT)
+    how = shared_out(Variant(form, w.form.name == "fp8_block", height, half), rows, w.shape[0], columns // UNIT)
+    if form == FORMATS["int4"] and rows > experts.FEW and int4_time(rows, w.shape[0], columns)[0] < time_of(how, rows):
+        return None
+    return how
 
 
 def many_cut(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> experts.Variant | None:
@@ -229,6 +233,12 @@ def cost(tiles: int, parts: int, units: int, results: int) -> float:
     units beside their own; and the reading of what parts leave."""
     rounds, each = -(-tiles * parts // PROCESSORS), -(-units // parts)
     return rounds * (5 + each) + parts * results / 800_000
+
+
+def time_of(how: Cut, rows: int) -> float:
+    """About what dozens of rows take, in microseconds of an H200."""
+    units, results = how.per_part * how.parts, rows * how.tiles * how.variant.height.tall
+    return 0.9 * cost(how.tiles * how.blocks, how.parts, units, results)
 
 
 def products(x: Rows, w: QuantTensor, bias_N: Tensor | None, how: Cut) -> Tensor:

@@ -185,6 +185,8 @@ TILES = {
 in prompts: twice as many tiles as those of 64 make, and a multiprocessor ends one while another one goes on."""
 
 
+INT4_ROUNDS = {64: 1.05, 80: 1.25, 96: 1.4, 160: 1.2}
+"""Microseconds that a round of INT4 tiles of a height takes for 128 of K, as six shapes took on an H200."""
 ROUNDS = (128, 71, 0.85), (64, 88, 0.62)
 ROUNDS_OF_ROWS = ((128, 71, 1.0), (64, 88, 0.6)), ((128, 71, 1.0), (64, 36, 0.6))
 """Of dense products in FP8: height of a tile, tiles of a round from which on it is faster than Triton's, about what a
@@ -258,7 +260,19 @@ def int4_tile(rows: int, segments: tuple[int, ...], columns: int) -> Tile | None
     """As `dense_tile`, of INT4 with rows in BF16."""
     if rows < FEW or columns % 32 or sum(segments) % 8:
         return None
-    return TILES[160]
+    few = -(-rows // 64) * -(-sum(segments) // 256) < 88  # tiles, where Triton has one for all rows
+    return None if rows == FEW and few else int4_time(rows, sum(segments), columns)[1]
+
+
+def int4_time(rows: int, outputs: int, columns: int) -> tuple[float, Tile]:
+    """About what such a product takes, in microseconds of an H200, by the tile for which that is the least."""
+
+    def time(height: int) -> float:
+        tiles = -(-rows // height) * -(-outputs // (128 * TILES[height].stack))
+        return 3 + -(-tiles // PROCESSORS) * INT4_ROUNDS[height] * columns / 128
+
+    height = min(INT4_ROUNDS, key=time)
+    return time(height), TILES[height]
 
 
 def dense_variant(form: str, tile: Tile) -> Variant:
