@@ -266,7 +266,9 @@ def test_dense_products_of_few_rows_and_of_dozens(name: str, tokens: int) -> Non
         x = randn(tokens, columns + 24)[:, :columns]
         rows = triton.encode(x, scheme.activation, scale)
         form, mine = FORMATS[scheme.weight.name], dense.cut_of(rows, w, None) is not None
-        assert mine == (tokens <= dense.MOST[form] and tokens not in dense.BETTER.get(form, ()) and name != "wna16_g32")
+        few = tokens <= min(128, dense.MOST[form]) and tokens not in dense.BETTER.get(form, ())
+        if tokens <= 128 or form != FORMATS["int4"]:  # of more, whichever is faster
+            assert mine == (few and scheme.weight.group in (0, 128))
         for bias in (None, randn(sum(segments))):
             check_dense(rows, w, bias)
     if scheme.activation.name == "bf16":
