@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moesaic.contracts.spec import RouterSpec
 from moesaic.kernels._hopper import compile as code
+from moesaic.kernels._hopper.dense import even, pointer
 from moesaic.kernels._hopper.driver import Module, largest_cluster, launch
 
 I32, I64, PTR, F32 = ctypes.c_int, ctypes.c_longlong, ctypes.c_void_p, ctypes.c_float
@@ -108,11 +109,6 @@ def cut_here(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, spec: Rout
     return how if how.blocks <= most else cut_of(x_TD, w_ED, logit_bias_E, spec, most)
 
 
-def even(rows: Tensor) -> bool:
-    """Whether each row lies in one piece that begins at a multiple of 16 bytes."""
-    return rows.stride(1) == 1 and rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.element_size() % 16 == 0
-
-
 def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor | None, spec: RouterSpec,
          live_T: Tensor | None, counts_E: Tensor | None, how: Cut) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `gate` in ops.py. how: what `cut_of` returned.
@@ -141,7 +137,3 @@ def gate(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, bias_E: Tensor
 
 def as_read(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype).contiguous()
-
-
-def pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
