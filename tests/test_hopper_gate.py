@@ -104,7 +104,9 @@ def test_plans_take_it(router: str, backend: ModuleType | None) -> None:
 
 @pytest.mark.usefixtures("machine")
 @needs_compiler
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(
+    "spec", [*SPECS[:3], *(pytest.param(spec, marks=pytest.mark.long) for spec in SPECS[3:])], ids=str
+)
 def test_gate(spec: RouterSpec) -> None:
     """Rows that fill no cluster and more than one; K that no, one or several steps of a warp are."""
     for tokens, hidden in ((1, 64), (3, 2112), (9, 640)):

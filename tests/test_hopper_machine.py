@@ -128,11 +128,11 @@ def test_dense_products_of_many_rows_in_int4(name: str, tile: int) -> None:
             assert_rows_close(y, wanted, 2**-7, f"{segments} {columns}")
 
 
-@pytest.mark.parametrize("name", ["wna16", "fp8_channel"])
-def test_many_rows_as_they_come(name: str) -> None:
+@pytest.mark.parametrize(("name", "segments"), [("wna16", (96, 40)), ("fp8_channel", (1024, 1024))])
+def test_many_rows_as_they_come(name: str, segments: tuple[int, ...]) -> None:
     """Through the op: rows of a batch, of a wider tensor, off 16 bytes; as many terms as a plan was told."""
     scheme = EVERY[name]
-    w, apart = weight(scheme, (1024, 8 * 700), 128), randn(300 * 128 + 1)
+    w, apart = weight(scheme, segments, 128), randn(300 * 128 + 1)
     for x in (randn(2, 150, 128), randn(300, 160)[:, :128], apart[1:].view(300, 128)):
         rows = encode(x, scheme.activation)
         assert dense.cut_of(rows, w, None) is None
