@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +36,10 @@ from moesaic.engine.graphs import DecodeGraphs, prompt_rows
 from moesaic.engine.launch import launch
 from moesaic.engine.params import SamplingParams
 from moesaic.formats.checkpoint import excluded_names, write_config
-from moesaic.formats.dialects.modules import change_linears
 from moesaic.layers.linear import Stored
 from moesaic.models.build import spec_of
 from moesaic.models.checkpoint import Checkpoint
-from moesaic.models.hold import hold
+from moesaic.models.hold import as_stored, hold
 
 WINDOW = 32
 """Steps that are timed together."""
@@ -58,8 +56,7 @@ def described(model: str, scheme: Scheme) -> dict[str, Any]:
     config: dict[str, Any] = MODELS[model]
     if not scheme.activation.static:
         return config
-    held = hold(spec_of(config), scheme)
-    written = change_linears(held, lambda part, _: replace(part, scheme=part.runs, held=None))
+    written = as_stored(hold(spec_of(config), scheme))
     return config | {"quantization_config": write_config(scheme, excluded_names(written))}
 
 

@@ -86,10 +86,12 @@ MIXED = {f"{form} {rows}": Scheme(f"{form} {rows}", WeightFormat(form), rows)
 """Rows have a scale beside those of blocks, weights have none."""
 
 
-@pytest.mark.parametrize("room", [linear_decoded.ROOM, 1])
+@pytest.mark.parametrize(("room", "tiles"), [(linear_decoded.ROOM, 0), (1, 0), (linear_decoded.ROOM, 264)])
 @pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "mxfp4a8", "nvfp4", "nvfp4_dynamic", "nvfp4a16", *MIXED])
-def test_linear_by_weights_that_are_decoded_once(name: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a whole, and by 64 outputs at a time; K of a group of 32 too few for a tile."""
+def test_linear_by_weights_that_are_decoded_once(name: str, room: int, tiles: int,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """As a whole, by 64 outputs at a time, and with sums in FP32; K of a group of 32 too few for a tile."""
+    monkeypatch.setattr(linear_decoded, "TILES", tiles)
     monkeypatch.setattr(linear_decoded, "MANY", 5)
     monkeypatch.setattr(linear_decoded, "ROOM", room)
     monkeypatch.setattr(linear_decoded, "COLUMNS", 64)

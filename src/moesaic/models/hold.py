@@ -54,6 +54,12 @@ def hold_online(spec: ModelSpec, name: str | None) -> ModelSpec:
     return hold(replace(spec, notes=(*spec.notes, note)), scheme)
 
 
+def as_stored(held: ModelSpec) -> ModelSpec:
+    """The spec of a checkpoint that stores what `hold` holds."""
+    written: ModelSpec = change_linears(held, lambda part, _: replace(part, scheme=part.runs, held=None))
+    return written
+
+
 def hold(spec: ModelSpec, scheme: Scheme, keep: Sequence[str] = (), experts_only: bool = False) -> ModelSpec:
     """The spec with `held` set on every projection, and notes on what was kept against the rule.
 

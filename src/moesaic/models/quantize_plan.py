@@ -21,9 +21,10 @@ from moesaic.contracts.spec import LayerSpec, LinearSpec, MLASpec, ModelSpec, Mo
 from moesaic.errors import OptionError, UnsupportedError
 from moesaic.formats.base import QuantTensor
 from moesaic.formats.checkpoint import Dialect, excluded_names, read_quantization, to_checkpoint, write_config
-from moesaic.formats.dialects.modules import change_linears, linears, names_of
+from moesaic.formats.dialects.modules import linears, names_of
 from moesaic.formats.safetensors_write import SINGLE, Entry
 from moesaic.models.checkpoint import Checkpoint
+from moesaic.models.hold import as_stored
 from moesaic.models.quantize_read import BIAS, Common, common_experts, sources_of
 
 COPIED = "taken over"
@@ -105,7 +106,7 @@ def make_plan(source: Checkpoint, held: ModelSpec, dialect: Dialect | None, sche
 
     Raises OptionError where nothing would change, UnsupportedError for experts that cannot be written decoded.
     """
-    written = change_linears(held, lambda part, _: replace(part, scheme=part.runs, held=None))
+    written = as_stored(held)
     quantization = write_config(scheme, excluded_names(written)) if scheme.quantized else None
     common = common_experts(held, dialect)
     units = [*converted(source, held, dialect, scheme, common)]

@@ -64,7 +64,6 @@ def loaded(variant: Variant, device: int) -> Loaded:
     return Loaded(variant)
 
 
-
 @dataclass(frozen=True)
 class Cut:
     """How a cluster shares out a product: tiles of experts, parts of K; blocks, of which some may have nothing."""
@@ -94,7 +93,7 @@ def cut_of(x_TD: Tensor, w_ED: Tensor, logit_bias_E: Tensor | None, spec: Router
     blocks, splits = 1 << (tiles - 1).bit_length(), 1
     while 2 * blocks <= min(most, TOGETHER // clusters) and k // STEP >= 2 * WARPS * splits:  # two steps for each warp
         blocks, splits = 2 * blocks, 2 * splits
-    limit = next(most for rows, most in MOST_BYTES.items() if tokens <= rows)
+    limit = next(room for rows, room in MOST_BYTES.items() if tokens <= rows)
     fits = 4 * TILE * k <= limit * splits and blocks * clusters <= TOGETHER and blocks <= most
     return Cut(tiles, splits, blocks) if fits else None
 

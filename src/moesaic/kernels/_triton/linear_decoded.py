@@ -29,6 +29,9 @@ ROWS = ("bf16", "mxfp8", "nvfp4")
 """Encodings of which the same is true."""
 ROOM = 256 << 20
 """Bytes for decoded weights, and for sums in FP32, at a time."""
+TILES = 264
+"""Of 128 x 128 results, below which the library may share K out, and adds up the parts in the type of the result: it is
+asked for FP32 then."""
 COLUMNS = 256
 """Multiples of which the library is given, where a weight has no room as a whole."""
 
@@ -76,6 +79,7 @@ def product(x: Rows, w: QuantTensor, bias_N: Tensor | None) -> Tensor:
     given = operands(x, w)
     values, (n, k) = given.pointers["x_ptr"], w.shape
     in_sums = bias_N is not None or w.form.name == "nvfp4" or given.pointers["xs_ptr"] is not None
+    in_sums = in_sums or cdiv(len(values), 128) * cdiv(n, 128) < TILES
     y = torch.empty(len(values), n, dtype=x.dtype, device=values.device)
     most = max(1, ROOM // max(2 * k, 4 * len(values) * in_sums) // COLUMNS) * COLUMNS
     for first in range(0, n, most):
