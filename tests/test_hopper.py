@@ -42,6 +42,7 @@ from moesaic.kernels._hopper.variants import (
 from moesaic.kernels.fakes import FAKES
 from moesaic.kernels.ops import ExpertWeights
 from moesaic.planning.mixture import able
+from tests.hopper_layout import check_layouts, declared_fields
 from tests.planning_support import CATALOGUE
 
 KNOWN = {name: each for name, each in SCHEMES.items() if (each.weight.name, each.activation.name) in PAIRS}
@@ -207,32 +208,12 @@ def test_compiles_the_rest(name: str, tile: int, tmp_path: Path) -> None:
     check_code(name, tile, tmp_path)
 
 
-def declared_fields(struct: str, file: str = "values.cuh") -> list[str]:
-    """Names of a struct's fields, in order."""
-    text = re.sub(r"//[^\n]*", "", code.sources()[file])
-    body = text[text.index(f"struct {struct} {{") :].split("{", 1)[1].split("};", 1)[0]
-    return [re.findall(r"\w+", each)[-1] for line in body.split(";") if line.strip() for each in line.split(",")]
-
-
 def test_arguments_lie_as_the_sources_have_them() -> None:
-    """The same fields in the same order and of the same sizes."""
     kinds = {"Weight": launch.WeightC, "Rows": launch.RowsC, "Arguments": launch.Arguments, "Maps": launch.Maps,
              "Preparation": launch.Preparation}  # fmt: skip
-    lines = ['#include "values.cuh"']
-    for name, kind in kinds.items():
-        lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(kind)}, "{name}");')
-        assert [field for field, *_ in kind._fields_] == declared_fields(name)
-        for field, *_ in kind._fields_:
-            size = getattr(kind, field).size
-            lines.append(f'static_assert(sizeof((({name} *)0)->{field}) == {size}, "{name}.{field}");')
-    defines = tuple(f"-D{name}={value}" for name, value in variant("fp8", 8).defines.items())
-    headers = {**code.sources(), "wgmma.cuh": "", "hopper.cu": "\n".join(lines)}
-    assert code.compiled(headers, (*code.OPTIONS, *defines))
+    check_layouts(kinds, "values.cuh")
     assert [field for field, *_ in dense.DenseC._fields_] == declared_fields("Dense", "dense.cuh")
     assert ctypes.sizeof(dense.DenseC) == 8 * 11 + 4 * 8, "as CUDA packs eleven fields of eight bytes and eight of four"
-    headers["hopper.cu"] += '\nstatic_assert(sizeof(Weight) == 1, "a wrong one is told");'
-    with pytest.raises(UnsupportedError, match="a wrong one is told"):
-        code.compiled(headers, (*code.OPTIONS, *defines))
 
 
 def test_machine_code_is_kept_and_never_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

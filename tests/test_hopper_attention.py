@@ -5,7 +5,6 @@ What it computes is tested on a GPU (test_hopper_attention_gpu.py).
 
 from __future__ import annotations
 
-import ctypes
 import re
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from moesaic.contracts.contract import Need
 from moesaic.contracts.scheme import Encoding
 from moesaic.contracts.spec import KVParts
-from moesaic.errors import UnsupportedError
 from moesaic.kernels import hopper, reference
 from moesaic.kernels._hopper import attend_decode as decode
 from moesaic.kernels._hopper import compile as code
@@ -23,6 +21,7 @@ from moesaic.kernels._hopper.attend_decode import DecodeC, Variant, cluster_of, 
 from moesaic.kernels._hopper.variants import SHARED
 from moesaic.kernels.ops import AttentionBatch, KVView, Span
 from tests.compare import assert_rows_close
+from tests.hopper_layout import check_layouts
 from tests.test_hopper import compiler, dump
 
 __all__ = ["compiler"]
@@ -47,19 +46,7 @@ def test_compiles(variant: Variant, tmp_path: Path) -> None:
 
 
 def test_arguments_lie_as_the_sources_have_them() -> None:
-    text = re.sub(r"//[^\n]*", "", code.sources()["attend.cuh"])
-    body = text[text.index("struct Decode {") :].split("{", 1)[1].split("};", 1)[0]
-    names = [re.findall(r"\w+", each)[-1] for line in body.split(";") if line.strip() for each in line.split(",")]
-    assert [name for name, *_ in DecodeC._fields_] == names
-    lines = ['#include "attend.cuh"', f"static_assert(sizeof(Decode) == {ctypes.sizeof(DecodeC)});"]
-    for name in names:
-        field = getattr(DecodeC, name)
-        lines.append(f"static_assert(sizeof((((Decode *)0)->{name})) == {field.size});")
-    headers = {**code.sources(), "wgmma.cuh": "", "attend_decode.cu": "\n".join(lines)}
-    assert code.compiled(headers, code.OPTIONS, "attend_decode.cu")
-    headers["attend_decode.cu"] += '\nstatic_assert(sizeof(Decode) == 1, "a wrong one is told");'
-    with pytest.raises(UnsupportedError, match="a wrong one is told"):
-        code.compiled(headers, code.OPTIONS, "attend_decode.cu")
+    check_layouts({"Decode": DecodeC}, "attend.cuh")
 
 
 def test_what_it_serves() -> None:

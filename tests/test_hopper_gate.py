@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ pytest.importorskip("triton")
 from benchmarks.models import MODELS
 from moesaic.contracts.plan import Wishes
 from moesaic.contracts.spec import RouterSpec
-from moesaic.errors import UnsupportedError
 from moesaic.hardware import GPUS
 from moesaic.kernels import hopper, triton
 from moesaic.kernels._hopper import compile as code
@@ -26,6 +24,7 @@ from moesaic.kernels.registry import Kernels, catalogue
 from moesaic.models.build import plan_here, spec_of
 from moesaic.moe.dispatch import contracts
 from tests.hopper_gate import SPECS, check_gate, check_ties_and_nan
+from tests.hopper_layout import check_layouts
 from tests.hopper_machine import machine
 from tests.native_support import needs_compiler
 from tests.test_hopper import compiler, dump
@@ -49,18 +48,7 @@ def test_compiles(variant: Variant, tmp_path: Path) -> None:
 
 
 def test_arguments_lie_as_the_source_has_them() -> None:
-    text = re.sub(r"//[^\n]*", "", code.sources()["gate.cu"])
-    body = text[text.index("struct Gate {") :].split("{", 1)[1].split("};", 1)[0]
-    names = [re.findall(r"\w+", each)[-1] for line in body.split(";") if line.strip() for each in line.split(",")]
-    assert [name for name, *_ in GateC._fields_] == names
-    lines = ['#include "gate.cu"', f"static_assert(sizeof(Gate) == {ctypes.sizeof(GateC)});"]
-    options = (*code.OPTIONS, "-DPER_LANE=4", "-DAHEAD=2")
-    lines += [f"static_assert(sizeof((((Gate *)0)->{name})) == {getattr(GateC, name).size});" for name in names]
-    headers = {**code.sources(), "wgmma.cuh": "", "main.cu": "\n".join(lines)}
-    assert code.compiled(headers, options, "main.cu")
-    headers["main.cu"] += '\nstatic_assert(sizeof(Gate) == 1, "a wrong one is told");'
-    with pytest.raises(UnsupportedError, match="a wrong one is told"):
-        code.compiled(headers, options, "main.cu")
+    check_layouts({"Gate": GateC}, "gate.cu", Variant(4, 2).defines)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "hidden", "cut"), [

@@ -5,7 +5,6 @@ What it computes is tested on a GPU (test_hopper_prompt_gpu.py).
 
 from __future__ import annotations
 
-import ctypes
 import re
 from pathlib import Path
 
@@ -14,12 +13,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from moesaic.errors import UnsupportedError
 from moesaic.kernels._hopper import attend_prompt
-from moesaic.kernels._hopper import compile as code
 from moesaic.kernels._hopper.attend_prompt import Variant
 from moesaic.kernels._triton.attend_paged import Heads, Tables
 from moesaic.kernels.ops import KVView
+from tests.hopper_layout import check_layouts
 from tests.test_hopper import compiler, dump
 
 __all__ = ["compiler"]
@@ -49,20 +47,8 @@ def loop(text: str) -> str:
 
 
 def test_arguments_lie_as_the_source_has_them() -> None:
-    source = code.sources()["attend_prompt.cu"]
-    text = re.sub(r"//[^\n]*", "", source.split("struct Prompts {")[1].split("};")[0])
-    names = [re.findall(r"\w+", each)[-1] for each in text.replace(",", ";").split(";")[:-1]]
-    assert [name for name, *_ in attend_prompt.Prompts._fields_] == names
-    lines = [source, f'static_assert(sizeof(Prompts) == {ctypes.sizeof(attend_prompt.Prompts)}, "Prompts");']
-    for name in names:
-        size = getattr(attend_prompt.Prompts, name).size
-        lines.append(f'static_assert(sizeof(((Prompts *)0)->{name}) == {size}, "{name}");')
-    options = (*code.OPTIONS, *(f"-D{name}={value}" for name, value in Variant(128).defines.items()))
-    headers = {**code.sources(), "products.cuh": attend_prompt.products(128, 128)}
-    assert code.compiled({**headers, "attend_prompt.cu": "\n".join(lines)}, options, "attend_prompt.cu")
-    lines.append('static_assert(sizeof(Prompts) == 1, "a wrong one is told");')
-    with pytest.raises(UnsupportedError, match="a wrong one is told"):
-        code.compiled({**headers, "attend_prompt.cu": "\n".join(lines)}, options, "attend_prompt.cu")
+    products = {"products.cuh": attend_prompt.products(128, 128)}
+    check_layouts({"Prompts": attend_prompt.Prompts}, "attend_prompt.cu", Variant(128).defines, products)
 
 
 def test_what_it_serves() -> None:
